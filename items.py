@@ -1,0 +1,375 @@
+"""The data's shape: what an item is, how it becomes a prompt with its completion, and where both are stored.
+
+    items (title, category, price, summary)  →  prompts (prompt, completion)  →  train / val / test as parquet
+
+Nothing here loads a model. The formats are those of the course "The Price Is Right", so that its datasets and ours
+can be exchanged. Heavy imports stay inside the functions that need them.
+"""
+import csv
+import json
+import math
+import os
+import random
+import shutil
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Optional
+
+QUESTION = "What does this cost to the nearest dollar?"
+PREFIX = "Price is $"
+MIN_PRICE, MAX_PRICE = 0.50, 999.49  # dollars; what rounds to 1…999, the range the course trains on
+TEXT_COLUMNS = ("summary", "text", "description")
+SPLITS = ("train", "val", "test")
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text names the value, the rule and the fix; `main` prints it as one line."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Items and prompts
+
+
+def make_prompts(batch, tokenizer, max_tokens, do_round):
+    """Prompts and completions of many items at once, as columns: a function for `Dataset.map(batched=True)`.
+
+    `batch` has the columns `summary` and `price` (dollars). A summary of more than `max_tokens` tokens, special ones
+    not counted, is cut to its first `max_tokens`, decoded and right-stripped. With `do_round` the completion is the
+    price to the nearest dollar (half to even, as Python rounds), otherwise the price as it is. Returns the columns
+    `prompt`, `completion` and `cut` (whether the summary was too long).
+    """
+    tokens = tokenizer(batch["summary"], add_special_tokens=False)["input_ids"]
+    cut = [len(ids) > max_tokens for ids in tokens]
+    summaries = [tokenizer.decode(ids[:max_tokens]).rstrip() if is_cut else summary
+                 for summary, ids, is_cut in zip(batch["summary"], tokens, cut)]
+    return {
+        "prompt": [f"{QUESTION}\n\n{summary}\n\n{PREFIX}" for summary in summaries],
+        "completion": [f"{round(price)}.00" if do_round else str(price) for price in batch["price"]],
+        "cut": cut,
+    }
+
+
+@dataclass
+class Item:
+    """A product with its price in dollars. `summary` is the description that the model reads."""
+
+    title: str
+    category: str
+    price: float
+    full: Optional[str] = None
+    weight: Optional[float] = None
+    summary: Optional[str] = None
+    prompt: Optional[str] = None
+    completion: Optional[str] = None
+    id: Optional[int] = None
+
+    def __repr__(self):
+        return f"<{self.title} = ${self.price}>"
+
+    def count_tokens(self, tokenizer):
+        """Tokens of the summary, special ones not counted."""
+        return len(tokenizer.encode(self.summary, add_special_tokens=False))
+
+    def make_prompts(self, tokenizer, max_tokens, do_round):
+        """Sets `prompt` and `completion`, by the same rule as the batched `make_prompts`."""
+        columns = make_prompts({"summary": [self.summary], "price": [self.price]}, tokenizer, max_tokens, do_round)
+        self.prompt, self.completion = columns["prompt"][0], columns["completion"][0]
+
+    def count_prompt_tokens(self, tokenizer):
+        """Tokens of prompt and completion together, special ones not counted."""
+        return len(tokenizer.encode(self.prompt + self.completion, add_special_tokens=False))
+
+    def to_datapoint(self):
+        return {"prompt": self.prompt, "completion": self.completion}
+
+    @classmethod
+    def from_hub(cls, dataset_name):
+        """The lists of items (train, validation, test) of a dataset on the Hub."""
+        from datasets import load_dataset
+
+        splits = load_dataset(dataset_name)
+        known = cls.__dataclass_fields__
+        return tuple([cls(**{name: value for name, value in row.items() if name in known}) for row in splits[split]]
+                     for split in ("train", "validation", "test"))
+
+    @staticmethod
+    def push_to_hub(dataset_name, train, validation, test):
+        """Writes three lists of items to the Hub, private, as the splits train, validation and test."""
+        item_splits(train, validation, test, asdict, "validation").push_to_hub(dataset_name, private=True)
+
+    @staticmethod
+    def push_prompts_to_hub(dataset_name, train, val, test):
+        """Writes the prompts of three lists of items to the Hub, private, as the splits train, val and test."""
+        item_splits(train, val, test, Item.to_datapoint, "val").push_to_hub(dataset_name, private=True)
+
+
+def item_splits(train, val, test, to_row, val_name="val"):
+    """A DatasetDict of three lists of items, each item a row by `to_row`."""
+    from datasets import Dataset, DatasetDict
+
+    return DatasetDict({name: Dataset.from_list([to_row(item) for item in items])
+                        for name, items in (("train", train), (val_name, val), ("test", test))})
+
+
+def build_prompts(splits, tokenizer, cutoff):
+    """Prompts for the items of a DatasetDict (train, val, test) with the columns `summary` and `price`.
+
+    Prices are rounded in train and val only. Returns the DatasetDict of exactly `prompt` and `completion`, and the
+    columns counted on the way: {split: {"cut": [bool], "tokens": [prompt + completion], "price": [dollars]}}.
+    """
+    def convert(batch, do_round):
+        columns = make_prompts(batch, tokenizer, cutoff, do_round)
+        whole = [prompt + completion for prompt, completion in zip(columns["prompt"], columns["completion"])]
+        return columns | {"tokens": [len(ids) for ids in tokenizer(whole, add_special_tokens=False)["input_ids"]]}
+
+    prompts, counts = type(splits)(), {}
+    for name in SPLITS:
+        rows = splits[name].select_columns(["summary", "price"])
+        rows = rows.map(convert, batched=True, fn_kwargs={"do_round": name != "test"}, desc=f"prompts of {name}",
+                        new_fingerprint=f"{rows._fingerprint}-{cutoff}")  # hashing a tokenizer takes seconds
+        counts[name] = {column: rows[column] for column in ("cut", "tokens", "price")}
+        prompts[name] = rows.select_columns(["prompt", "completion"])
+    return prompts, counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Storage on disk
+
+
+@contextmanager
+def replacing(target):
+    """Yields a temporary path beside `target`, an existing folder; on success it takes the place of `target`.
+
+    A folder can't be replaced in one step, so the old one waits as `.old` meanwhile; `restore` puts it back after a
+    kill between the two renames. After an error the old content stays.
+    """
+    target = Path(target)
+    new, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
+    restore(target)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    if target.exists():
+        os.rename(target, old)
+    os.rename(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(target):
+    """Undoes a `replacing` that was killed between its two renames. Returns `target` as a Path."""
+    target = Path(target)
+    old = target.with_name(target.name + ".old")
+    if old.exists() and not target.exists():
+        os.rename(old, target)
+    return target
+
+
+def write_json(path, value):
+    """Writes `value` as JSON, whole or not at all. NaN, which JSON lacks, becomes null."""
+    clean = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    Path(f"{path}.new").write_text(json.dumps(clean, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(f"{path}.new", path)
+
+
+def save_prompts(folder, prompts):
+    """Writes a DatasetDict of prompts into `folder` as train.parquet, val.parquet and test.parquet."""
+    import pyarrow.parquet
+
+    for name in SPLITS:
+        pyarrow.parquet.write_table(prompts[name].with_format("arrow")[:], Path(folder) / f"{name}.parquet")
+
+
+def load_prompts(folder):
+    """The DatasetDict (train, val, test) that `save_prompts` wrote. Raises UserError where a file is damaged."""
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Dataset, DatasetDict
+
+    try:
+        return DatasetDict({name: Dataset(pyarrow.parquet.read_table(Path(folder) / f"{name}.parquet"))
+                            for name in SPLITS})
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{folder}: not a whole dataset ({error}). Run `python app.py prepare` again.") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The user's own catalogue
+
+
+def read_rows(path):
+    """(line, row) for each row of a JSONL, CSV or Parquet file; a line that is no JSON object comes as None.
+
+    Lines count from 1 as an editor shows them (a CSV's header is line 1), a Parquet file's rows from 1. Raises
+    UserError where the file can't be read at all.
+    """
+    path, ending = Path(path), Path(path).suffix.lower()
+    if ending not in (".jsonl", ".json", ".csv", ".parquet"):
+        raise UserError(f"{path}: the ending is {ending or 'missing'}; give a .jsonl, .csv or .parquet file.")
+    try:
+        if ending == ".parquet":
+            import pyarrow.parquet
+
+            return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if ending == ".csv":
+                reader = csv.DictReader(file)
+                return [(reader.line_num, row) for row in reader]
+            return [(line, json_object(text)) for line, text in enumerate(file, 1) if text.strip()]
+    except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors and a broken encoding are ValueErrors
+        raise UserError(f"{path}: can't be read as {ending[1:]} ({error}).") from error
+
+
+def json_object(text):
+    try:
+        row = json.loads(text)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def price_problem(price):
+    """Why `price` can't be used, in a few words, or None for one within MIN_PRICE … MAX_PRICE dollars."""
+    if price is None or price == "":
+        return "price is missing"
+    try:
+        price = math.nan if isinstance(price, bool) else float(price)
+    except (TypeError, ValueError):
+        price = math.nan
+    if math.isnan(price):
+        return "price is not a number"
+    if price <= 0:
+        return "price is zero or negative"
+    return None if MIN_PRICE <= price <= MAX_PRICE else f"price is outside ${MIN_PRICE:.2f}–${MAX_PRICE}"
+
+
+def text_problem(value, name):
+    return None if isinstance(value, str) and value.strip() else f"{name} is empty or no text"
+
+
+def five_lines(title, category, text):
+    """The description in the course's form, unless it has that form already."""
+    if text.lstrip().startswith("Title:"):
+        return text.strip()
+    parts = {"Title": title, "Category": category, "Description": text.strip().removeprefix(title).strip()}
+    return "\n".join(f"{name}: {part}" for name, part in parts.items() if part)
+
+
+def read_catalogue(path):
+    """Items of the user's own file, and what was dropped: {reason: [line, …]}.
+
+    Needs the columns `title`, `price` and one of TEXT_COLUMNS; `category` is optional. A duplicate is a row with the
+    title, description and price of an earlier one. Raises UserError where a column is missing or no row is usable.
+    """
+    rows = read_rows(path)
+    columns = {column for _, row in rows if row for column in row}
+    text_column = next((column for column in TEXT_COLUMNS if column in columns), None)
+    missing = [column for column in ("title", "price") if column not in columns]
+    missing += [] if text_column else ["a description (" + ", ".join(TEXT_COLUMNS) + ")"]
+    if missing:
+        raise UserError(f"{path}: no column for {' and '.join(missing)}; found: {', '.join(map(str, columns)) or 'none'}.")
+
+    items, dropped, seen = [], {}, set()
+    for line, row in rows:
+        problem = "not a JSON object" if row is None else (
+            text_problem(row.get("title"), "title") or text_problem(row.get(text_column), text_column)
+            or price_problem(row.get("price")))
+        if not problem:
+            title, category = row["title"].strip(), str(row.get("category") or "").strip()
+            summary, price = five_lines(title, category, row[text_column]), float(row["price"])
+            problem = "duplicate of an earlier row" if (summary, price) in seen else None
+        if problem:
+            dropped.setdefault(problem, []).append(line)
+        else:
+            seen.add((summary, price))
+            items.append(Item(title, category, price, summary=summary, id=line))
+    if not items:
+        raise UserError(f"{path}: none of {len(rows):,} rows is usable; {describe(dropped) or 'the file is empty'}.")
+    return items, dropped
+
+
+def describe(dropped, most=5):
+    """'3 × price is missing (lines 17, 40, 41)' for each reason."""
+    return "; ".join(
+        f"{len(lines):,} × {reason} (line{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:most]))}"
+        f"{', …' if len(lines) > most else ''})" for reason, lines in dropped.items())
+
+
+def split_by_title(items, seed):
+    """(train, val, test) of about 90, 5 and 5 % of the items; equal titles stay in one split. Raises UserError
+    where there are fewer than three different titles."""
+    by_title = {}
+    for item in items:
+        by_title.setdefault(" ".join(item.title.casefold().split()), []).append(item)
+    if len(by_title) < 3:
+        raise UserError(f"{len(by_title)} different title(s): at least 3 are needed to make train, val and test.")
+    groups, rng = [by_title[title] for title in sorted(by_title)], random.Random(seed)
+    rng.shuffle(groups)
+    share, parts = len(items) / 20, ([], [], [])
+    for part in parts[1:]:
+        while len(groups) > 1 and len(part) < max(1, share):
+            part += groups.pop()
+    parts[0].extend(item for group in groups for item in group)
+    for part in parts:  # so that the first N of a split are a fair sample of it
+        rng.shuffle(part)
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo's synthetic catalogue
+
+DEMO_NOISE = 0.25  # standard deviation of the log-normal noise on each price
+DEMO_BRANDS = {  # invented brands: (their factor on the price, how the description speaks of them)
+    **dict.fromkeys(("Maple", "Harbor", "Cedar"), (0.7, "Basic and affordable")),
+    **dict.fromkeys(("Summit", "Atlas", "Pioneer"), (1.0, "Solid and dependable")),
+    **dict.fromkeys(("Sterling", "Regal", "Crown"), (1.5, "Premium and finely made")),
+}
+DEMO_CONDITIONS = {"new": 1.0, "open box": 0.9, "refurbished": 0.75, "used": 0.6}
+DEMO_KINDS = {  # category: (kind, dollars in the middle size of a middle brand, unit, sizes)
+    "Appliances": (("refrigerator", 560, "cubic feet", 14, 18, 25), ("washing machine", 480, "pounds", 12, 16, 20),
+                   ("dishwasher", 440, "settings", 8, 12, 15), ("electric oven", 520, "liters", 45, 60, 75),
+                   ("freezer", 380, "cubic feet", 5, 7, 14), ("air conditioner", 410, "square feet", 150, 350, 700)),
+    "Electronics": (("laptop computer", 540, "GB", 8, 16, 32), ("television", 460, "inches", 32, 50, 65),
+                    ("smartphone", 520, "GB", 64, 128, 256), ("computer monitor", 230, "inches", 22, 27, 32),
+                    ("digital camera", 430, "megapixels", 16, 24, 45), ("game console", 390, "GB", 500, 1000, 2000)),
+    "Furniture": (("sofa", 540, "seats", 2, 3, 4), ("mattress", 450, "inches", 8, 10, 12),
+                  ("dining table", 380, "seats", 4, 6, 8), ("wardrobe", 340, "doors", 2, 3, 4),
+                  ("desk", 260, "inches", 40, 48, 60), ("bookcase", 120, "shelves", 3, 5, 6)),
+    "Accessories": (("flash drive", 14, "GB", 32, 64, 128), ("phone charger", 18, "watts", 20, 30, 65),
+                    ("mouse pad", 11, "inches", 9, 12, 31), ("charging cable", 10, "feet", 3, 6, 10),
+                    ("earbuds", 28, "hours", 20, 30, 50), ("power strip", 20, "outlets", 4, 6, 12)),
+    "Kitchen": (("frying pan", 28, "inches", 8, 10, 12), ("chef knife", 32, "inches", 6, 8, 10),
+                ("mixing bowl", 17, "quarts", 2, 3, 5), ("water bottle", 16, "ounces", 16, 24, 40),
+                ("cutting board", 21, "inches", 10, 14, 18), ("coffee maker", 60, "cups", 4, 8, 12)),
+    "Toys": (("building blocks", 30, "pieces", 150, 400, 900), ("jigsaw puzzle", 15, "pieces", 300, 1000, 2000),
+             ("teddy bear", 20, "inches", 10, 16, 30), ("board game", 28, "players", 2, 4, 8)),
+    "Tools": (("screwdriver", 10, "inches", 4, 6, 8), ("tape measure", 12, "feet", 12, 25, 35),
+              ("tool box", 32, "inches", 13, 16, 22), ("cordless drill", 85, "volts", 12, 18, 20),
+              ("ladder", 75, "feet", 4, 6, 8), ("garden hose", 30, "feet", 25, 50, 100)),
+    "Sports": (("treadmill", 540, "horsepower", 2, 2.5, 3.5), ("mountain bike", 480, "gears", 7, 21, 24),
+               ("rowing machine", 420, "levels", 8, 12, 16), ("camping tent", 140, "persons", 2, 4, 8)),
+}
+
+
+def demo_items(n, seed, noise=DEMO_NOISE):
+    """`n` items of a synthetic catalogue, the same for the same seed: invented brands, everyday kinds of product.
+
+    Price = what such a thing costs × brand × √(size / middle size) × condition × log-normal noise, within
+    $5 … $999. With `noise=0` the same items come with the price that their wording implies, the median of what they
+    may cost: the mean distance between the two is the best mean absolute error that any model can reach.
+    """
+    rng = random.Random(seed)
+    kinds = [(category, *kind) for category, group in DEMO_KINDS.items() for kind in group]
+    items = []
+    for number in range(n):
+        category, kind, dollars, unit, *sizes = rng.choice(kinds)
+        brand, size, condition = rng.choice(list(DEMO_BRANDS)), rng.choice(sizes), rng.choice(list(DEMO_CONDITIONS))
+        factor, praise = DEMO_BRANDS[brand]
+        price = dollars * factor * math.sqrt(size / sizes[1]) * DEMO_CONDITIONS[condition]
+        price = round(min(999.0, max(5.0, price * math.exp(noise * rng.gauss(0, 1)))), 2)
+        title = f"{brand} {kind}, {size:g} {unit}"
+        summary = (f"Title: {title}\nCategory: {category}\nBrand: {brand}\n"
+                   f"Description: {praise}.\nDetails: {condition}")
+        items.append(Item(title, category, price, summary=summary, id=number))
+    return items

@@ -1,0 +1,201 @@
+"""prepare, train and eval on a tiny Llama in real nf4, through the command line where users meet it."""
+import csv
+import json
+import os
+
+import pytest
+
+import app
+from app import RECIPES, build_quant_config, build_trainer, load_base, load_tokenizer
+from conftest import TRAIN, write_catalogue
+from items import load_prompts
+
+
+def read(path):
+    return json.loads(path.read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def splits(run, prepared):
+    return load_prompts(run.folder / "outputs/datasets/items_prompts_lite")
+
+
+@pytest.fixture()
+def trainer(tiny_base, splits, tmp_path):
+    recipe = RECIPES["lite"] | {"batch_size": 4, "max_steps": 6, "learning_rate": 1e-2}
+    return build_trainer(load_base(tiny_base), load_tokenizer(tiny_base), splits, recipe, tmp_path, 1, False)
+
+
+def test_prepare_says_what_it_found(run, prepared):
+    folder = run.folder / "outputs/datasets/items_prompts_lite"
+    found = read(folder / "prepare.json")
+    assert sum(found["kept"].values()) + sum(map(len, found["dropped"].values())) == 80
+    assert sorted(os.listdir(folder)) == ["prepare.json", "prepare.png", "test.parquet", "train.parquet", "val.parquet"]
+
+
+def test_prepare_again_replaces_and_a_failed_one_leaves_the_old(run, prepared, tmp_path):
+    folder = run.folder / "outputs/datasets/items_prompts_lite"
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"title": "A", "text": "a", "price": 0}')
+    done = run("prepare", *prepared, "--source", str(bad), code=1)
+    assert done.stderr.strip().splitlines()[-1].startswith(f"app.py prepare: {bad}: none of 1 rows is usable")
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+
+
+def test_the_base_is_nf4_with_double_quantisation_and_only_adapters_train(trainer):
+    import bitsandbytes
+
+    layers = [m for m in trainer.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 2 * 7
+    assert all(m.weight.quant_state.quant_type == "nf4" and m.weight.quant_state.nested for m in layers)
+    trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert len(trainable) == 2 * 4 * 2 and all("lora_" in name for name in trainable)
+    assert {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad} == {"torch.float32"}
+
+
+def test_the_loss_is_on_completions_only_and_ends_with_eos(trainer, splits):
+    tokenizer = trainer.processing_class
+    for row, source in zip(trainer.train_dataset, splits["train"]):
+        labels = [label for label in row["labels"] if label != -100]
+        assert tokenizer.decode(labels) == source["completion"] + tokenizer.eos_token
+        assert row["labels"][-len(labels):] == labels  # nothing of the prompt
+
+
+def test_training_lowers_the_loss(tiny_base, splits, tmp_path):
+    recipe = RECIPES["demo"] | {"batch_size": 8, "max_steps": 30, "learning_rate": 3e-2, "logging_steps": 5}
+    trainer = build_trainer(load_base(tiny_base), load_tokenizer(tiny_base), splits, recipe, tmp_path, 1, False)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_recipe_is_the_courses(tiny_base, splits, tmp_path):
+    for mode, r, targets, epochs, batch in (("lite", 32, 4, 1, 32), ("full", 256, 7, 3, 256)):
+        trainer = build_trainer(load_base(tiny_base), load_tokenizer(tiny_base), splits, RECIPES[mode], tmp_path, 1, False)
+        args, lora = trainer.args, trainer.model.peft_config["default"]
+        assert (lora.r, lora.lora_alpha, len(lora.target_modules), lora.lora_dropout, lora.bias) == (r, 2 * r, targets, 0.1, "none")
+        assert (args.num_train_epochs, args.train_batch_size * args.gradient_accumulation_steps) == (epochs, batch)
+        assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps) == (1e-4, "cosine", 0.01)
+        assert (args.weight_decay, args.max_grad_norm, args.save_total_limit, args.optim) == (0.001, 0.3, 10, "adamw_torch_fused")
+
+
+def test_gradients_after_an_evaluation_equal_the_dequantised_models(trainer):
+    import bitsandbytes
+    import torch
+
+    trainer.evaluate()  # repacks the weights on some CPUs, unless that is switched off
+    model, batch = trainer.model.eval(), next(iter(trainer.get_train_dataloader()))
+    assert not any(m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit))
+    with torch.no_grad():  # B starts at zero, and so would half of the gradients
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+
+    def gradients():
+        model.zero_grad()
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if "lora_" in name}
+
+    found = gradients()
+    model.base_model.model.dequantize()
+    assert not any(isinstance(m, bitsandbytes.nn.Linear4bit) for m in model.modules())
+    expected = gradients()
+    assert expected.keys() == found.keys() and len(found) == 16
+    for name in expected:
+        assert expected[name].abs().max() > 0
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_one_seed_gives_one_adapter_bit_for_bit(run, prepared, trained):
+    for name, seed in (("again", "42"), ("other", "43")):
+        run("train", *prepared, "--run-name", name, "--seed", seed, *TRAIN)
+    first, again, other = [(run.folder / f"outputs/price-{name}" / app.ADAPTER_FILE).read_bytes()
+                           for name in ("first", "again", "other")]
+    assert first == again != other
+
+
+def test_train_leaves_a_whole_run(trained):
+    record = read(trained / "run.json")
+    assert record["finished"] and record["steps"] == 6 and record["seed"] == 42
+    assert record["recipe"]["lora_r"] == 32 and record["recipe"]["max_steps"] == 6
+    assert len(record["data"]["fingerprint"]) == 16 and record["versions"].keys() >= {"torch", "trl", "peft"}
+    assert {"adapter_config.json", app.ADAPTER_FILE, "tokenizer.json", "loss.png", "checkpoint-3", "checkpoint-6"} <= set(os.listdir(trained))
+
+
+def test_a_run_name_is_used_once(run, prepared, trained):
+    before = (trained / app.ADAPTER_FILE).read_bytes()
+    assert "exists already" in run("train", *prepared, "--run-name", "first", *TRAIN, code=1).stderr
+    assert (trained / app.ADAPTER_FILE).read_bytes() == before
+
+
+def test_eval_reports_the_run_the_base_and_the_constants(run, trained):
+    run("eval", "--local", "--run-name", "first", "--compare-base", "--size", "all")  # base and data: the run's own
+    results = read(trained / "eval/results.json")
+    keys = {"n", "mae", "mae_ci95", "mse", "r2", "parse_failures", "items_per_s", "seconds"}
+    assert keys <= results.keys() and keys <= results["base"].keys()
+    assert results["baselines"].keys() == {"constant_mean", "constant_median"}
+    with open(trained / "eval/predictions.csv", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == results["n"] and list(table[0]) == ["index", "title", "truth", "guess", "error"]
+    assert results["mae"] == pytest.approx(sum(float(row["error"]) for row in table) / len(table), abs=0.01)
+    prices = sorted(float(price) for price in load_prompts(run.folder / "outputs/datasets/items_prompts_lite")["train"]["completion"])
+    median = (prices[(len(prices) - 1) // 2] + prices[len(prices) // 2]) / 2
+    expected = sum(abs(median - float(row["truth"])) for row in table) / len(table)
+    assert results["baselines"]["constant_median"]["mae"] == pytest.approx(expected)
+    assert {"scatter.png", "running_error.png"} <= set(os.listdir(trained / "eval"))
+
+
+def test_eval_of_the_untouched_base(run, prepared):
+    run("eval", *prepared, "--run-name", "base", "--size", "2")
+    assert read(run.folder / "outputs/price-base/eval/results.json")["n"] == 2
+
+
+def test_eval_notices_changed_data(run, prepared, trained, tmp_path):
+    import shutil
+
+    shutil.copytree(run.folder / "outputs", tmp_path / "outputs")
+    shared = prepared[:-2] + ("--base-model", prepared[-1])
+    run("prepare", *shared, "--source", write_catalogue(tmp_path / "new.jsonl", 60), cwd=tmp_path)
+    assert "not the data that the run was trained on" in run("eval", "--local", "--run-name", "first", cwd=tmp_path).stdout
+
+
+def test_answers_of_a_batch_equal_those_of_single_prompts(trainer, splits):
+    trainer.train()
+    answer = app.answerer(trainer.model.eval(), trainer.processing_class)
+    rows = list(splits["train"].select(range(12)))
+    assert answer(rows) == [answer([row])[0] for row in rows]
+
+
+def test_eight_bit_stays_reachable():
+    assert build_quant_config(False, False).load_in_8bit
+    four = build_quant_config(True, True)
+    assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant, str(four.bnb_4bit_compute_dtype)) == ("nf4", True, "torch.bfloat16")
+
+
+def test_without_cuda_bf16_is_not_supported_and_nothing_raises():
+    import torch
+
+    if not torch.cuda.is_available():
+        assert app.detect_bf16_support() is False
+
+
+# Errors: one line that says what to do
+
+@pytest.mark.parametrize("arguments, said", [
+    (("eval", "--local", "--run-name", "nosuch"), "no such run"),
+    (("eval", "--local", "--demo"), "no finished demo run"),
+    (("train", "--demo"), "Run `python app.py prepare --demo` first"),
+    (("prepare", "--lite"), "HF_TOKEN is not set"),
+    (("train", "--lite"), "HF_TOKEN is not set"),
+    (("prepare", "--local", "--source", "nosuch.csv"), "can't be read as csv"),
+    (("prepare", "--local", "--source", "catalogue.jsonl", "--base-model", "."), "holds no config.json"),
+    (("prepare", "--local", "--source", "catalogue.jsonl", "--base-model", "no/such-model"), "no/such-model: not on disk"),
+    (("prepare", "--local", "--lite"), "ed-donner/items_lite: not on disk"),
+    (("prepare", "--local", "--source", "catalogue.jsonl", "--output-dir", "/proc/nowhere"), "can't be written to"),
+])
+def test_what_a_user_can_cause_ends_in_one_line(run, trained, arguments, said, tmp_path):
+    done = run(*arguments, code=1, HF_TOKEN="", HF_HOME=str(tmp_path))
+    last = done.stderr.strip().splitlines()[-1]
+    assert said in last and last.startswith(f"app.py {arguments[0]}: ")
