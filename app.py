@@ -289,7 +289,8 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
     print(f"Tokens an item:   {quantiles(counts['train']['tokens'])}")
     with replacing(config.dataset_folder) as folder:
         save_prompts(folder, prompts)
-        show(data_chart(counts["train"]["price"], counts["train"]["tokens"], cutoff, found["source"]), folder, "prepare.png")
+        chart = data_chart(counts["train"]["price"], counts["train"]["tokens"], cutoff, found["source"])
+        show(chart, folder, "prepare.png")
         write_json(folder / "prepare.json", found)
     print(f"Saved: {config.dataset_folder}")
     if not config.local:
@@ -320,9 +321,10 @@ def published_items(config):
                 dropped.setdefault(problem, []).append(f"{split} {row + 1}")
         return [not problem for problem in problems]
 
-    return type(splits)({ours: splits[theirs].filter(usable, with_indices=True, batched=True, load_from_cache_file=False,
-                                                     fn_kwargs={"split": ours}, desc=f"checking {ours}")
-                         for ours, theirs in names.items()}), dropped
+    return type(splits)({
+        ours: splits[theirs].filter(usable, with_indices=True, batched=True, load_from_cache_file=False,
+                                    fn_kwargs={"split": ours}, desc=f"checking {ours}")
+        for ours, theirs in names.items()}), dropped
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,13 +401,15 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     splits, place = find_prompts(config)
     path = base_path(config)
 
+    if log_wandb:
+        os.environ["WANDB_PROJECT"] = config.project_name
     started = time.time()
     trainer = build_trainer(load_base(path, use_4bit), load_tokenizer(path), splits, recipe, folder, seed, log_wandb)
     plan = make_plan(trainer, recipe)
     print("\n".join(f"{name + ':':<14}{text}" for name, text in plan.items()))
     record = {"run": run_name, "project": config.project_name, "mode": config.mode, "base_model": config.base_model,
-              "data": {"hub": None if Path(place).exists() else place, "fingerprint": fingerprint(splits)}, "seed": seed, "use_4bit": use_4bit,
-              "recipe": recipe, "plan": plan, "versions": versions(), "device": describe_device(), "finished": False}
+              "data": {"hub": None if Path(place).exists() else place, "fingerprint": fingerprint(splits)},
+              "recipe": recipe, "seed": seed, "use_4bit": use_4bit, "plan": plan, "versions": versions(), "device": describe_device(), "finished": False}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", record)
     ready = time.time()
@@ -512,7 +516,8 @@ def estimate_memory(model, recipe, longest, checkpointing):
     With checkpointing only a layer's input is kept, and one layer at a time in full.
     """
     shape, tokens = model.config, recipe["batch_size"] * longest
-    adapter_inputs = sum(shape.intermediate_size if name == "down_proj" else shape.hidden_size for name in recipe["targets"])
+    adapter_inputs = sum(shape.intermediate_size if name == "down_proj" else shape.hidden_size
+                         for name in recipe["targets"])
     value = model.get_input_embeddings().weight.element_size()
     layer = tokens * (value * (8 * shape.hidden_size + 3 * shape.intermediate_size) + 5 * adapter_inputs)
     inputs = tokens * value * shape.hidden_size
@@ -565,8 +570,9 @@ def find_run(config, run_name, hf_user):
         wanted = [config.mode] if config.lite_mode or config.demo_mode else list(RECIPES)
         newest = [name for name, record in runs.items() if record.get("mode") in wanted]
         if not newest:
-            raise UserError(f"{config.output_dir}: no finished {'run' if len(wanted) > 1 else wanted[0] + ' run'} of project "
-                            f"{config.project_name}. Run `python app.py train` first, or name one with --run-name.")
+            kind = "run" if len(wanted) > 1 else f"{config.mode} run"
+            raise UserError(f"{config.output_dir}: no finished {kind} of project {config.project_name}. "
+                            "Run `python app.py train` first, or name one with --run-name.")
         run_name = max(newest, key=lambda name: (config.run_folder(name) / ADAPTER_FILE).stat().st_mtime)
     if run_name in runs:
         return run_name, str(config.run_folder(run_name)), runs[run_name]
@@ -608,7 +614,8 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
 
     target = config.run_folder(run_name) / "eval"
     with replacing(target) as folder:
-        results = evaluate(answer, test, size, EVAL_BATCH, folder, f"{config.project_name}-{run_name} on {found['source']}")
+        title = f"{config.project_name}-{run_name} on {found['source']}"
+        results = evaluate(answer, test, size, EVAL_BATCH, folder, title)
         if adapter and compare_base:
             with model.disable_adapter():
                 results["base"] = evaluate(answer, test, size, EVAL_BATCH, title="the untouched base model")
@@ -619,7 +626,8 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
             results["best_reachable"] = metrics(found["implied_prices"][: len(truths)], truths)
         results |= {"run": run_name, "base_model": config.base_model, "revision": revision, "seed": seed,
                     "data": {"place": place, "source": found["source"], "split": "test", "rows": len(test)},
-                    "device": describe_device(), "versions": versions(), "date": datetime.now().isoformat(timespec="seconds")}
+                    "device": describe_device(), "versions": versions(),
+                    "date": datetime.now().isoformat(timespec="seconds")}
         write_json(folder / "results.json", results)
     print(compare(results))
     print(f"Saved: {target}")
@@ -704,7 +712,8 @@ def build_parser() -> argparse.ArgumentParser:
                           "minutes; implies --local (default without either: full, 800,000 items, LoRA r 256)")
         group.add_argument("--local", action="store_true", help="push nothing, need no token: all stays in --output-dir")
         group.add_argument("--base-model", help=f"name or folder (default {DEFAULT_BASE_MODEL}; in the demo SmolLM2-135M)")
-        group.add_argument("--project-name", type=plain_name, default=DEFAULT_PROJECT_NAME, help=f"starts run names (default {DEFAULT_PROJECT_NAME})")
+        group.add_argument("--project-name", type=plain_name, default=DEFAULT_PROJECT_NAME,
+                           help=f"first part of run names (default {DEFAULT_PROJECT_NAME})")
         group.add_argument("--data-user", help="whose datasets to read (default: the nearest, and says which)")
         group.add_argument("--output-dir", default="outputs", help="folder for everything written (default outputs)")
         group.add_argument("--seed", type=int, default=42, help="for everything random (default 42)")
@@ -747,7 +756,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--hf-user", help="whose account the adapter is in (default: the token's own)")
     evaluate.add_argument("--run-name", type=plain_name, help="the run to judge, or `base` (default: the newest local run)")
     evaluate.add_argument("--revision", help="the adapter's commit on the Hub")
-    evaluate.add_argument("--size", type=number_or_all, default=200, metavar="N|all", help="test items to judge (default %(default)s)")
+    evaluate.add_argument("--size", type=number_or_all, default=200, metavar="N|all", help="test items (default 200)")
     evaluate.add_argument("--compare-base", action="store_true", help="judge the untouched base as well (on in the demo)")
     return parser
 
@@ -770,9 +779,9 @@ def main(argv=None) -> None:
         if args.stage == "prepare":
             prepare_prompts(config, args.cutoff, args.hf_dataset_user, args.source)
         elif args.stage == "train":
-            train_model(config, args.hf_user, args.log_wandb, args.seed, args.run_name, not args.no_4bit, epochs=args.epochs,
-                        max_steps=args.max_steps, batch_size=args.batch_size, learning_rate=args.learning_rate,
-                        lora_r=args.lora_r, save_steps=args.save_steps)
+            train_model(config, args.hf_user, args.log_wandb, args.seed, args.run_name, not args.no_4bit,
+                        epochs=args.epochs, max_steps=args.max_steps, batch_size=args.batch_size,
+                        learning_rate=args.learning_rate, lora_r=args.lora_r, save_steps=args.save_steps)
         else:
             evaluate_model(config, args.hf_user, args.run_name, args.revision, args.seed, args.size,
                            args.compare_base or args.demo)
