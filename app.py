@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 import warnings
@@ -26,8 +27,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Optional
 
-from items import (SPLITS, UserError, build_prompts, demo_items, describe, item_splits, load_prompts,
-                   price_problem, read_catalogue, replacing, restore, save_prompts, split_by_title, text_problem,
+from items import (PREFIX, QUESTION, SPLITS, UserError, build_prompts, demo_items, describe, item_splits, load_prompts,
+                   price_problem, read_catalogue, read_json, replacing, restore, save_prompts, split_by_title, text_problem,
                    write_json)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,6 +49,8 @@ RECIPES = {  # lite and full are the course's
     "demo": dict(epochs=1, max_steps=80, batch_size=4, learning_rate=1.5e-3, lora_r=16, lora_dropout=0.0,
                  targets=ALL_LINEAR, val_size=24, logging_steps=10, save_steps=40),
 }
+PUSH_WAITS = 5, 20  # seconds between the tries of a push; the client itself tries five times each
+KEPT_CHECKPOINTS = 10
 DEMO_ROWS = 2400
 ADAPTER_FILE = "adapter_model.safetensors"
 EVAL_BATCH = 64  # prompts generated from at once
@@ -81,6 +84,9 @@ class RunConfig:
     def run_folder(self, run_name):
         return Path(self.output_dir, f"{self.project_name}-{run_name}")
 
+    def is_finished(self, run_name):
+        return (self.run_folder(run_name) / ADAPTER_FILE).exists()  # the file that a run writes last
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Environment
@@ -95,13 +101,40 @@ def get_env(name: str, required: bool = False) -> Optional[str]:
     return value
 
 
-def login_huggingface() -> str:
-    """Logs in with HF_TOKEN, nothing stored in git's credentials. Returns the account's name."""
-    from huggingface_hub import HfApi, login
+class PushError(UserError):
+    """The Hub didn't take what is safe on disk."""
 
+    code = 3
+
+
+def login_huggingface(namespace: Optional[str] = None, write: bool = False) -> str:
+    """Asks the Hub whom HF_TOKEN belongs to. The libraries read it from the environment, nothing is stored.
+
+    Returns `namespace`, an account to use, or else the token's own. Raises UserError where the token may not.
+    """
+    from huggingface_hub import HfApi
+
+    get_env("HF_TOKEN", required=True)
     with hub_errors("HF_TOKEN"):
-        login(token=get_env("HF_TOKEN", required=True), add_to_git_credential=False)
-        return HfApi().whoami()["name"]
+        who = HfApi().whoami()
+    if write and who["auth"]["accessToken"]["role"] == "read":
+        raise UserError("HF_TOKEN may only read. Make one with the role `write`, or add --local.")
+    if write and namespace not in (None, who["name"], *(group["name"] for group in who["orgs"])):
+        raise UserError(f"{namespace}: HF_TOKEN is {who['name']}'s and may not write there. Name another account.")
+    return namespace or who["name"]
+
+
+def check_all(*checks):
+    """The results of the checks, called one after the other. Raises one UserError that names all that failed."""
+    results, problems = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return results
 
 
 @contextmanager
@@ -124,11 +157,49 @@ def hub_errors(what):
         raise UserError(f"{what}: {str(error).strip().splitlines()[0]}") from error
 
 
+def push(name, upload, later):
+    """Calls `upload`, up to three times. Raises PushError, which says how to make up for it, if the Hub stays down."""
+    for wait in (*PUSH_WAITS, None):
+        try:
+            with hub_errors(name):
+                upload()
+        except UserError as error:
+            if wait is None:
+                raise PushError(f"{error} Everything is on disk; to push it later: {later}") from error
+            print(f"Not pushed: {error} Trying again in {wait} s")
+            time.sleep(wait)
+        else:
+            return print(f"Pushed: {name}")
+
+
 def detect_bf16_support() -> bool:
     """Whether the GPU computes in bf16 (capability 8 and up: A100, not T4). False without a GPU."""
     import torch
 
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+
+
+def check_disk(config, recipe):
+    """Raises UserError where the checkpoints that a run keeps, each with both Adam moments, don't fit on the disk."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_path(config)))
+    parameters = sum(recipe["lora_r"] * (layer.in_features + layer.out_features)
+                     for name, layer in model.named_modules() if name.split(".")[-1] in recipe["targets"])
+    needed, free = 12 * parameters * (KEPT_CHECKPOINTS + 1), shutil.disk_usage(config.output_dir).free
+    if needed > free:
+        raise UserError(f"{config.output_dir}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for "
+                        f"{KEPT_CHECKPOINTS} checkpoints. Make room or give another --output-dir.")
+
+
+def name_wandb_run(config, run_name):
+    """Names the W&B run of this process; the same name goes on with the same run. Raises UserError without a key."""
+    if not get_env("WANDB_API_KEY") and get_env("WANDB_MODE") != "offline":
+        raise UserError("--log-wandb: WANDB_API_KEY is not set. Set it, or WANDB_MODE=offline to log to disk only.")
+    os.environ |= {"WANDB_PROJECT": config.project_name, "WANDB_NAME": run_name, "WANDB_RESUME": "allow",
+                   "WANDB_RUN_ID": f"{config.project_name}-{run_name}"}
 
 
 def describe_device():
@@ -261,23 +332,12 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
     from util import data_chart, quantiles, show
 
     check_writable(config)
-    account = None if config.local else login_huggingface()
-    found = {"mode": config.mode, "cutoff": cutoff, "seed": config.seed, "base_model": config.base_model}
-    if source:
-        items, dropped = read_catalogue(source)
-        splits = item_splits(*split_by_title(items, config.seed), asdict)
-        found["source"] = f"{source}, split 90/5/5 by title, seed {config.seed}"
-    elif config.demo_mode:
-        parts, dropped = split_by_title(demo_items(DEMO_ROWS, config.seed), config.seed), {}
-        implied = {item.id: item.price for item in demo_items(DEMO_ROWS, config.seed, noise=0)}
-        splits = item_splits(*parts, asdict)
-        found |= {"source": f"synthetic catalogue of {DEMO_ROWS:,} items, seed {config.seed}",
-                  "implied_prices": [implied[item.id] for item in parts[-1]]}
-    else:
-        splits, dropped = published_items(config)
-        found["source"] = f"{config.data_user or DEFAULT_DATA_USER}/items_{config.mode}"
+    account, path, (splits, dropped, about) = check_all(
+        lambda: config.local or login_huggingface(hf_dataset_user, write=True), lambda: base_path(config),
+        lambda: gather_items(config, source))
+    found = {"mode": config.mode, "cutoff": cutoff, "seed": config.seed, "base_model": config.base_model} | about
     print(f"Items: {found['source']}")
-    prompts, counts = build_prompts(splits, load_tokenizer(base_path(config)), cutoff)
+    prompts, counts = build_prompts(splits, load_tokenizer(path), cutoff)
 
     found |= {"kept": {name: len(prompts[name]) for name in SPLITS}, "dropped": dropped,
               "cut": {name: sum(counts[name]["cut"]) for name in SPLITS}}
@@ -294,14 +354,27 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
         write_json(folder / "prepare.json", found)
     print(f"Saved: {config.dataset_folder}")
     if not config.local:
-        name = f"{hf_dataset_user or account}/{config.dataset_name}"
-        with hub_errors(name):
-            prompts.push_to_hub(name, private=True)
-        print(f"Pushed: {name}")
+        name = f"{account}/{config.dataset_name}"
+        push(name, lambda: prompts.push_to_hub(name, private=True), "the same command again")
+
+
+def gather_items(config, source):
+    """(DatasetDict of items, what was dropped: {reason: [line, …]}, what to record about where they come from)."""
+    if source:
+        items, dropped = read_catalogue(source)
+        parts = split_by_title(items, config.seed)
+        return item_splits(*parts, asdict), dropped, {"source": f"{source}, split 90/5/5 by title, seed {config.seed}"}
+    if config.demo_mode:
+        parts = split_by_title(demo_items(DEMO_ROWS, config.seed), config.seed)
+        implied = {item.id: item.price for item in demo_items(DEMO_ROWS, config.seed, noise=0)}
+        return item_splits(*parts, asdict), {}, {
+            "source": f"synthetic catalogue of {DEMO_ROWS:,} items, seed {config.seed}",
+            "implied_prices": [implied[item.id] for item in parts[-1]]}
+    return published_items(config)
 
 
 def published_items(config):
-    """The course's items from the Hub as a DatasetDict, and what was dropped: {reason: [split and row, …]}."""
+    """`gather_items` for the course's items on the Hub; what is dropped goes by split and row."""
     from datasets import load_dataset
 
     name, dropped = f"{config.data_user or DEFAULT_DATA_USER}/items_{config.mode}", {}
@@ -324,7 +397,7 @@ def published_items(config):
     return type(splits)({
         ours: splits[theirs].filter(usable, with_indices=True, batched=True, load_from_cache_file=False,
                                     fn_kwargs={"split": ours}, desc=f"checking {ours}")
-        for ours, theirs in names.items()}), dropped
+        for ours, theirs in names.items()}), dropped, {"source": name}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,57 +454,110 @@ def fingerprint(splits):
 
 
 def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: bool = False, seed: Optional[int] = None,
-                run_name: Optional[str] = None, use_4bit: bool = True, **overrides):
+                run_name: Optional[str] = None, use_4bit: bool = True, resume: Optional[str] = None,
+                dry_run: bool = False, **overrides):
     """QLoRA through TRL's SFTTrainer: the quantised base stays as it is, LoRA adapters learn from completions only.
 
     `overrides` replace entries of the mode's recipe (`epochs`, `max_steps`, `batch_size`, `learning_rate`, `lora_r`,
-    `save_steps`) where they are not None. Leaves adapter, tokenizer, run.json and a loss chart in the run's folder,
-    then pushes them to `{hf_user}/{project}-{run}`, private, unless the run is local. Returns the run's folder.
+    `save_steps`) where they are not None. `resume` goes on with a run, '' with the newest unfinished one, under its own
+    recipe. Leaves adapter, tokenizer, run.json, model card and a loss chart in the run's folder and puts them on the
+    Hub as `{hf_user}/{project}-{run}`, private, unless the run is local; the newest checkpoint goes there meanwhile.
+    `dry_run` stops at the plan. Returns the run's folder. Raises PushError where only the Hub is lacking at the end.
     """
     check_writable(config)
-    account = None if config.local else login_huggingface()
+    if resume is None:
+        record = new_record(config, run_name, seed, use_4bit, overrides)
+    else:
+        record = find_resumable(config, resume, hf_user)
+        config = replace(config, lite_mode=record["mode"] == "lite", demo_mode=record["mode"] == "demo",
+                         base_model=record["base_model"])
+    folder, recipe = config.run_folder(record["run"]), record["recipe"]
+    if config.is_finished(record["run"]):
+        print(f"{record['run']} is finished")
+        return push_run(folder, record) if record["hub"] and not record["pushed"] and not config.local else folder
+    account, (splits, place), path, _, _ = check_all(
+        lambda: config.local or login_huggingface(hf_user, write=True),
+        lambda: find_prompts(config, record.get("data", {}).get("hub")), lambda: base_path(config),
+        lambda: check_disk(config, recipe), lambda: log_wandb and name_wandb_run(config, record["run"]))
+    record |= {"data": {"hub": None if Path(place).exists() else place, "fingerprint": fingerprint(splits)},
+               "hub": None if config.local else f"{account}/{folder.name}", "wandb": log_wandb}
+
+    started = time.time()
+    trainer = build_trainer(load_base(path, record["use_4bit"]), load_tokenizer(path), splits, recipe, folder,
+                            record["seed"], log_wandb)
+    record["plan"] = make_plan(trainer, recipe)
+    print("\n".join(f"{name + ':':<14}{text}" for name, text in record["plan"].items()))
+    if dry_run:
+        return print("Dry run: nothing trained, nothing written")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "run.json", record)
+    if record["hub"]:
+        from huggingface_hub import HfApi
+
+        with hub_errors(record["hub"]):
+            HfApi().create_repo(record["hub"], private=True, exist_ok=True)
+        trainer.add_callback(checkpoint_pusher(record["hub"]))
+    ready = time.time()
+    trainer.train(resume_from_checkpoint=resume is not None and newest_checkpoint(folder))
+    record |= {"steps": trainer.state.global_step, "history": trainer.state.log_history,
+               "seconds": {"load": round(ready - started, 1), "train": round(time.time() - ready, 1)},
+               "peak_memory_bytes": memory()[2]}
+    save_run(trainer, folder, record)
+    print(f"Trained {record['steps']:,} steps in {record['seconds']['train']:,.0f} s; the adapter is in {folder}")
+    return push_run(folder, record) if record["hub"] else folder
+
+
+def new_record(config, run_name, seed, use_4bit, overrides):
+    """What run.json says of a run before it starts: its settings, from the recipe and what overrides it."""
     recipe = RECIPES[config.mode] | {name: value for name, value in overrides.items() if value is not None}
     if overrides.get("epochs") and not overrides.get("max_steps"):
         recipe["max_steps"] = None  # whole epochs were asked for
-    seed = config.seed if seed is None else seed
-    run_name = run_name or datetime.now().strftime("%Y-%m-%d_%H.%M.%S") + (f"-{config.mode}" * (config.mode != "full"))
+    run_name = run_name or datetime.now().strftime("%Y-%m-%d_%H.%M.%S") + f"-{config.mode}" * (config.mode != "full")
+    if (config.run_folder(run_name) / "run.json").exists():
+        raise UserError(f"--run-name {run_name}: {config.run_folder(run_name)} exists already. Go on with it by "
+                        f"--resume {run_name}, or give another name.")
+    return {"run": run_name, "project": config.project_name, "mode": config.mode, "base_model": config.base_model,
+            "recipe": recipe, "seed": config.seed if seed is None else seed, "use_4bit": use_4bit,
+            "versions": versions(), "device": describe_device(), "pushed": False}
+
+
+def local_runs(config):
+    """{name: run.json's content} of the project's runs on disk, the newest last."""
+    files = sorted(Path(config.output_dir).glob(f"{config.project_name}-*/run.json"), key=lambda file: file.stat().st_mtime)
+    return {file.parent.name.removeprefix(f"{config.project_name}-"): read_json(file) for file in files}
+
+
+def find_resumable(config, run_name, hf_user):
+    """The run.json of the run to go on with; without a name, of the newest unfinished one. What isn't on disk is
+    fetched from the Hub, unless the config is local."""
+    runs = local_runs(config)
+    run_name = run_name or next((name for name in reversed(runs) if not config.is_finished(name)), None)
+    if run_name in runs:
+        return runs[run_name]
+    if config.local or not run_name:
+        raise UserError(f"--resume {run_name or ''}: nothing to go on with in {config.output_dir}. "
+                        f"There are: {', '.join(runs) or 'no runs'}.")
+    from huggingface_hub import snapshot_download
+
     folder = config.run_folder(run_name)
-    if (folder / "run.json").exists():
-        raise UserError(f"--run-name {run_name}: {folder} exists already. Give another name, or move it away.")
-    splits, place = find_prompts(config)
-    path = base_path(config)
+    name = f"{login_huggingface(hf_user)}/{folder.name}"
+    with hub_errors(name):
+        snapshot_download(name, local_dir=folder)
+    print(f"Fetched: {name}")
+    return read_json(folder / "run.json")
 
-    if log_wandb:
-        os.environ["WANDB_PROJECT"] = config.project_name
-    started = time.time()
-    trainer = build_trainer(load_base(path, use_4bit), load_tokenizer(path), splits, recipe, folder, seed, log_wandb)
-    plan = make_plan(trainer, recipe)
-    print("\n".join(f"{name + ':':<14}{text}" for name, text in plan.items()))
-    record = {"run": run_name, "project": config.project_name, "mode": config.mode, "base_model": config.base_model,
-              "data": {"hub": None if Path(place).exists() else place, "fingerprint": fingerprint(splits)},
-              "recipe": recipe, "seed": seed, "use_4bit": use_4bit, "plan": plan, "versions": versions(), "device": describe_device(), "finished": False}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "run.json", record)
-    ready = time.time()
-    trainer.train()
 
-    from util import loss_chart, show
-
-    new = folder / "adapter.new"
-    trainer.model.save_pretrained(new)
-    trainer.processing_class.save_pretrained(new)
-    show(loss_chart(trainer.state.log_history, folder.name), new, "loss.png")
-    for file in sorted(new.iterdir(), key=lambda file: file.name == ADAPTER_FILE):
-        os.replace(file, folder / file.name)  # the weights last: where they are, all is
-    new.rmdir()
-    record |= {"finished": True, "steps": trainer.state.global_step, "history": trainer.state.log_history,
-               "seconds": {"load": round(ready - started, 1), "train": round(time.time() - ready, 1)},
-               "peak_memory_bytes": memory()[2]}
-    write_json(folder / "run.json", record)
-    print(f"Trained {record['steps']:,} steps in {record['seconds']['train']:,.0f} s; the adapter is in {folder}")
-    if not config.local:
-        push_run(folder, f"{hf_user or account}/{config.project_name}-{run_name}")
-    return folder
+def newest_checkpoint(folder):
+    """The newest checkpoint in a run's folder that is whole, or None: trainer_state.json is what is written last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            step = json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"]
+        except (OSError, ValueError):
+            print(f"{path.name} is not whole: left aside")
+            continue
+        print(f"Going on from step {step:,}, the newest whole checkpoint")
+        return str(path)
+    return None
 
 
 def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb):
@@ -454,7 +580,7 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb):
         peft_config=LoraConfig(r=recipe["lora_r"], lora_alpha=2 * recipe["lora_r"], target_modules=recipe["targets"],
                                lora_dropout=recipe["lora_dropout"], bias="none", task_type="CAUSAL_LM"),
         args=SFTConfig(
-            output_dir=str(folder), run_name=folder.name, report_to="wandb" if log_wandb else "none",
+            output_dir=str(folder), report_to="wandb" if log_wandb else "none",
             num_train_epochs=recipe["epochs"], max_steps=recipe["max_steps"] or -1,
             per_device_train_batch_size=recipe["batch_size"], per_device_eval_batch_size=recipe["batch_size"],
             optim="adamw_torch_fused",  # paged_adamw_32bit can't resume: bitsandbytes issue 782
@@ -462,7 +588,7 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb):
             max_grad_norm=0.3, bf16=use_bf16, fp16=on_gpu and not use_bf16, use_cpu=not on_gpu,
             activation_checkpointing=on_gpu, max_length=None, seed=seed, data_seed=seed,
             logging_steps=recipe["logging_steps"], eval_strategy="steps", eval_steps=recipe["save_steps"],
-            save_strategy="steps", save_steps=recipe["save_steps"], save_total_limit=10))
+            save_strategy="steps", save_steps=recipe["save_steps"], save_total_limit=KEPT_CHECKPOINTS))
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes them bf16: small updates round to nothing, T4s fail (TRL issue 4901)
             parameter.data = parameter.data.float()
@@ -540,21 +666,109 @@ def memory():
     return used, psutil.virtual_memory().available + used, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def push_run(folder, name):
-    """Puts a finished run, without its checkpoints, on the Hub as the private model `name`."""
+def save_run(trainer, folder, record):
+    """Adapter, tokenizer, run.json, chart and card into the run's folder; the weights last: where they are, all is."""
+    from util import loss_chart, show
+
+    new = folder / "adapter.new"
+    trainer.model.save_pretrained(new)
+    trainer.processing_class.save_pretrained(new)
+    show(loss_chart(trainer.state.log_history, folder.name), new, "loss.png")
+    write_json(new / "run.json", record)
+    write_card(new, folder.name, record)
+    for file in sorted(new.iterdir(), key=lambda file: file.name == ADAPTER_FILE):
+        os.replace(file, folder / file.name)
+    new.rmdir()
+
+
+def checkpoint_pusher(name):
+    """A callback that keeps the newest checkpoint on the Hub while training goes on, for a machine that gets lost.
+
+    One upload at a time, in the background: a state that is saved while the last one still goes up is skipped, so a
+    slow line costs no GPU time. A failure is reported at the next save, which tries again.
+    """
+    from huggingface_hub import HfApi
+    from transformers import TrainerCallback
+
+    class Pusher(TrainerCallback):
+        upload = None
+
+        def on_save(self, args, state, control, **_):
+            if self.upload and not self.upload.done():
+                return
+            if self.upload and self.upload.exception():
+                print(f"Not pushed: {name}: {str(self.upload.exception()).splitlines()[0]} Trying again with this one")
+            checkpoint = f"checkpoint-{state.global_step}"
+            self.upload = HfApi().upload_folder(
+                repo_id=name, folder_path=args.output_dir, allow_patterns=["run.json", f"{checkpoint}/*"],
+                delete_patterns="checkpoint-*", commit_message=checkpoint, run_as_future=True)
+
+    return Pusher()
+
+
+def push_run(folder, record):
+    """Puts a finished run, without its checkpoints, on the Hub and notes so in run.json. Returns the folder."""
     from huggingface_hub import HfApi
 
-    with hub_errors(name):
-        HfApi().create_repo(name, private=True, exist_ok=True)
-        HfApi().upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["checkpoint-*", "eval/*"])
-    print(f"Pushed: {name}")
+    def upload():
+        HfApi().create_repo(record["hub"], private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=record["hub"], folder_path=folder, delete_patterns="checkpoint-*",
+                              ignore_patterns=["checkpoint-*", "*.new/*", "*.old/*"])
+
+    push(record["hub"], upload, f"`python app.py train --resume {record['run']}`")
+    write_json(folder / "run.json", record | {"pushed": True})
+    return folder
+
+
+def write_card(folder, name, record, results=None):
+    """README.md of the run `name`: base model, data, recipe, loss chart, how to load it and, once judged, its figures, which
+    are in the metadata too (model-index)."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    from util import compare
+
+    data = record["data"]
+    figures = [EvalResult("text-generation", data["hub"] or "own", data["hub"] or "own catalogue", metric, results[key],
+                          metric_name=label, dataset_split="test")
+               for metric, key, label in (("mae", "mae", "mean absolute error in $"), ("mse", "mse", "mean squared error"),
+                                          ("r_squared", "r2", "r² in %"))] if results else None
+    metadata = ModelCardData(
+        base_model=None if Path(record["base_model"]).exists() else record["base_model"], library_name="peft",
+        datasets=data["hub"], eval_results=figures, model_name=name, tags=["lora", "price"])
+    recipe = "\n".join(f"| {key} | {value} |" for key, value in (record["recipe"] | {"seed": record["seed"]}).items())
+    judged = ("## Evaluation\n\n```\n" + compare(results) + "\n```\n\n![](eval/scatter.png)\n![](eval/running_error.png)\n"
+              if results else "")
+    ModelCard(f"""---
+{metadata.to_yaml()}
+---
+# {name}
+
+Estimates a product's price in dollars from its description. A LoRA adapter for {record["base_model"]}, trained on
+{data["hub"] or "a catalogue of its own"} (fingerprint {data["fingerprint"]}).
+
+```python
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("{record["hub"] or name}")
+```
+
+The prompt is the question `{QUESTION}`, a blank line, the description, a blank line and `{PREFIX}`.
+
+{judged}
+## Training
+
+| setting | value |
+|---|---|
+{recipe}
+
+![](loss.png)
+""").save(folder / "README.md")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 3: eval
 
 
-def find_run(config, run_name, hf_user):
+def find_run(config, run_name, hf_user, revision):
     """(name, adapter's place, run.json's content) of the run to judge; the place is None for the untouched base.
 
     Without `run_name`: the newest finished local run of the project, of the mode where one was asked for. A run that
@@ -562,24 +776,29 @@ def find_run(config, run_name, hf_user):
     """
     if run_name == "base":
         return "base", None, {}
-    prefix, runs = f"{config.project_name}-", {}
-    for adapter in Path(config.output_dir).glob(f"{prefix}*/{ADAPTER_FILE}"):
-        record = adapter.with_name("run.json")
-        runs[adapter.parent.name.removeprefix(prefix)] = json.loads(record.read_text("utf-8")) if record.exists() else {}
+    runs = {name: record for name, record in local_runs(config).items() if config.is_finished(name)}
     if not run_name:
-        wanted = [config.mode] if config.lite_mode or config.demo_mode else list(RECIPES)
-        newest = [name for name, record in runs.items() if record.get("mode") in wanted]
+        kind = config.mode if config.lite_mode or config.demo_mode else ""
+        newest = [name for name, record in runs.items() if kind in ("", record["mode"])]
         if not newest:
-            kind = "run" if len(wanted) > 1 else f"{config.mode} run"
-            raise UserError(f"{config.output_dir}: no finished {kind} of project {config.project_name}. "
-                            "Run `python app.py train` first, or name one with --run-name.")
-        run_name = max(newest, key=lambda name: (config.run_folder(name) / ADAPTER_FILE).stat().st_mtime)
-    if run_name in runs:
-        return run_name, str(config.run_folder(run_name)), runs[run_name]
+            raise UserError(f"{config.output_dir}: no finished {kind} run of project {config.project_name}. "
+                            "Run `python app.py train` first, or name one with --run-name.".replace("  ", " "))
+        run_name = newest[-1]
+    if run_name in runs or config.is_finished(run_name):
+        return run_name, str(config.run_folder(run_name)), runs.get(run_name, {})
     if config.local:
         raise UserError(f"--run-name {run_name}: no such run in {config.output_dir}. "
-                        f"There are: {', '.join(sorted(runs)) or 'none'}.")
-    return run_name, f"{hf_user or login_huggingface()}/{prefix}{run_name}", {}
+                        f"There are: {', '.join(runs) or 'no runs'}.")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    name = f"{login_huggingface(hf_user)}/{config.run_folder(run_name).name}"
+    with hub_errors(name):
+        try:
+            record = read_json(hf_hub_download(name, "run.json", revision=revision)) | {"hub": name, "pushed": True}
+            return run_name, name, record
+        except EntryNotFoundError:  # the course's adapters have none
+            return run_name, name, {}
 
 
 def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: Optional[str] = None,
@@ -592,7 +811,7 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
     from util import compare, evaluate, metrics, truth_of
 
     check_writable(config)
-    run_name, adapter, record = find_run(config, run_name, hf_user)
+    run_name, adapter, record = find_run(config, run_name, hf_user, revision)
     print(f"Run: {config.project_name}-{run_name} ({adapter or 'the untouched base model'})")
     if adapter:
         mode = record.get("mode") or ("lite" if run_name.endswith("-lite") else config.mode)
@@ -601,8 +820,7 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
     splits, place = find_prompts(config, record.get("data", {}).get("hub"))
     if record and record["data"]["fingerprint"] != fingerprint(splits):
         print("Note: these are not the data that the run was trained on; its test items may have been in training")
-    found = Path(place, "prepare.json")
-    found = json.loads(found.read_text("utf-8")) if found.exists() else {"source": place}
+    found = {"source": place} | read_json(Path(place, "prepare.json"))
     path, test = base_path(config), splits["test"]
     from transformers import set_seed
 
@@ -631,7 +849,25 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
         write_json(folder / "results.json", results)
     print(compare(results))
     print(f"Saved: {target}")
+    if record.get("wandb"):
+        log_evaluation(config, run_name, target, results)
+    if record.get("pushed") and not config.local:
+        from huggingface_hub import HfApi
+
+        write_card(target.parent, target.parent.name, record, results)
+        push(record["hub"], lambda: HfApi().upload_folder(
+            repo_id=record["hub"], folder_path=target.parent, allow_patterns=["README.md", "eval/*"]), "the same command again")
     return results
+
+
+def log_evaluation(config, run_name, folder, results):
+    """Puts figures and charts of an evaluation into the W&B run that the training logged to."""
+    import wandb
+
+    name_wandb_run(config, run_name)
+    with wandb.init() as run:
+        run.log({f"eval/{name}": value for name, value in results.items() if isinstance(value, (int, float))}
+                | {f"eval/{chart.stem}": wandb.Image(str(chart)) for chart in folder.glob("*.png")})
 
 
 def adapter_base(place, revision):
@@ -749,6 +985,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--learning-rate", type=at_least(1e-12, float), help="peak (lite and full 1e-4)")
     train.add_argument("--lora-r", type=at_least(1), help="rank; alpha is twice that (lite 32, full 256, demo 16)")
     train.add_argument("--save-steps", type=at_least(1), help="steps between checkpoints and validations (lite 100, full 200)")
+    train.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: the newest "
+                       "unfinished one), or push what a finished one still has to")
+    train.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
     train.add_argument("--no-4bit", action="store_true", help="quantise the base to 8 bits instead of 4")
     train.add_argument("--log-wandb", action="store_true", help="log to Weights & Biases (needs WANDB_API_KEY)")
 
@@ -780,13 +1019,15 @@ def main(argv=None) -> None:
             prepare_prompts(config, args.cutoff, args.hf_dataset_user, args.source)
         elif args.stage == "train":
             train_model(config, args.hf_user, args.log_wandb, args.seed, args.run_name, not args.no_4bit,
-                        epochs=args.epochs, max_steps=args.max_steps, batch_size=args.batch_size,
+                        args.resume, args.dry_run, epochs=args.epochs, max_steps=args.max_steps, batch_size=args.batch_size,
                         learning_rate=args.learning_rate, lora_r=args.lora_r, save_steps=args.save_steps)
         else:
             evaluate_model(config, args.hf_user, args.run_name, args.revision, args.seed, args.size,
                            args.compare_base or args.demo)
     except UserError as error:
-        sys.exit(f"app.py {args.stage}: {error}")
+        for line in str(error).splitlines():
+            print(f"app.py {args.stage}: {line}", file=sys.stderr)
+        sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -24,7 +24,9 @@ SPLITS = ("train", "val", "test")
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text names the value, the rule and the fix; `main` prints it as one line."""
+    """Something the user can mend. Its text names the value, the rule and the fix; `main` prints it and exits with `code`."""
+
+    code = 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,6 +173,11 @@ def write_json(path, value):
     clean = json.loads(json.dumps(value), parse_constant=lambda _: None)
     Path(f"{path}.new").write_text(json.dumps(clean, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(f"{path}.new", path)
+
+
+def read_json(path):
+    """What `write_json` wrote, or {} where there is no such file."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
 
 
 def save_prompts(folder, prompts):
