@@ -488,6 +488,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     record["plan"] = make_plan(trainer, recipe)
     print("\n".join(f"{name + ':':<14}{text}" for name, text in record["plan"].items()))
     if dry_run:
+        folder.rmdir()  # the trainer made it
         return print("Dry run: nothing trained, nothing written")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", record)
