@@ -153,7 +153,7 @@ def hub_errors(what):
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError,
             errors.HFValidationError, DatasetNotFoundError) as error:
         raise UserError(f"{what}: not on the Hub, or HF_TOKEN may not read it. Check the name and the token.") from error
-    except (OSError, ValueError) as error:  # the Hub's refusals and what can't be loaded; the first line says it
+    except (OSError, ValueError, RuntimeError) as error:  # refusals, what can't be loaded, an upload cut off
         raise UserError(f"{what}: {str(error).strip().splitlines()[0]}") from error
 
 
@@ -360,7 +360,7 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
 
 def gather_items(config, source):
     """(DatasetDict of items, what was dropped: {reason: [line, …]}, what to record about where they come from)."""
-    if source:
+    if source is not None:
         items, dropped = read_catalogue(source)
         parts = split_by_title(items, config.seed)
         return item_splits(*parts, asdict), dropped, {"source": f"{source}, split 90/5/5 by title, seed {config.seed}"}
@@ -488,7 +488,8 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     record["plan"] = make_plan(trainer, recipe)
     print("\n".join(f"{name + ':':<14}{text}" for name, text in record["plan"].items()))
     if dry_run:
-        folder.rmdir()  # the trainer made it
+        if not any(folder.iterdir()):
+            folder.rmdir()  # the trainer made it
         return print("Dry run: nothing trained, nothing written")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", record)
@@ -514,6 +515,8 @@ def new_record(config, run_name, seed, use_4bit, overrides):
     if overrides.get("epochs") and not overrides.get("max_steps"):
         recipe["max_steps"] = None  # whole epochs were asked for
     run_name = run_name or datetime.now().strftime("%Y-%m-%d_%H.%M.%S") + f"-{config.mode}" * (config.mode != "full")
+    if run_name == "base":
+        raise UserError("--run-name base: that is what `eval` calls the untouched base. Give another name.")
     if (config.run_folder(run_name) / "run.json").exists():
         raise UserError(f"--run-name {run_name}: {config.run_folder(run_name)} exists already. Go on with it by "
                         f"--resume {run_name}, or give another name.")
@@ -626,7 +629,7 @@ def make_plan(trainer, recipe):
     return {
         "Device": describe_device(),
         "Precision": precision + "; adapters and optimiser in fp32",
-        "Base": f"{type(model.get_base_model()).__name__}, {'nf4' if model.is_loaded_in_4bit else '8 bit'}",
+        "Base": f"{type(model.get_base_model()).__name__}, {'nf4' if getattr(model, 'is_loaded_in_4bit', False) else '8 bit'}",
         "Trainable": f"{trainable:,} parameters (LoRA r {recipe['lora_r']} on {', '.join(recipe['targets'])})",
         "Steps": f"{steps:,} of {batch} rows: {steps * batch / rows:.2f} epochs of {rows:,} rows",
         "Tokens": f"{steps * batch * mean:,.0f}: {batch} × {mean:.0f} a step, {longest} in the longest row",
@@ -922,7 +925,7 @@ def at_least(least, number=int):
             value = number(text)
         except ValueError:
             value = math.nan
-        if not least <= value < math.inf:
+        if not least <= value < 2**32:
             raise argparse.ArgumentTypeError(f"{text} is no {'whole ' * (number is int)}number of at least {least}")
         return value
 
@@ -953,7 +956,7 @@ def build_parser() -> argparse.ArgumentParser:
                            help=f"first part of run names (default {DEFAULT_PROJECT_NAME})")
         group.add_argument("--data-user", help="whose datasets to read (default: the nearest, and says which)")
         group.add_argument("--output-dir", default="outputs", help="folder for everything written (default outputs)")
-        group.add_argument("--seed", type=int, default=42, help="for everything random (default 42)")
+        group.add_argument("--seed", type=at_least(0), default=42, help="for everything random (default 42)")
         return group._group_actions
 
     class Parser(argparse.ArgumentParser):
@@ -981,9 +984,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--hf-user", help="whose account the adapter goes to (default: the token's own)")
     train.add_argument("--run-name", type=plain_name, help="default: date and time, with -lite in lite mode")
     train.add_argument("--epochs", type=at_least(1), help="passes over the data (lite 1, full 3)")
-    train.add_argument("--max-steps", type=at_least(1), help="stop after so many steps")
-    train.add_argument("--batch-size", type=at_least(1), help="rows a step (lite 32, full 256, demo 8)")
-    train.add_argument("--learning-rate", type=at_least(1e-12, float), help="peak (lite and full 1e-4)")
+    train.add_argument("--max-steps", type=at_least(1), help="stop after so many steps (demo 80)")
+    train.add_argument("--batch-size", type=at_least(1), help="rows a step (lite 32, full 256, demo 4)")
+    train.add_argument("--learning-rate", type=at_least(1e-12, float), help="peak (lite and full 1e-4, demo 1.5e-3)")
     train.add_argument("--lora-r", type=at_least(1), help="rank; alpha is twice that (lite 32, full 256, demo 16)")
     train.add_argument("--save-steps", type=at_least(1), help="steps between checkpoints and validations (lite 100, full 200)")
     train.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: the newest "
@@ -1003,7 +1006,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv=None) -> None:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except ValueError as error:
+        parser.error(f"@FILE: {error}")
     if args.lite and args.demo:
         parser.error("--lite and --demo exclude each other")
     base_model = args.base_model or (DEMO_BASE_MODEL if args.demo else DEFAULT_BASE_MODEL)

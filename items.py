@@ -221,6 +221,7 @@ def read_rows(path):
             return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
         with open(path, encoding="utf-8-sig", newline="") as file:
             if ending == ".csv":
+                csv.field_size_limit(2**31 - 1)
                 reader = csv.DictReader(file)
                 return [(reader.line_num, row) for row in reader]
             return [(line, json_object(text)) for line, text in enumerate(file, 1) if text.strip()]
@@ -231,7 +232,7 @@ def read_rows(path):
 def json_object(text):
     try:
         row = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 
@@ -242,7 +243,7 @@ def price_problem(price):
         return "price is missing"
     try:
         price = math.nan if isinstance(price, bool) else float(price)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         price = math.nan
     if math.isnan(price):
         return "price is not a number"
@@ -252,7 +253,9 @@ def price_problem(price):
 
 
 def text_problem(value, name):
-    return None if isinstance(value, str) and value.strip() else f"{name} is empty or no text"
+    if not isinstance(value, str) or not value.strip():
+        return f"{name} is empty or not text"
+    return f"{name} has half a character" if any("\ud800" <= letter <= "\udfff" for letter in value) else None
 
 
 def five_lines(title, category, text):
@@ -270,21 +273,23 @@ def read_catalogue(path):
     title, description and price of an earlier one. Raises UserError where a column is missing or no row is usable.
     """
     rows = read_rows(path)
-    columns = {column for _, row in rows if row for column in row}
-    text_column = next((column for column in TEXT_COLUMNS if column in columns), None)
+    columns = dict.fromkeys(column for _, row in rows if row for column in row)
+    text_columns = [column for column in TEXT_COLUMNS if column in columns]
     missing = [column for column in ("title", "price") if column not in columns]
-    missing += [] if text_column else ["a description (" + ", ".join(TEXT_COLUMNS) + ")"]
+    missing += [] if text_columns else ["a description (" + ", ".join(TEXT_COLUMNS) + ")"]
     if missing:
         raise UserError(f"{path}: no column for {' and '.join(missing)}; found: {', '.join(map(str, columns)) or 'none'}.")
 
     items, dropped, seen = [], {}, set()
     for line, row in rows:
+        text = next((row[column] for column in text_columns if row and row.get(column)), None)
         problem = "not a JSON object" if row is None else (
-            text_problem(row.get("title"), "title") or text_problem(row.get(text_column), text_column)
+            text_problem(row.get("title"), "title") or text_problem(text, text_columns[0])
             or price_problem(row.get("price")))
         if not problem:
-            title, category = row["title"].strip(), str(row.get("category") or "").strip()
-            summary, price = five_lines(title, category, row[text_column]), float(row["price"])
+            title, category = row["title"].strip(), row.get("category")
+            category = category.strip() if isinstance(category, str) else ""
+            summary, price = five_lines(title, category, text), float(row["price"])
             problem = "duplicate of an earlier row" if (summary, price) in seen else None
         if problem:
             dropped.setdefault(problem, []).append(line)

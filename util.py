@@ -29,8 +29,8 @@ def parse_price(answer):
     """
     if isinstance(answer, str):
         match = re.search(r"[-+]?\d*\.\d+|\d+", answer.replace("$", "").replace(",", ""))
-        answer = match.group() if match else math.nan
-    price = float(answer)
+        answer = match.group() if match else None
+    price = math.nan if answer is None else float(answer)
     return price if math.isfinite(price) else None
 
 

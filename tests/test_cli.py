@@ -22,7 +22,7 @@ def test_help_needs_no_package():
 
 @pytest.mark.parametrize("arguments", [
     (), ("fly",), ("train", "--epochs", "0"), ("train", "--batch-size", "-1"), ("train", "--max-steps", "1.5"),
-    ("train", "--learning-rate", "0"), ("train", "--lora-r", "x"), ("eval", "--size", "0"), ("prepare", "--cutoff", "0"),
+    ("train", "--learning-rate", "0"), ("train", "--lora-r", "x"), ("train", "--seed", "-1"), ("eval", "--size", "0"), ("prepare", "--cutoff", "0"),
     ("--lite", "train", "--demo"), ("train", "--lite", "--demo"), ("train", "--nosuch"), ("eval", "@nosuch.txt"),
     ("train", "--run-name", "../up"), ("--project-name", "a/b", "train")])
 def test_usage_errors_need_no_package_and_exit_2(arguments):

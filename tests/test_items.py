@@ -107,13 +107,15 @@ BAD = {
     6: ('{"title": "B", "text": "b", "price": NaN}', "price is not a number"),
     7: ('{"title": "B", "text": "b", "price": "about ten"}', "price is not a number"),
     8: ('{"title": "B", "text": "b", "price": true}', "price is not a number"),
-    9: ('{"title": "B", "text": " ", "price": 3}', "text is empty or no text"),
-    10: ('{"title": "", "text": "b", "price": 3}', "title is empty or no text"),
+    9: ('{"title": "B", "text": " ", "price": 3}', "text is empty or not text"),
+    10: ('{"title": "", "text": "b", "price": 3}', "title is empty or not text"),
     11: ('{"title": "B", "text": "b", "price": 0.49}', "price is outside $0.50–$999.49"),
     12: ('{"title": "B", "text": "b", "price": 999.5}', "price is outside $0.50–$999.49"),
     13: ('{"title": "B", "text": "b", "price": 3', "not a JSON object"),
     14: ('[1, 2]', "not a JSON object"),
-    15: ('{"title": "A", "text": "a", "price": 1.5}', "duplicate of an earlier row"),
+    15: ('{"title": "B", "text": "b", "price": 1%s}' % ("0" * 400), "price is not a number"),
+    16: ('{"title": "B \\ud800", "text": "b", "price": 3}', "title has half a character"),
+    17: ('{"title": "A", "text": "a", "price": 1.5}', "duplicate of an earlier row"),
 }
 
 
@@ -123,7 +125,7 @@ def test_unusable_rows_are_named_by_line_and_dropped(tmp_path):
              '{"title": "Z", "text": "z", "price": "0.50"}', "", '{"title": "Y", "text": "y", "price": 999.49}']
     path.write_text("\n".join(lines))
     items, dropped = read_catalogue(path)
-    assert [(i.id, i.title, i.price) for i in items] == [(1, "A", 1.5), (16, "Z", 0.5), (18, "Y", 999.49)]
+    assert [(i.id, i.title, i.price) for i in items] == [(1, "A", 1.5), (18, "Z", 0.5), (20, "Y", 999.49)]
     expected = {}
     for line, (_, reason) in BAD.items():
         expected.setdefault(reason, []).append(line)

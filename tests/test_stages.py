@@ -168,7 +168,9 @@ def test_answers_of_a_batch_equal_those_of_single_prompts(trainer, splits):
     assert answer(rows) == [answer([row])[0] for row in rows]
 
 
-def test_eight_bit_stays_reachable():
+def test_eight_bit_stays_reachable(run, prepared):
+    run("train", *prepared, "--run-name", "eight", "--no-4bit", *TRAIN)
+    run("eval", "--local", "--run-name", "eight", "--size", "2")
     assert build_quant_config(False, False).load_in_8bit
     four = build_quant_config(True, True)
     assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant, str(four.bnb_4bit_compute_dtype)) == ("nf4", True, "torch.bfloat16")

@@ -16,7 +16,7 @@ def rows(truths, title="Lamp"):
 
 @pytest.mark.parametrize("answer, price", [
     ("219.00", 219.0), ("$1,299.50", 1299.5), (" 12 dollars, or 13", 12.0), (".5", 0.5), ("-3.5", -3.5), ("-3", 3.0),
-    ("about $7.", 7.0), ("1.2.3", 1.2), ("none", None), ("", None), (42, 42.0), (3.5, 3.5), (math.nan, None)])
+    ("about $7.", 7.0), ("1.2.3", 1.2), ("none", None), ("", None), (42, 42.0), (3.5, 3.5), (math.nan, None), (None, None)])
 def test_the_first_number_of_an_answer_is_its_price(answer, price):
     assert parse_price(answer) == price
 
