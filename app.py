@@ -147,14 +147,14 @@ def hub_errors(what):
     try:
         yield
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.TransportError, ConnectionError) as error:
-        raise UserError(f"{what}: not on disk, and the Hub can't be reached. Check the name and the network.") from error
+        raise UserError(f"{what}: the Hub can't be reached. Check the network, and the name if a folder is meant.") from error
     except errors.GatedRepoError as error:
         raise UserError(f"{what}: gated. Ask for access at {constants.ENDPOINT}/{what}, then run this again.") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError,
             errors.HFValidationError, DatasetNotFoundError) as error:
         raise UserError(f"{what}: not on the Hub, or HF_TOKEN may not read it. Check the name and the token.") from error
     except (OSError, ValueError, RuntimeError) as error:  # refusals, what can't be loaded, an upload cut off
-        raise UserError(f"{what}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
 
 
 def push(name, upload, later):
@@ -179,27 +179,38 @@ def detect_bf16_support() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
 
 
-def check_disk(config, recipe):
-    """Raises UserError where the checkpoints that a run keeps, each with both Adam moments, don't fit on the disk."""
+def check_disk(path, recipe, folder):
+    """Raises UserError where the checkpoints that a run of the base at `path` keeps in `folder`, each with both Adam
+    moments, don't fit on the disk. Returns `path`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_path(config)))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     parameters = sum(recipe["lora_r"] * (layer.in_features + layer.out_features)
                      for name, layer in model.named_modules() if name.split(".")[-1] in recipe["targets"])
-    needed, free = 12 * parameters * (KEPT_CHECKPOINTS + 1), shutil.disk_usage(config.output_dir).free
+    needed, free = 12 * parameters * (KEPT_CHECKPOINTS + 1), shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"{config.output_dir}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for "
+        raise UserError(f"{folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for "
                         f"{KEPT_CHECKPOINTS} checkpoints. Make room or give another --output-dir.")
+    return path
 
 
-def name_wandb_run(config, run_name):
-    """Names the W&B run of this process; the same name goes on with the same run. Raises UserError without a key."""
+def check_wandb():
+    """Raises UserError where Weights & Biases has no key: without one it would ask, and wait for ever."""
     if not get_env("WANDB_API_KEY") and get_env("WANDB_MODE") != "offline":
         raise UserError("--log-wandb: WANDB_API_KEY is not set. Set it, or WANDB_MODE=offline to log to disk only.")
-    os.environ |= {"WANDB_PROJECT": config.project_name, "WANDB_NAME": run_name, "WANDB_RESUME": "allow",
-                   "WANDB_RUN_ID": f"{config.project_name}-{run_name}"}
+
+
+def start_wandb(config, run_name):
+    """Opens the run's page on Weights & Biases, or goes on with it, and returns it. Raises UserError where W&B refuses."""
+    import wandb
+
+    name = f"{config.project_name}-{run_name}"
+    try:
+        return wandb.init(project=config.project_name, name=run_name, id=name, resume="allow", dir=config.output_dir)
+    except wandb.Error as error:
+        raise UserError(f"--log-wandb: {error} Leave it out, or set WANDB_MODE=offline.") from error
 
 
 def describe_device():
@@ -335,18 +346,18 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
     account, path, (splits, dropped, about) = check_all(
         lambda: config.local or login_huggingface(hf_dataset_user, write=True), lambda: base_path(config),
         lambda: gather_items(config, source))
-    found = {"mode": config.mode, "cutoff": cutoff, "seed": config.seed, "base_model": config.base_model} | about
-    print(f"Items: {found['source']}")
+    print(f"Items: {about['source']}")
     prompts, counts = build_prompts(splits, load_tokenizer(path), cutoff)
 
-    found |= {"kept": {name: len(prompts[name]) for name in SPLITS}, "dropped": dropped,
-              "cut": {name: sum(counts[name]["cut"]) for name in SPLITS}}
+    found = {"mode": config.mode, "cutoff": cutoff, "seed": config.seed, "base_model": config.base_model,
+             "kept": {name: len(prompts[name]) for name in SPLITS}, "dropped": dropped,
+             "cut": {name: sum(counts[name]["cut"]) for name in SPLITS}} | about
     kept, lost = sum(found["kept"].values()), sum(map(len, dropped.values()))
     print(f"Rows: {kept:,} kept ({', '.join(f'{n:,} {name}' for name, n in found['kept'].items())}), {lost:,} dropped"
           + (f": {describe(dropped)}" if dropped else ""))
     print(f"Cut at {cutoff} tokens: {sum(found['cut'].values()):,} of {kept:,} descriptions")
-    print(f"Price in $:       {quantiles(counts['train']['price'], 2)}")
-    print(f"Tokens an item:   {quantiles(counts['train']['tokens'])}")
+    print(f"Price, train, in $:       {quantiles(counts['train']['price'], 2)}")
+    print(f"Tokens an item, train:    {quantiles(counts['train']['tokens'])}")
     with replacing(config.dataset_folder) as folder:
         save_prompts(folder, prompts)
         chart = data_chart(counts["train"]["price"], counts["train"]["tokens"], cutoff, found["source"])
@@ -356,6 +367,7 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
     if not config.local:
         name = f"{account}/{config.dataset_name}"
         push(name, lambda: prompts.push_to_hub(name, private=True), "the same command again")
+        write_json(config.dataset_folder / "prepare.json", {"hub": name} | found)
 
 
 def gather_items(config, source):
@@ -381,10 +393,7 @@ def published_items(config):
     with hub_errors(name):
         splits = load_dataset(name)
     names = dict(zip(SPLITS, ("train", "validation", "test")))
-    missing = [split for split in names.values() if split not in splits] or [
-        column for column in ("summary", "price") if column not in splits["train"].column_names]
-    if missing:
-        raise UserError(f"{name}: lacks {', '.join(missing)}; items have train, validation, test with summary and price.")
+    check_columns(name, splits, names.values(), ("summary", "price"))
 
     def usable(batch, rows, split):
         problems = [text_problem(text, "summary") or price_problem(price)
@@ -407,18 +416,18 @@ def published_items(config):
 def find_prompts(config, trained_on=None):
     """The prompts to train or judge on, as (DatasetDict, folder or name on the Hub), and says which.
 
-    In this order: `--data-user`'s, the dataset on the Hub that a run was `trained_on`, the local copy that `prepare`
-    left, the own account's, the course's. Raises UserError where none is to be had or a column is missing.
+    In this order: `--data-user`'s, the local copy that `prepare` left, unless a run was `trained_on` another dataset on
+    the Hub, that dataset, the own account's, the course's. Raises UserError where none is to be had or a column is missing.
     """
     from datasets import load_dataset
 
     local = restore(config.dataset_folder)
     if config.data_user:
         place, why = f"{config.data_user}/{config.dataset_name}", "--data-user"
+    elif local.exists() and trained_on in (None, read_json(local / "prepare.json").get("hub")):
+        place, why = str(local), "the copy that prepare left"
     elif trained_on:
         place, why = trained_on, "the run was trained on it"
-    elif local.exists():
-        place, why = str(local), "the copy that prepare left"
     elif config.demo_mode:
         raise UserError(f"{local}: there is no such dataset yet. Run `python app.py prepare --demo` first.")
     else:
@@ -435,11 +444,16 @@ def find_prompts(config, trained_on=None):
     else:
         with hub_errors(place):
             splits = load_dataset(place)
-    missing = [name for name in SPLITS if name not in splits] or [
-        column for column in ("prompt", "completion") if column not in splits["train"].column_names]
-    if missing:
-        raise UserError(f"{place}: lacks {', '.join(missing)}; prompts have train, val, test with prompt and completion.")
+    check_columns(place, splits, SPLITS, ("prompt", "completion"))
     return splits, place
+
+
+def check_columns(place, splits, names, columns):
+    """Raises UserError where a dataset lacks one of the splits called `names`, or one of the columns in any of them."""
+    missing = [name for name in names if name not in splits] or [
+        column for column in columns if any(column not in splits[name].column_names for name in names)]
+    if missing:
+        raise UserError(f"{place}: lacks {', '.join(missing)}; needed are {', '.join(names)} with {' and '.join(columns)}.")
 
 
 def fingerprint(splits):
@@ -453,7 +467,7 @@ def fingerprint(splits):
     return digest.hexdigest()[:16]
 
 
-def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: bool = False, seed: Optional[int] = None,
+def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: bool = False,
                 run_name: Optional[str] = None, use_4bit: bool = True, resume: Optional[str] = None,
                 dry_run: bool = False, **overrides):
     """QLoRA through TRL's SFTTrainer: the quantised base stays as it is, LoRA adapters learn from completions only.
@@ -466,7 +480,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     """
     check_writable(config)
     if resume is None:
-        record = new_record(config, run_name, seed, use_4bit, overrides)
+        record = new_record(config, run_name, use_4bit, overrides)
     else:
         record = find_resumable(config, resume, hf_user)
         config = replace(config, lite_mode=record["mode"] == "lite", demo_mode=record["mode"] == "demo",
@@ -474,13 +488,16 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     folder, recipe = config.run_folder(record["run"]), record["recipe"]
     if config.is_finished(record["run"]):
         print(f"{record['run']} is finished")
-        return push_run(folder, record) if record["hub"] and not record["pushed"] and not config.local else folder
-    account, (splits, place), path, _, _ = check_all(
+        return push_run(folder, record) if record["hub"] and not config.local else folder
+    account, (splits, place), path, _ = check_all(
         lambda: config.local or login_huggingface(hf_user, write=True),
-        lambda: find_prompts(config, record.get("data", {}).get("hub")), lambda: base_path(config),
-        lambda: check_disk(config, recipe), lambda: log_wandb and name_wandb_run(config, record["run"]))
-    record |= {"data": {"hub": None if Path(place).exists() else place, "fingerprint": fingerprint(splits)},
-               "hub": None if config.local else f"{account}/{folder.name}", "wandb": log_wandb}
+        lambda: find_prompts(config, record.get("data", {}).get("hub")),
+        lambda: check_disk(base_path(config), recipe, config.output_dir),
+        lambda: log_wandb and check_wandb())
+    on_hub = read_json(Path(place, "prepare.json")).get("hub") if Path(place).exists() else place
+    record |= {"data": {"hub": on_hub, "fingerprint": fingerprint(splits)},
+               "hub": None if config.local else f"{account}/{folder.name}",
+               "wandb": log_wandb or record.get("wandb", False)}
 
     started = time.time()
     trainer = build_trainer(load_base(path, record["use_4bit"]), load_tokenizer(path), splits, recipe, folder,
@@ -493,11 +510,9 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
         return print("Dry run: nothing trained, nothing written")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", record)
+    if log_wandb:
+        start_wandb(config, record["run"])
     if record["hub"]:
-        from huggingface_hub import HfApi
-
-        with hub_errors(record["hub"]):
-            HfApi().create_repo(record["hub"], private=True, exist_ok=True)
         trainer.add_callback(checkpoint_pusher(record["hub"]))
     ready = time.time()
     trainer.train(resume_from_checkpoint=resume is not None and newest_checkpoint(folder))
@@ -505,11 +520,11 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
                "seconds": {"load": round(ready - started, 1), "train": round(time.time() - ready, 1)},
                "peak_memory_bytes": memory()[2]}
     save_run(trainer, folder, record)
-    print(f"Trained {record['steps']:,} steps in {record['seconds']['train']:,.0f} s; the adapter is in {folder}")
+    print(f"Trained to step {record['steps']:,} in {record['seconds']['train']:,.0f} s; the adapter is in {folder}")
     return push_run(folder, record) if record["hub"] else folder
 
 
-def new_record(config, run_name, seed, use_4bit, overrides):
+def new_record(config, run_name, use_4bit, overrides):
     """What run.json says of a run before it starts: its settings, from the recipe and what overrides it."""
     recipe = RECIPES[config.mode] | {name: value for name, value in overrides.items() if value is not None}
     if overrides.get("epochs") and not overrides.get("max_steps"):
@@ -521,8 +536,8 @@ def new_record(config, run_name, seed, use_4bit, overrides):
         raise UserError(f"--run-name {run_name}: {config.run_folder(run_name)} exists already. Go on with it by "
                         f"--resume {run_name}, or give another name.")
     return {"run": run_name, "project": config.project_name, "mode": config.mode, "base_model": config.base_model,
-            "recipe": recipe, "seed": config.seed if seed is None else seed, "use_4bit": use_4bit,
-            "versions": versions(), "device": describe_device(), "pushed": False}
+            "recipe": recipe, "seed": config.seed, "use_4bit": use_4bit,
+            "versions": versions(), "device": describe_device()}
 
 
 def local_runs(config):
@@ -533,22 +548,31 @@ def local_runs(config):
 
 def find_resumable(config, run_name, hf_user):
     """The run.json of the run to go on with; without a name, of the newest unfinished one. What isn't on disk is
-    fetched from the Hub, unless the config is local."""
+    fetched from the Hub."""
     runs = local_runs(config)
     run_name = run_name or next((name for name in reversed(runs) if not config.is_finished(name)), None)
-    if run_name in runs:
-        return runs[run_name]
-    if config.local or not run_name:
-        raise UserError(f"--resume {run_name or ''}: nothing to go on with in {config.output_dir}. "
-                        f"There are: {', '.join(runs) or 'no runs'}.")
+    if not run_name:
+        raise UserError(f"--resume: no unfinished run of project {config.project_name} in {config.output_dir}.")
+    if run_name not in runs:
+        fetch_run(config, run_name, hf_user, local_dir=config.run_folder(run_name))
+    record = local_runs(config).get(run_name)
+    if not record:
+        raise UserError(f"--resume {run_name}: has no run.json; only runs of this program can be gone on with.")
+    return record
+
+
+def fetch_run(config, run_name, hf_user, **options):
+    """Downloads a run from the Hub. Returns its folder. Raises UserError where it isn't there or the config is local."""
+    if config.local:
+        raise UserError(f"{run_name}: no such run in {config.output_dir}. "
+                        f"There are: {', '.join(local_runs(config)) or 'no runs'}.")
     from huggingface_hub import snapshot_download
 
-    folder = config.run_folder(run_name)
-    name = f"{login_huggingface(hf_user)}/{folder.name}"
+    name = f"{login_huggingface(hf_user)}/{config.run_folder(run_name).name}"
     with hub_errors(name):
-        snapshot_download(name, local_dir=folder)
+        folder = snapshot_download(name, ignore_patterns=["*.bin", "eval/*"], **options)  # adapters: safetensors only
     print(f"Fetched: {name}")
-    return read_json(folder / "run.json")
+    return Path(folder)
 
 
 def newest_checkpoint(folder):
@@ -688,30 +712,42 @@ def save_run(trainer, folder, record):
 def checkpoint_pusher(name):
     """A callback that keeps the newest checkpoint on the Hub while training goes on, for a machine that gets lost.
 
-    One upload at a time, in the background: a state that is saved while the last one still goes up is skipped, so a
-    slow line costs no GPU time. A failure is reported at the next save, which tries again.
+    One upload at a time, in the background, and at most a twentieth of the time: a checkpoint of the full recipe has
+    5 GB. A failure is reported at the next save, which tries again, or at the end.
     """
     from huggingface_hub import HfApi
     from transformers import TrainerCallback
 
     class Pusher(TrainerCallback):
-        upload = None
+        upload, free_again = None, 0.0
 
         def on_save(self, args, state, control, **_):
-            if self.upload and not self.upload.done():
+            if self.upload and not self.upload.done() or time.time() < self.free_again:
                 return
-            if self.upload and self.upload.exception():
-                print(f"Not pushed: {name}: {str(self.upload.exception()).splitlines()[0]} Trying again with this one")
-            checkpoint = f"checkpoint-{state.global_step}"
-            self.upload = HfApi().upload_folder(
-                repo_id=name, folder_path=args.output_dir, allow_patterns=["run.json", f"{checkpoint}/*"],
-                delete_patterns="checkpoint-*", commit_message=checkpoint, run_as_future=True)
+            self.report()
+            self.upload = HfApi().run_as_future(self.push, args.output_dir, f"checkpoint-{state.global_step}")
+
+        def push(self, folder, checkpoint):
+            start = time.time()
+            with hub_errors(name):
+                HfApi().create_repo(name, private=True, exist_ok=True)
+                HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=["run.json", f"{checkpoint}/*"],
+                                      delete_patterns="checkpoint-*", commit_message=checkpoint)
+            self.free_again = time.time() + 19 * (time.time() - start)
+
+        def report(self):
+            if self.upload and self.upload.exception():  # waits for the upload
+                print(f"Not pushed: {self.upload.exception()} Trying again later")
+            self.upload = None
+
+        def on_train_end(self, args, state, control, **_):
+            self.report()
 
     return Pusher()
 
 
 def push_run(folder, record):
-    """Puts a finished run, without its checkpoints, on the Hub and notes so in run.json. Returns the folder."""
+    """Puts what a run has on disk, but its checkpoints, on the Hub: the client sends only what isn't there. Returns the folder."""
     from huggingface_hub import HfApi
 
     def upload():
@@ -720,7 +756,6 @@ def push_run(folder, record):
                               ignore_patterns=["checkpoint-*", "*.new/*", "*.old/*"])
 
     push(record["hub"], upload, f"`python app.py train --resume {record['run']}`")
-    write_json(folder / "run.json", record | {"pushed": True})
     return folder
 
 
@@ -773,40 +808,28 @@ The prompt is the question `{QUESTION}`, a blank line, the description, a blank 
 
 
 def find_run(config, run_name, hf_user, revision):
-    """(name, adapter's place, run.json's content) of the run to judge; the place is None for the untouched base.
+    """(name, folder, run.json's content) of the run to judge; the folder is None for the untouched base.
 
     Without `run_name`: the newest finished local run of the project, of the mode where one was asked for. A run that
-    isn't on disk is looked for on the Hub, unless the config is local.
+    isn't on disk is fetched from the Hub, as is one at a `revision`; the course's adapters come without a run.json.
     """
     if run_name == "base":
         return "base", None, {}
-    runs = {name: record for name, record in local_runs(config).items() if config.is_finished(name)}
     if not run_name:
         kind = config.mode if config.lite_mode or config.demo_mode else ""
-        newest = [name for name, record in runs.items() if kind in ("", record["mode"])]
+        newest = [name for name, record in local_runs(config).items()
+                  if config.is_finished(name) and kind in ("", record["mode"])]
         if not newest:
             raise UserError(f"{config.output_dir}: no finished {kind} run of project {config.project_name}. "
                             "Run `python app.py train` first, or name one with --run-name.".replace("  ", " "))
         run_name = newest[-1]
-    if run_name in runs or config.is_finished(run_name):
-        return run_name, str(config.run_folder(run_name)), runs.get(run_name, {})
-    if config.local:
-        raise UserError(f"--run-name {run_name}: no such run in {config.output_dir}. "
-                        f"There are: {', '.join(runs) or 'no runs'}.")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    name = f"{login_huggingface(hf_user)}/{config.run_folder(run_name).name}"
-    with hub_errors(name):
-        try:
-            record = read_json(hf_hub_download(name, "run.json", revision=revision)) | {"hub": name, "pushed": True}
-            return run_name, name, record
-        except EntryNotFoundError:  # the course's adapters have none
-            return run_name, name, {}
+    is_here = config.is_finished(run_name) and not revision
+    folder = config.run_folder(run_name) if is_here else fetch_run(config, run_name, hf_user, revision=revision)
+    return run_name, folder, read_json(folder / "run.json")
 
 
 def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: Optional[str] = None,
-                   revision: Optional[str] = None, seed: int = 42, size: Optional[int] = 200, compare_base: bool = False):
+                   revision: Optional[str] = None, size: Optional[int] = 200, compare_base: bool = False):
     """Judges a run on the first `size` rows of its test split (None: all), by greedy generation in batches.
 
     Base model, mode and data are those of the run, unless the config names others. Leaves results.json,
@@ -816,11 +839,12 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
 
     check_writable(config)
     run_name, adapter, record = find_run(config, run_name, hf_user, revision)
-    print(f"Run: {config.project_name}-{run_name} ({adapter or 'the untouched base model'})")
+    print(f"Run: {config.project_name}-{run_name}" + " (the untouched base model)" * (not adapter))
     if adapter:
         mode = record.get("mode") or ("lite" if run_name.endswith("-lite") else config.mode)
-        config = replace(config, lite_mode=mode == "lite", demo_mode=mode == "demo", base_model=config.base_model
-                         or record.get("base_model") or adapter_base(adapter, revision))
+        base_model = (config.base_model or record.get("base_model")
+                      or read_json(adapter / "adapter_config.json").get("base_model_name_or_path"))
+        config = replace(config, lite_mode=mode == "lite", demo_mode=mode == "demo", base_model=base_model)
     splits, place = find_prompts(config, record.get("data", {}).get("hub"))
     if record and record["data"]["fingerprint"] != fingerprint(splits):
         print("Note: these are not the data that the run was trained on; its test items may have been in training")
@@ -828,10 +852,10 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
     path, test = base_path(config), splits["test"]
     from transformers import set_seed
 
-    set_seed(seed)
+    set_seed(config.seed)
     model = load_base(path, record.get("use_4bit", True))
     if adapter:
-        model = load_adapter(model, adapter, revision)
+        model = load_adapter(model, adapter)
     answer = answerer(model, load_tokenizer(path))
 
     target = config.run_folder(run_name) / "eval"
@@ -846,7 +870,7 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
                                 for name, guess in constant_guesses(splits["train"]).items()}
         if "implied_prices" in found:
             results["best_reachable"] = metrics(found["implied_prices"][: len(truths)], truths)
-        results |= {"run": run_name, "base_model": config.base_model, "revision": revision, "seed": seed,
+        results |= {"run": run_name, "base_model": config.base_model, "revision": revision, "seed": config.seed,
                     "data": {"place": place, "source": found["source"], "split": "test", "rows": len(test)},
                     "device": describe_device(), "versions": versions(),
                     "date": datetime.now().isoformat(timespec="seconds")}
@@ -855,12 +879,10 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
     print(f"Saved: {target}")
     if record.get("wandb"):
         log_evaluation(config, run_name, target, results)
-    if record.get("pushed") and not config.local:
-        from huggingface_hub import HfApi
-
+    if record:
         write_card(target.parent, target.parent.name, record, results)
-        push(record["hub"], lambda: HfApi().upload_folder(
-            repo_id=record["hub"], folder_path=target.parent, allow_patterns=["README.md", "eval/*"]), "the same command again")
+    if record.get("hub") and not config.local:
+        push_run(target.parent, record)
     return results
 
 
@@ -868,29 +890,22 @@ def log_evaluation(config, run_name, folder, results):
     """Puts figures and charts of an evaluation into the W&B run that the training logged to."""
     import wandb
 
-    name_wandb_run(config, run_name)
-    with wandb.init() as run:
+    check_wandb()
+    with start_wandb(config, run_name) as run:
         run.log({f"eval/{name}": value for name, value in results.items() if isinstance(value, (int, float))}
                 | {f"eval/{chart.stem}": wandb.Image(str(chart)) for chart in folder.glob("*.png")})
 
 
-def adapter_base(place, revision):
-    """The base model that an adapter says it was trained on."""
-    from peft import PeftConfig
-
-    with hub_errors(place):
-        return PeftConfig.from_pretrained(place, revision=revision).base_model_name_or_path
-
-
-def load_adapter(model, place, revision=None):
-    """Base + LoRA adapter through PEFT. Raises UserError where the adapter isn't there or doesn't fit the base."""
+def load_adapter(model, folder):
+    """Base + LoRA adapter through PEFT. Raises UserError where the folder holds none or it doesn't fit the base."""
     from peft import PeftModel
 
-    with hub_errors(place):
-        try:
-            return PeftModel.from_pretrained(model, place, revision=revision).eval()
-        except RuntimeError as error:  # shapes that don't match
-            raise UserError(f"{place}: the adapter doesn't fit {model.config.name_or_path}. Check --base-model.") from error
+    if not (folder / ADAPTER_FILE).exists():  # PEFT would go on to an adapter_model.bin, which may hold any code
+        raise UserError(f"{folder}: holds no {ADAPTER_FILE}. Give a run that has finished.")
+    try:
+        return PeftModel.from_pretrained(model, folder).eval()
+    except (RuntimeError, ValueError) as error:  # shapes or module names that don't match
+        raise UserError(f"{folder}: the adapter doesn't fit {model.config.name_or_path}. Check --base-model.") from error
 
 
 def answerer(model, tokenizer):
@@ -1012,6 +1027,8 @@ def main(argv=None) -> None:
         parser.error(f"@FILE: {error}")
     if args.lite and args.demo:
         parser.error("--lite and --demo exclude each other")
+    if args.stage == "eval" and args.revision and (args.local or args.demo):
+        parser.error("--revision names a commit on the Hub, which --local and --demo leave alone")
     base_model = args.base_model or (DEMO_BASE_MODEL if args.demo else DEFAULT_BASE_MODEL)
     if args.stage == "eval" and args.run_name != "base":
         base_model = args.base_model  # None: the run's own
@@ -1021,21 +1038,24 @@ def main(argv=None) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore", FutureWarning)  # what pinned libraries tell each other is no news to a user
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if args.stage == "train" and not args.log_wandb:
+        sys.modules.setdefault("wandb", None)  # not installed, as far as TRL is concerned: it imports it unasked
     try:
         if args.stage == "prepare":
             prepare_prompts(config, args.cutoff, args.hf_dataset_user, args.source)
         elif args.stage == "train":
-            train_model(config, args.hf_user, args.log_wandb, args.seed, args.run_name, not args.no_4bit,
+            train_model(config, args.hf_user, args.log_wandb, args.run_name, not args.no_4bit,
                         args.resume, args.dry_run, epochs=args.epochs, max_steps=args.max_steps, batch_size=args.batch_size,
                         learning_rate=args.learning_rate, lora_r=args.lora_r, save_steps=args.save_steps)
         else:
-            evaluate_model(config, args.hf_user, args.run_name, args.revision, args.seed, args.size,
+            evaluate_model(config, args.hf_user, args.run_name, args.revision, args.size,
                            args.compare_base or args.demo)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"app.py {args.stage}: {line}", file=sys.stderr)
         sys.exit(error.code)
     except KeyboardInterrupt:
+        print(f"\napp.py {args.stage}: stopped", file=sys.stderr)
         sys.exit(130)
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -206,7 +207,7 @@ def load_prompts(folder):
 
 
 def read_rows(path):
-    """(line, row) for each row of a JSONL, CSV or Parquet file; a line that is no JSON object comes as None.
+    """(line, row) for each row of a JSONL, CSV or Parquet file; in place of a row that can't be read, why.
 
     Lines count from 1 as an editor shows them (a CSV's header is line 1), a Parquet file's rows from 1. Raises
     UserError where the file can't be read at all.
@@ -221,32 +222,49 @@ def read_rows(path):
             return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
         with open(path, encoding="utf-8-sig", newline="") as file:
             if ending == ".csv":
-                csv.field_size_limit(2**31 - 1)
-                reader = csv.DictReader(file)
-                return [(reader.line_num, row) for row in reader]
+                return read_csv(file)
             return [(line, json_object(text)) for line, text in enumerate(file, 1) if text.strip()]
-    except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors and a broken encoding are ValueErrors
-        raise UserError(f"{path}: can't be read as {ending[1:]} ({error}).") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not in UTF-8 (byte {error.start:,}). Save it as UTF-8; Excel calls that `CSV UTF-8`.") from error
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise UserError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def read_csv(file):
+    """`read_rows` of a CSV with a comma, semicolon or tab between cells and a header in upper or lower case."""
+    header = file.readline()
+    file.seek(0)
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(file, delimiter=max(",;\t", key=header.count), strict=True)
+    try:
+        names = reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+        if twins := {name for name in names if name and names.count(name) > 1}:
+            raise ValueError(f"more than one column is called {' and '.join(sorted(twins))}")
+        return [(reader.line_num, "more cells than the header has" if None in row else row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{error} (line {reader.line_num}; is a quote left open?)") from error
 
 
 def json_object(text):
     try:
         row = json.loads(text)
     except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+        row = None
+    return row if isinstance(row, dict) else "not a JSON object"
 
 
 def price_problem(price):
     """Why `price` can't be used, in a few words, or None for one within MIN_PRICE … MAX_PRICE dollars."""
     if price is None or price == "":
         return "price is missing"
+    if isinstance(price, str) and not re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*", price, re.ASCII):
+        return "price is no plain number like 12.99"
     try:
         price = math.nan if isinstance(price, bool) else float(price)
     except (TypeError, ValueError, OverflowError):
         price = math.nan
     if math.isnan(price):
-        return "price is not a number"
+        return "price is no plain number like 12.99"
     if price <= 0:
         return "price is zero or negative"
     return None if MIN_PRICE <= price <= MAX_PRICE else f"price is outside ${MIN_PRICE:.2f}–${MAX_PRICE}"
@@ -273,17 +291,17 @@ def read_catalogue(path):
     title, description and price of an earlier one. Raises UserError where a column is missing or no row is usable.
     """
     rows = read_rows(path)
-    columns = dict.fromkeys(column for _, row in rows if row for column in row)
+    columns = dict.fromkeys(column for _, row in rows if isinstance(row, dict) for column in row)
     text_columns = [column for column in TEXT_COLUMNS if column in columns]
     missing = [column for column in ("title", "price") if column not in columns]
     missing += [] if text_columns else ["a description (" + ", ".join(TEXT_COLUMNS) + ")"]
-    if missing:
-        raise UserError(f"{path}: no column for {' and '.join(missing)}; found: {', '.join(map(str, columns)) or 'none'}.")
+    if missing and columns:
+        raise UserError(f"{path}: no column for {' and '.join(missing)}; found: {', '.join(map(str, columns))}.")
 
     items, dropped, seen = [], {}, set()
     for line, row in rows:
-        text = next((row[column] for column in text_columns if row and row.get(column)), None)
-        problem = "not a JSON object" if row is None else (
+        text = None if isinstance(row, str) else next((row[name] for name in text_columns if row.get(name)), None)
+        problem = row if isinstance(row, str) else (
             text_problem(row.get("title"), "title") or text_problem(text, text_columns[0])
             or price_problem(row.get("price")))
         if not problem:
@@ -297,7 +315,7 @@ def read_catalogue(path):
             seen.add((summary, price))
             items.append(Item(title, category, price, summary=summary, id=line))
     if not items:
-        raise UserError(f"{path}: none of {len(rows):,} rows is usable; {describe(dropped) or 'the file is empty'}.")
+        raise UserError(f"{path}: none of {len(rows):,} rows is usable; {describe(dropped) or 'there is none'}.")
     return items, dropped
 
 

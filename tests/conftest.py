@@ -1,14 +1,22 @@
-"""A real tokenizer of each kind, and a tiny Llama that is quantised to real nf4. Nothing here needs a network."""
+"""A real tokenizer of each kind, a tiny Llama that is quantised to real nf4, and a Hub on loopback. No network."""
 import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+from hub_server import TestHub
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+HUB = TestHub()
+HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_ENDPOINT": HUB.url, "HF_HOME": HF_HOME.name, "NO_PROXY": "127.0.0.1",
+               "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "WANDB_API_KEY", "WANDB_MODE"):
+    os.environ.pop(name, None)  # read when the clients are imported
 
 
 def package(name):
@@ -79,7 +87,7 @@ def run(tmp_path_factory):
 
     def call(*arguments, cwd=folder, code=0, **environment):
         done = subprocess.run([sys.executable, ROOT / "app.py", *arguments], cwd=cwd, capture_output=True, text=True,
-                              env=os.environ | environment, timeout=300)
+                              env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment, timeout=300)
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done

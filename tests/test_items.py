@@ -104,16 +104,16 @@ BAD = {
     3: ('{"title": "B", "text": "b", "price": null}', "price is missing"),
     4: ('{"title": "B", "text": "b", "price": 0}', "price is zero or negative"),
     5: ('{"title": "B", "text": "b", "price": -3}', "price is zero or negative"),
-    6: ('{"title": "B", "text": "b", "price": NaN}', "price is not a number"),
-    7: ('{"title": "B", "text": "b", "price": "about ten"}', "price is not a number"),
-    8: ('{"title": "B", "text": "b", "price": true}', "price is not a number"),
+    6: ('{"title": "B", "text": "b", "price": NaN}', "price is no plain number like 12.99"),
+    7: ('{"title": "B", "text": "b", "price": "about ten"}', "price is no plain number like 12.99"),
+    8: ('{"title": "B", "text": "b", "price": true}', "price is no plain number like 12.99"),
     9: ('{"title": "B", "text": " ", "price": 3}', "text is empty or not text"),
     10: ('{"title": "", "text": "b", "price": 3}', "title is empty or not text"),
     11: ('{"title": "B", "text": "b", "price": 0.49}', "price is outside $0.50–$999.49"),
     12: ('{"title": "B", "text": "b", "price": 999.5}', "price is outside $0.50–$999.49"),
     13: ('{"title": "B", "text": "b", "price": 3', "not a JSON object"),
     14: ('[1, 2]', "not a JSON object"),
-    15: ('{"title": "B", "text": "b", "price": 1%s}' % ("0" * 400), "price is not a number"),
+    15: ('{"title": "B", "text": "b", "price": 1%s}' % ("0" * 400), "price is no plain number like 12.99"),
     16: ('{"title": "B \\ud800", "text": "b", "price": 3}', "title has half a character"),
     17: ('{"title": "A", "text": "a", "price": 1.5}', "duplicate of an earlier row"),
 }
@@ -147,6 +147,15 @@ def test_every_format_and_text_column_gives_the_same_items(tmp_path, ending, col
     assert items[0].summary == "Title: Lamp\nCategory: Light\nDescription: Brass.\nTall."
 
 
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+def test_a_csv_may_have_other_separators_and_capitals_and_says_which_rows_have_too_many_cells(tmp_path, sign):
+    rows = [" Title", "Price", "DESCRIPTION "], ["Lamp", "12.5", "Brass"], ["Sofa", "30", "red", "soft"], ["Bed", "1_0", "-"]
+    (tmp_path / "own.csv").write_text("\n".join(map(sign.join, rows)))
+    items, dropped = read_catalogue(tmp_path / "own.csv")
+    assert [(i.title, i.price) for i in items] == [("Lamp", 12.5)]
+    assert dropped == {"more cells than the header has": [3], "price is no plain number like 12.99": [4]}
+
+
 def test_a_description_in_the_courses_form_stays_as_it_is(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps({"title": "Walnut desk", "summary": SUMMARY, "price": 1}))
@@ -156,12 +165,16 @@ def test_a_description_in_the_courses_form_stays_as_it_is(tmp_path):
 @pytest.mark.parametrize("name, content, said", [
     ("own.jsonl", '{"title": "A", "text": "a"}', "price"),
     ("own.jsonl", '{"title": "A", "price": 1}', "description"),
-    ("own.jsonl", "", "title"),
+    ("own.jsonl", "", "there is none"),
+    ("own.csv", "title,price,text\n", "there is none"),
+    ("own.json", '[{"title": "A", "text": "a", "price": 1}]', "not a JSON object"),
     ("own.jsonl", '{"title": "A", "text": "a", "price": 0}', "none of 1 rows is usable"),
-    ("own.parquet", "no parquet", "can't be read as parquet"),
-    ("own.csv", b"title,price,text\n\xff\xfe,1,2", "can't be read as csv"),
+    ("own.parquet", "no parquet", "can't be read: "),
+    ("own.csv", b"title,price,text\n\xff\xfe,1,2", "not in UTF-8 (byte 17)"),
+    ("own.csv", 'title,price,text\na,1,"b\nc,2,d\n', "is a quote left open?"),
+    ("own.csv", "title,price,Price,text\na,1,2,b\n", "more than one column is called price"),
     ("own.xlsx", "", "the ending is .xlsx"),
-    ("missing.csv", None, "can't be read as csv"),
+    ("missing.csv", None, "can't be read: No such file"),
 ])
 def test_a_file_of_no_use_is_said_in_one_line(tmp_path, name, content, said):
     if content is not None:

@@ -191,10 +191,10 @@ def test_without_cuda_bf16_is_not_supported_and_nothing_raises():
     (("train", "--demo"), "Run `python app.py prepare --demo` first"),
     (("prepare", "--lite"), "HF_TOKEN is not set"),
     (("train", "--lite"), "HF_TOKEN is not set"),
-    (("prepare", "--local", "--source", "nosuch.csv"), "can't be read as csv"),
+    (("prepare", "--local", "--source", "nosuch.csv"), "can't be read: No such file"),
     (("prepare", "--local", "--source", "catalogue.jsonl", "--base-model", "."), "holds no config.json"),
-    (("prepare", "--local", "--source", "catalogue.jsonl", "--base-model", "no/such-model"), "no/such-model: not on disk"),
-    (("prepare", "--local", "--lite"), "ed-donner/items_lite: not on disk"),
+    (("prepare", "--local", "--source", "catalogue.jsonl", "--base-model", "no/such-model"), "no/such-model: the Hub can't be reached"),
+    (("prepare", "--local", "--lite"), "ed-donner/items_lite: the Hub can't be reached"),
     (("prepare", "--local", "--source", "catalogue.jsonl", "--output-dir", "/proc/nowhere"), "can't be written to"),
 ])
 def test_what_a_user_can_cause_ends_in_one_line(run, trained, arguments, said, tmp_path):
