@@ -84,6 +84,12 @@ class RunConfig:
     def run_folder(self, run_name):
         return Path(self.output_dir, f"{self.project_name}-{run_name}")
 
+    def resume_command(self, run_name):
+        """What a user types to go on with a run, or to push what its folder has."""
+        named = {"--output-dir": (self.output_dir, "outputs"), "--project-name": (self.project_name, DEFAULT_PROJECT_NAME)}
+        return f"`python app.py train --resume {run_name}" + "".join(
+            f" {flag} {shlex.quote(value)}" for flag, (value, usual) in named.items() if value != usual) + "`"
+
     def is_finished(self, run_name):
         return (self.run_folder(run_name) / ADAPTER_FILE).exists()  # the file that a run writes last
 
@@ -157,15 +163,15 @@ def hub_errors(what):
         raise UserError(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
 
 
-def push(name, upload, later):
-    """Calls `upload`, up to three times. Raises PushError, which says how to make up for it, if the Hub stays down."""
+def push(name, upload, later=None):
+    """Calls `upload`, up to three times. Raises PushError, which says what to do `later`, if the Hub stays down."""
     for wait in (*PUSH_WAITS, None):
         try:
             with hub_errors(name):
                 upload()
         except UserError as error:
             if wait is None:
-                raise PushError(f"{error} Everything is on disk; to push it later: {later}") from error
+                raise PushError(f"{error} Everything is on disk; to push it later: {later or 'the same command again'}") from error
             print(f"Not pushed: {error} Trying again in {wait} s")
             time.sleep(wait)
         else:
@@ -366,7 +372,7 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
     print(f"Saved: {config.dataset_folder}")
     if not config.local:
         name = f"{account}/{config.dataset_name}"
-        push(name, lambda: prompts.push_to_hub(name, private=True), "the same command again")
+        push(name, lambda: prompts.push_to_hub(name, private=True))
         write_json(config.dataset_folder / "prepare.json", {"hub": name} | found)
 
 
@@ -485,10 +491,10 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
         record = find_resumable(config, resume, hf_user)
         config = replace(config, lite_mode=record["mode"] == "lite", demo_mode=record["mode"] == "demo",
                          base_model=record["base_model"])
-    folder, recipe = config.run_folder(record["run"]), record["recipe"]
+    folder, recipe, again = config.run_folder(record["run"]), record["recipe"], config.resume_command(record["run"])
     if config.is_finished(record["run"]):
         print(f"{record['run']} is finished")
-        return push_run(folder, record) if record["hub"] and not config.local else folder
+        return push_run(folder, record["hub"], again) if record["hub"] and not config.local else folder
     account, (splits, place), path, _ = check_all(
         lambda: config.local or login_huggingface(hf_user, write=True),
         lambda: find_prompts(config, record.get("data", {}).get("hub")),
@@ -521,7 +527,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
                "peak_memory_bytes": memory()[2]}
     save_run(trainer, folder, record)
     print(f"Trained to step {record['steps']:,} in {record['seconds']['train']:,.0f} s; the adapter is in {folder}")
-    return push_run(folder, record) if record["hub"] else folder
+    return push_run(folder, record["hub"], again) if record["hub"] else folder
 
 
 def new_record(config, run_name, use_4bit, overrides):
@@ -746,33 +752,34 @@ def checkpoint_pusher(name):
     return Pusher()
 
 
-def push_run(folder, record):
-    """Puts what a run has on disk, but its checkpoints, on the Hub: the client sends only what isn't there. Returns the folder."""
+def push_run(folder, name, later=None):
+    """Puts what a run has on disk, but its checkpoints, on the Hub: the client sends only what isn't there. Returns the
+    folder. Raises PushError, which names the command for `later`."""
     from huggingface_hub import HfApi
 
     def upload():
-        HfApi().create_repo(record["hub"], private=True, exist_ok=True)
-        HfApi().upload_folder(repo_id=record["hub"], folder_path=folder, delete_patterns="checkpoint-*",
+        HfApi().create_repo(name, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder, delete_patterns="checkpoint-*",
                               ignore_patterns=["checkpoint-*", "*.new/*", "*.old/*"])
 
-    push(record["hub"], upload, f"`python app.py train --resume {record['run']}`")
+    push(name, upload, later)
     return folder
 
 
 def write_card(folder, name, record, results=None):
-    """README.md of the run `name`: base model, data, recipe, loss chart, how to load it and, once judged, its figures, which
-    are in the metadata too (model-index)."""
+    """README.md of the run `name`: base model, data, recipe, loss chart, how to load it and, once judged, its figures,
+    which are in the metadata too (model-index)."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     from util import compare
 
-    data = record["data"]
+    data, base = record["data"], record["base_model"]
     figures = [EvalResult("text-generation", data["hub"] or "own", data["hub"] or "own catalogue", metric, results[key],
                           metric_name=label, dataset_split="test")
                for metric, key, label in (("mae", "mae", "mean absolute error in $"), ("mse", "mse", "mean squared error"),
                                           ("r_squared", "r2", "r² in %"))] if results else None
     metadata = ModelCardData(
-        base_model=None if Path(record["base_model"]).exists() else record["base_model"], library_name="peft",
+        base_model=base if "/" in base and not Path(base).exists() else None, library_name="peft",
         datasets=data["hub"], eval_results=figures, model_name=name, tags=["lora", "price"])
     recipe = "\n".join(f"| {key} | {value} |" for key, value in (record["recipe"] | {"seed": record["seed"]}).items())
     judged = ("## Evaluation\n\n```\n" + compare(results) + "\n```\n\n![](eval/scatter.png)\n![](eval/running_error.png)\n"
@@ -782,7 +789,7 @@ def write_card(folder, name, record, results=None):
 ---
 # {name}
 
-Estimates a product's price in dollars from its description. A LoRA adapter for {record["base_model"]}, trained on
+Estimates a product's price in dollars from its description. A LoRA adapter for {base}, trained on
 {data["hub"] or "a catalogue of its own"} (fingerprint {data["fingerprint"]}).
 
 ```python
@@ -882,7 +889,7 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
     if record:
         write_card(target.parent, target.parent.name, record, results)
     if record.get("hub") and not config.local:
-        push_run(target.parent, record)
+        push_run(target.parent, record["hub"])
     return results
 
 
