@@ -13,14 +13,17 @@ Hugging Face Hub. `--lite` fits a free Colab T4, the default (full) wants an A10
 Environment: HF_TOKEN (where the Hub is used), WANDB_API_KEY (optional, for --log-wandb).
 """
 import argparse
+import gc
 import json
 import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 import warnings
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -43,17 +46,19 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 RECIPES = {  # lite and full are the course's
     "lite": dict(epochs=1, max_steps=None, batch_size=32, learning_rate=1e-4, lora_r=32, lora_dropout=0.1,
-                 targets=ATTENTION, val_size=500, logging_steps=5, save_steps=100),
+                 targets=ATTENTION, val_size=500, logging_steps=5, save_steps=100, precision="auto"),
     "full": dict(epochs=3, max_steps=None, batch_size=256, learning_rate=1e-4, lora_r=256, lora_dropout=0.1,
-                 targets=ALL_LINEAR, val_size=1000, logging_steps=10, save_steps=200),
+                 targets=ALL_LINEAR, val_size=1000, logging_steps=10, save_steps=200, precision="auto"),
     "demo": dict(epochs=1, max_steps=80, batch_size=4, learning_rate=1.5e-3, lora_r=16, lora_dropout=0.0,
-                 targets=ALL_LINEAR, val_size=24, logging_steps=10, save_steps=40),
+                 targets=ALL_LINEAR, val_size=24, logging_steps=10, save_steps=40, precision="auto"),
 }
 PUSH_WAITS = 5, 20  # seconds between the tries of a push; the client itself tries five times each
 KEPT_CHECKPOINTS = 10
 DEMO_ROWS = 2400
 ADAPTER_FILE = "adapter_model.safetensors"
 EVAL_BATCH = 64  # prompts generated from at once
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
 @dataclass
@@ -187,15 +192,13 @@ def detect_bf16_support() -> bool:
 
 def check_disk(path, recipe, folder):
     """Raises UserError where the checkpoints that a run of the base at `path` keeps in `folder`, each with both Adam
-    moments, don't fit on the disk. Returns `path`."""
+    moments and the tokenizer (20 MB), don't fit on the disk. Returns `path`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    parameters = sum(recipe["lora_r"] * (layer.in_features + layer.out_features)
-                     for name, layer in model.named_modules() if name.split(".")[-1] in recipe["targets"])
-    needed, free = 12 * parameters * (KEPT_CHECKPOINTS + 1), shutil.disk_usage(folder).free
+    needed, free = (12 * adapter_size(model, recipe) + 2e7) * (KEPT_CHECKPOINTS + 1), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(f"{folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for "
                         f"{KEPT_CHECKPOINTS} checkpoints. Make room or give another --output-dir.")
@@ -249,25 +252,34 @@ def check_writable(config):
 # Model
 
 
-def build_quant_config(use_4bit: bool, use_bf16: bool):
+def choose_precision(asked="auto"):
+    """(bf16, fp16 or fp32, why) to compute in. Adapters and optimiser are fp32 in any case. Raises UserError for fp16
+    without a GPU."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if asked == "fp16" and not on_gpu:
+        raise UserError("--precision fp16: needs a GPU. Leave it out, or take fp32.")
+    if asked != "auto":
+        return asked, "--precision"
+    if not on_gpu:
+        return "fp32", "a CPU: most emulate bf16, 25 × slower"
+    capability = "capability {}.{}".format(*torch.cuda.get_device_capability())
+    return ("bf16", f"{capability} ≥ 8") if detect_bf16_support() else ("fp16", f"{capability} < 8, which lacks bf16")
+
+
+def build_quant_config(use_4bit: bool, use_bf16: bool, dtype=None):
     """The BitsAndBytesConfig of the base: 4-bit nf4 with double quantisation (QLoRA, arXiv 2305.14314), or 8-bit.
 
-    It computes in bf16 or, on GPUs that lack it, in fp16; on a CPU in fp32, since most emulate both, 25 × slower.
+    It computes in `dtype`; without one in bf16 or, for GPUs that lack it, in fp16.
     """
+    import torch
     from transformers import BitsAndBytesConfig
 
     if not use_4bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=compute_dtype(use_bf16))
-
-
-def compute_dtype(use_bf16):
-    import torch
-
-    if use_bf16:
-        return torch.bfloat16
-    return torch.float16 if torch.cuda.is_available() else torch.float32
+                              bnb_4bit_compute_dtype=dtype or (torch.bfloat16 if use_bf16 else torch.float16))
 
 
 def base_path(config):
@@ -316,16 +328,33 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def load_base(path, use_4bit=True):
+def base_identity(path):
+    """What tells one base model from another: the commit of one on the Hub, a hash of a folder's files' beginnings."""
+    from hashlib import sha256
+
+    if not Path(path).exists():
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(path, "config.json")).parent.name
+    digest = sha256()
+    for file in sorted(Path(path).glob("*")):
+        if file.name == "config.json" or file.suffix == ".safetensors":
+            with open(file, "rb") as content:
+                digest.update(f"{file.name} {file.stat().st_size}".encode() + content.read(2**20))
+    return digest.hexdigest()[:16]
+
+
+def load_base(path, use_4bit=True, precision="auto"):
     """The quantised base model, on the GPU where there is one."""
     import bitsandbytes
     import torch
     from transformers import AutoModelForCausalLM
 
-    use_bf16 = detect_bf16_support()
+    precision = choose_precision(precision)[0]
+    dtype = getattr(torch, DTYPES[precision])
     with hub_errors(path):
         model = AutoModelForCausalLM.from_pretrained(
-            path, quantization_config=build_quant_config(use_4bit, use_bf16), dtype=compute_dtype(use_bf16),
+            path, quantization_config=build_quant_config(use_4bit, precision == "bf16", dtype), dtype=dtype,
             device_map={"": 0 if torch.cuda.is_available() else "cpu"})
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -475,14 +504,15 @@ def fingerprint(splits):
 
 def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: bool = False,
                 run_name: Optional[str] = None, use_4bit: bool = True, resume: Optional[str] = None,
-                dry_run: bool = False, **overrides):
+                dry_run: bool = False, micro_batch: Optional[int] = None, **overrides):
     """QLoRA through TRL's SFTTrainer: the quantised base stays as it is, LoRA adapters learn from completions only.
 
     `overrides` replace entries of the mode's recipe (`epochs`, `max_steps`, `batch_size`, `learning_rate`, `lora_r`,
-    `save_steps`) where they are not None. `resume` goes on with a run, '' with the newest unfinished one, under its own
-    recipe. Leaves adapter, tokenizer, run.json, model card and a loss chart in the run's folder and puts them on the
-    Hub as `{hf_user}/{project}-{run}`, private, unless the run is local; the newest checkpoint goes there meanwhile.
-    `dry_run` stops at the plan. Returns the run's folder. Raises PushError where only the Hub is lacking at the end.
+    `save_steps`, `precision`) where they are not None. `resume` goes on with a run, '' with the newest unfinished one,
+    under its own recipe. `micro_batch` rows are computed at once, by default as many as fit. Leaves adapter, tokenizer,
+    run.json, model card and a loss chart in the run's folder and puts them on the Hub as `{hf_user}/{project}-{run}`,
+    private, unless the run is local; the newest checkpoint goes there meanwhile. `dry_run` stops at the plan. Returns
+    the run's folder. Raises PushError where only the Hub is lacking at the end, SystemExit after a signal.
     """
     check_writable(config)
     if resume is None:
@@ -490,25 +520,39 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     else:
         record = find_resumable(config, resume, hf_user)
         config = replace(config, lite_mode=record["mode"] == "lite", demo_mode=record["mode"] == "demo",
-                         base_model=record["base_model"])
+                         base_model=config.base_model or record["base_model"])
     folder, recipe, again = config.run_folder(record["run"]), record["recipe"], config.resume_command(record["run"])
     if config.is_finished(record["run"]):
         print(f"{record['run']} is finished")
         return push_run(folder, record["hub"], again) if record["hub"] and not config.local else folder
-    account, (splits, place), path, _ = check_all(
+    account, (splits, place), path, *_ = check_all(
         lambda: config.local or login_huggingface(hf_user, write=True),
         lambda: find_prompts(config, record.get("data", {}).get("hub")),
         lambda: check_disk(base_path(config), recipe, config.output_dir),
-        lambda: log_wandb and check_wandb())
+        lambda: log_wandb and check_wandb(), lambda: choose_precision(recipe["precision"]),
+        lambda: check_micro_batch(recipe, micro_batch))
     on_hub = read_json(Path(place, "prepare.json")).get("hub") if Path(place).exists() else place
-    record |= {"data": {"hub": on_hub, "fingerprint": fingerprint(splits)},
-               "hub": None if config.local else f"{account}/{folder.name}",
-               "wandb": log_wandb or record.get("wandb", False)}
+    found = {"data": {"hub": on_hub, "fingerprint": fingerprint(splits)}, "base_identity": base_identity(path)}
+    if resume is not None:
+        refuse_changes(record, found, overrides)
+    record |= found | {"hub": None if config.local else f"{account}/{folder.name}",
+                       "wandb": log_wandb or record.get("wandb", False)}
 
-    started = time.time()
-    trainer = build_trainer(load_base(path, record["use_4bit"]), load_tokenizer(path), splits, recipe, folder,
-                            record["seed"], log_wandb)
-    record["plan"] = make_plan(trainer, recipe)
+    started, tokenizer = time.time(), load_tokenizer(path)
+    longest, stopper = longest_row(splits["train"], tokenizer), make_stopper()
+    pusher = checkpoint_pusher(record["hub"]) if record["hub"] else None
+
+    def build(micro_batch):
+        gc.collect()  # the trainer that ran out of memory
+        model = load_base(path, record["use_4bit"], recipe["precision"])
+        fit = choose_micro_batch(model, recipe, longest, micro_batch)
+        trainer = build_trainer(model, tokenizer, splits, recipe, folder, record["seed"], log_wandb, *fit)
+        for callback in filter(None, (stopper, pusher)):
+            trainer.add_callback(callback)
+        return trainer
+
+    trainer = build(micro_batch or record.get("micro_batch"))  # dropout depends on it: resuming is exact with the same
+    record |= {"micro_batch": trainer.args.train_batch_size, "plan": make_plan(trainer, recipe)}
     print("\n".join(f"{name + ':':<14}{text}" for name, text in record["plan"].items()))
     if dry_run:
         if not any(folder.iterdir()):
@@ -518,16 +562,24 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     write_json(folder / "run.json", record)
     if log_wandb:
         start_wandb(config, record["run"])
-    if record["hub"]:
-        trainer.add_callback(checkpoint_pusher(record["hub"]))
     ready = time.time()
-    trainer.train(resume_from_checkpoint=resume is not None and newest_checkpoint(folder))
-    record |= {"steps": trainer.state.global_step, "history": trainer.state.log_history,
-               "seconds": {"load": round(ready - started, 1), "train": round(time.time() - ready, 1)},
-               "peak_memory_bytes": memory()[2]}
-    save_run(trainer, folder, record)
+    with room_on_disk(folder, again):
+        while not run_trainer(trainer, folder):
+            record["micro_batch"], trainer = smaller_micro_batch(trainer), None
+            trainer = build(record["micro_batch"])
+            write_json(folder / "run.json", record)
+        if stopper.number:
+            print(f"Stopped after step {trainer.state.global_step:,}, which is saved. Go on by {again}")
+            raise SystemExit(128 + stopper.number)
+        record |= {"steps": trainer.state.global_step, "history": history(trainer),
+                   "seconds": {"load": round(ready - started, 1), "train": round(time.time() - ready, 1)},
+                   "peak_memory_bytes": memory()[2]}
+        save_run(trainer, folder, record)
     print(f"Trained to step {record['steps']:,} in {record['seconds']['train']:,.0f} s; the adapter is in {folder}")
-    return push_run(folder, record["hub"], again) if record["hub"] else folder
+    if pusher:
+        pusher.report()
+        push_run(folder, record["hub"], again)
+    return folder
 
 
 def new_record(config, run_name, use_4bit, overrides):
@@ -581,32 +633,188 @@ def fetch_run(config, run_name, hf_user, **options):
     return Path(folder)
 
 
+def refuse_changes(record, found, overrides):
+    """Raises UserError where data, base or recipe are not those that the run to go on with began with."""
+    asked = {name: value for name, value in overrides.items() if value is not None}
+    pairs = {name.replace("_", " "): (record["recipe"][name], value) for name, value in asked.items()}
+    if "data" in record:  # else it stopped before it began
+        pairs |= {"data": (record["data"]["fingerprint"], found["data"]["fingerprint"]),
+                  "base model": (record["base_identity"], found["base_identity"])}
+    changed = [f"{name} was {old} and is {new}" for name, (old, new) in pairs.items() if old != new]
+    if changed:
+        raise UserError(f"--resume {record['run']}: {'; '.join(changed)}. Go on with what it began with, or start a new run.")
+
+
 def newest_checkpoint(folder):
-    """The newest checkpoint in a run's folder that is whole, or None: trainer_state.json is what is written last."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        try:
-            step = json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"]
-        except (OSError, ValueError):
-            print(f"{path.name} is not whole: left aside")
-            continue
-        print(f"Going on from step {step:,}, the newest whole checkpoint")
-        return str(path)
+    """The newest checkpoint in a run's folder that is whole, or None; says which."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for path in checkpoints:
+        if problem := checkpoint_problem(path):
+            print(f"{path.name} is left aside: {problem}")
+        else:
+            print(f"Going on from step {int(path.name.split('-')[1]):,}, the newest whole checkpoint")
+            return str(path)
+    if checkpoints:
+        print("No checkpoint is whole: starting at step 0")
     return None
 
 
-def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb):
-    """The SFTTrainer of a recipe: prompt/completion rows, loss on completions only, adapters in fp32."""
+def checkpoint_problem(path):
+    """Why a checkpoint can't be gone on with, or None. Every file must be there and readable to its end, by content: a
+    kill leaves some out, a power cut leaves some torn."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in ("adapter_config.json", ADAPTER_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        try:
+            if name.endswith(".json"):
+                json.loads((path / name).read_text("utf-8"))
+            elif name.endswith(".safetensors"):
+                with safe_open(path / name, "pt"):
+                    pass
+            elif zipfile.ZipFile(path / name).testzip():
+                return f"{name} is torn"
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
+            return f"{name} is {'torn' if (path / name).exists() else 'missing'}"
+    return None
+
+
+def run_trainer(trainer, folder):
+    """Trains, from the newest whole checkpoint if there is one. Returns False if memory ran out; the last step is saved."""
+    import torch
+    from transformers import TrainerState
+
+    checkpoint, state = newest_checkpoint(folder), TrainerState()
+    if checkpoint:
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+    if checkpoint and state.global_step >= state.max_steps:  # or Trainer would do one step more
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = state
+        return True
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.OutOfMemoryError:
+        trainer.model.zero_grad()
+        if trainer.state.global_step:
+            trainer._save_checkpoint(trainer.model, None)
+        return False
+    return True
+
+
+def smaller_micro_batch(trainer):
+    """The next smaller divisor of the batch, for a trainer that ran out of memory. Raises UserError below one row."""
+    import torch
+
+    torch.cuda.empty_cache()
+    micro, batch = trainer.args.train_batch_size, trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+    if micro == 1:
+        raise UserError("Out of memory with one row at a time. Take a smaller --base-model, --lora-r or --cutoff.")
+    micro = max(n for n in range(1, micro) if batch % n == 0)
+    print(f"Out of memory at step {trainer.state.global_step + 1:,}: going on from step {trainer.state.global_step:,} with "
+          f"micro-batches of {micro}")
+    return micro
+
+
+def make_stopper():
+    """A callback that ends training after the step in which SIGINT or SIGTERM comes, with a checkpoint. A second signal
+    ends the program at once. `number` tells which signal came."""
+    from transformers import TrainerCallback
+
+    class Stopper(TrainerCallback):
+        number, before = None, None
+
+        def on_train_begin(self, args, state, control, **_):
+            self.before = self.before or {number: signal.getsignal(number) for number in SIGNALS}
+            for number in SIGNALS:
+                signal.signal(number, self.note)
+
+        def note(self, number, _):
+            if self.number:
+                os._exit(128 + number)
+            self.number = number
+            os.write(2, b"\nSaving after this step, then stopping; once more to stop at once\n")  # print isn't reentrant
+
+        def on_step_end(self, args, state, control, **_):
+            if self.number:
+                control.should_save = control.should_training_stop = True
+
+        def on_train_end(self, args, state, control, **_):
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+
+    return Stopper()
+
+
+@contextmanager
+def room_on_disk(folder, again):
+    """Turns what writing to a full disk raises, which differs from library to library, into one line."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or "No space left" not in str(error) and shutil.disk_usage(folder).free >= 2**20:
+            raise
+        raise UserError(f"{folder}: the disk is full. Older checkpoints are whole: make room, then go on by {again}.") from error
+
+
+def history(trainer):
+    """What training logged, without timings: the same for the same run, in one go or in several."""
+    names = "step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss"
+    entries = [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
+    return [entry for entry in entries if entry.keys() & {"loss", "eval_loss"}]
+
+
+def make_trainer_class():
+    """SFTTrainer that stops at numbers that are not finite, and whose checkpoints hold the loss not logged yet too."""
+    import torch
+    from trl import SFTTrainer
+
+    class PriceTrainer(SFTTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self.seen = [*getattr(self, "seen", []), inputs["input_ids"]]
+            self.check("loss", loss)
+            return loss
+
+        def _clip_grad_norm(self, model):
+            norm = super()._clip_grad_norm(model)
+            if not self.args.fp16:  # there the scaler leaves such steps out
+                self.check("gradient", norm)
+            self.seen = []
+            return norm
+
+        def check(self, what, value):
+            if torch.isfinite(value).all():
+                return
+            file, step = Path(self.args.output_dir, "bad_step.json"), self.state.global_step + 1
+            rate = self.lr_scheduler.get_last_lr()[0]
+            write_json(file, {"step": step, "what": what, "learning_rate": rate, "rows": [
+                row for ids in self.seen for row in self.processing_class.batch_decode(ids, skip_special_tokens=True)]})
+            raise UserError(f"step {step:,}: the {what} is not finite, at learning rate {rate:.1e}; the step's rows are in "
+                            f"{file}. Older checkpoints are whole. Mend those rows, or start again with a lower --learning-rate.")
+
+        def _save_checkpoint(self, model, trial):
+            self.state.stateful_callbacks["unlogged"] = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
+            super()._save_checkpoint(model, trial)
+
+        def create_model_card(self, *_, **__):  # TRL writes one with each checkpoint; ours comes with the adapter
+            pass
+
+    return PriceTrainer
+
+
+def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=False, micro_batch=None, checkpointing=False):
+    """The SFTTrainer of a recipe: prompt/completion rows, loss on completions only, adapters in fp32, batches in
+    micro-batches of so many rows (None: the whole batch) with gradients accumulated."""
     import torch
     import trl.trainer.utils
     from peft import LoraConfig
     from transformers import ProgressCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     # Without Triton TRL scores every position, for the sake of compilers that want fixed shapes (add_fused_lm_head);
     # on a CPU that takes half of each step. Can go when TRL scores labels only there, too.
     trl.trainer.utils._use_triton = lambda device: True
-    on_gpu, use_bf16 = torch.cuda.is_available(), detect_bf16_support()
-    trainer = SFTTrainer(
+    precision, micro_batch = choose_precision(recipe["precision"])[0], micro_batch or recipe["batch_size"]
+    trainer = make_trainer_class()(
         model=model,
         processing_class=tokenizer,
         train_dataset=splits["train"],
@@ -616,11 +824,12 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb):
         args=SFTConfig(
             output_dir=str(folder), report_to="wandb" if log_wandb else "none",
             num_train_epochs=recipe["epochs"], max_steps=recipe["max_steps"] or -1,
-            per_device_train_batch_size=recipe["batch_size"], per_device_eval_batch_size=recipe["batch_size"],
+            per_device_train_batch_size=micro_batch, per_device_eval_batch_size=micro_batch,
+            gradient_accumulation_steps=recipe["batch_size"] // micro_batch,
             optim="adamw_torch_fused",  # paged_adamw_32bit can't resume: bitsandbytes issue 782
             learning_rate=recipe["learning_rate"], lr_scheduler_type="cosine", warmup_steps=0.01, weight_decay=0.001,
-            max_grad_norm=0.3, bf16=use_bf16, fp16=on_gpu and not use_bf16, use_cpu=not on_gpu,
-            activation_checkpointing=on_gpu, max_length=None, seed=seed, data_seed=seed,
+            max_grad_norm=0.3, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not torch.cuda.is_available(),
+            activation_checkpointing=checkpointing, max_length=None, seed=seed, data_seed=seed, logging_first_step=True,
             logging_steps=recipe["logging_steps"], eval_strategy="steps", eval_steps=recipe["save_steps"],
             save_strategy="steps", save_steps=recipe["save_steps"], save_total_limit=KEPT_CHECKPOINTS))
     for parameter in trainer.model.parameters():
@@ -634,6 +843,12 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb):
                 parts = [text.format(float(logs[name])) for name, text in shown.items() if name in logs]
                 self.training_bar.write(f"step {state.global_step:>5}  " + "  ".join(parts)) if parts else None
 
+        def on_train_begin(self, args, state, control, **options):
+            super().on_train_begin(args, state, control, **options)
+            if unlogged := state.stateful_callbacks.get("unlogged"):  # or the next loss logged would be of fewer steps
+                trainer._tr_loss += unlogged["loss"]
+                trainer._globalstep_last_logged = unlogged["since"]
+
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress)
     return trainer
@@ -642,47 +857,82 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb):
 def make_plan(trainer, recipe):
     """What is about to happen, and why, as {name: text} for the screen and run.json."""
     import pyarrow.compute
-    import torch
 
     model, args = trainer.model, trainer.args
     lengths = pyarrow.compute.list_value_length(trainer.train_dataset.data.column("input_ids"))
     mean, longest = pyarrow.compute.mean(lengths).as_py(), pyarrow.compute.max(lengths).as_py()
-    rows, batch = len(trainer.train_dataset), recipe["batch_size"]
+    rows, batch, micro = len(trainer.train_dataset), recipe["batch_size"], args.train_batch_size
     steps = recipe["max_steps"] or recipe["epochs"] * math.ceil(rows / batch)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not torch.cuda.is_available():
-        precision = "fp32 (a CPU: most emulate bf16, 25 × slower)"
-    else:
-        capability = "capability {}.{}".format(*torch.cuda.get_device_capability())
-        precision = f"bf16 ({capability} ≥ 8)" if args.bf16 else f"fp16 ({capability} < 8, which lacks bf16)"
-    needed, there = estimate_memory(model, recipe, longest, args.activation_checkpointing), memory()[1]
+    precision, why = choose_precision(recipe["precision"])
+    needed, there = estimate_memory(model.get_base_model(), recipe, longest, micro, args.activation_checkpointing), memory()[1]
     return {
         "Device": describe_device(),
-        "Precision": precision + "; adapters and optimiser in fp32",
+        "Precision": f"{precision} ({why}); adapters and optimiser in fp32",
         "Base": f"{type(model.get_base_model()).__name__}, {'nf4' if getattr(model, 'is_loaded_in_4bit', False) else '8 bit'}",
         "Trainable": f"{trainable:,} parameters (LoRA r {recipe['lora_r']} on {', '.join(recipe['targets'])})",
         "Steps": f"{steps:,} of {batch} rows: {steps * batch / rows:.2f} epochs of {rows:,} rows",
+        "Micro-batch": f"{micro}, × {batch // micro} accumulated = {batch}, activation checkpointing "
+                       f"{'on' if args.activation_checkpointing else 'off'}",
         "Tokens": f"{steps * batch * mean:,.0f}: {batch} × {mean:.0f} a step, {longest} in the longest row",
         "Memory": f"about {needed / 2**30:.1f} GiB at the peak, {there / 2**30:.1f} GiB there"
-                  + (" — may not fit; a smaller --batch-size needs less" if needed > there else ""),
+                  + (" — may not fit; a smaller --base-model or --lora-r needs less" if needed > there else ""),
     }
 
 
-def estimate_memory(model, recipe, longest, checkpointing):
-    """Bytes at the peak of a training step: what is in use with the model loaded, gradients and both Adam moments of
-    the adapters, activations.
+def longest_row(split, tokenizer):
+    """Tokens of the longest row, or nearly: of the 200 rows with the most letters, the completion's end included."""
+    import pyarrow.compute
+
+    table = split.data.table
+    letters = pyarrow.compute.add(*(pyarrow.compute.utf8_length(table[name]) for name in ("prompt", "completion")))
+    rows = table.take(pyarrow.compute.select_k_unstable(letters, 200, [("", "descending")])).to_pylist()
+    return 1 + max(map(len, tokenizer([row["prompt"] + row["completion"] for row in rows])["input_ids"]))
+
+
+def check_micro_batch(recipe, micro_batch):
+    """Raises UserError where a batch can't be made of such micro-batches."""
+    if micro_batch and recipe["batch_size"] % micro_batch:
+        raise UserError(f"--micro-batch {micro_batch}: {recipe['batch_size']} rows a step can't be divided by it.")
+
+
+def choose_micro_batch(model, recipe, longest, micro_batch=None):
+    """(rows computed at once, whether with activation checkpointing), so that memory should suffice with a tenth to spare.
+
+    The most rows that fit without checkpointing, which costs a third of the speed; with it where fewer than four would.
+    """
+    there, batch = memory()[1], recipe["batch_size"]
+    sizes = [micro_batch] if micro_batch else [n for n in range(batch, 0, -1) if batch % n == 0]
+    for checkpointing in (False, True):
+        for micro in sizes:
+            if (checkpointing or micro_batch or micro >= min(4, batch)) and (
+                    1.1 * estimate_memory(model, recipe, longest, micro, checkpointing) < there):
+                return micro, checkpointing
+    return sizes[-1], True
+
+
+def adapter_size(model, recipe):
+    """The number of parameters of a recipe's LoRA adapters on a model."""
+    return sum(recipe["lora_r"] * (layer.in_features + layer.out_features)
+               for name, layer in model.named_modules() if name.split(".")[-1] in recipe["targets"])
+
+
+def estimate_memory(model, recipe, longest, micro_batch, checkpointing):
+    """Bytes at the peak of a training step: the base, weights, gradients and both Adam moments of the adapters,
+    activations.
 
     Each layer keeps about 8 hidden-size and 3 MLP-size values a token, and 5 bytes for each input value of an adapter.
     With checkpointing only a layer's input is kept, and one layer at a time in full.
     """
-    shape, tokens = model.config, recipe["batch_size"] * longest
+    shape, tokens = model.config, micro_batch * longest
     adapter_inputs = sum(shape.intermediate_size if name == "down_proj" else shape.hidden_size
                          for name in recipe["targets"])
     value = model.get_input_embeddings().weight.element_size()
     layer = tokens * (value * (8 * shape.hidden_size + 3 * shape.intermediate_size) + 5 * adapter_inputs)
     inputs = tokens * value * shape.hidden_size
     activations = layer + shape.num_hidden_layers * inputs if checkpointing else layer * shape.num_hidden_layers
-    return memory()[0] + 12 * sum(p.numel() for p in model.parameters() if p.requires_grad) + activations
+    weights = sum(p.nbytes for name, p in model.named_parameters() if "lora_" not in name)
+    return weights + 16 * adapter_size(model, recipe) + activations
 
 
 def memory():
@@ -691,7 +941,9 @@ def memory():
 
     if torch.cuda.is_available():
         cuda = torch.cuda
-        return cuda.memory_allocated(), cuda.mem_get_info()[0] + cuda.memory_reserved(), cuda.max_memory_allocated()
+        free, total = cuda.mem_get_info()
+        there = min(free + cuda.memory_reserved(), cuda.get_per_process_memory_fraction() * total)
+        return cuda.memory_allocated(), there, cuda.max_memory_allocated()
     import resource
 
     import psutil
@@ -1011,6 +1263,10 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--learning-rate", type=at_least(1e-12, float), help="peak (lite and full 1e-4, demo 1.5e-3)")
     train.add_argument("--lora-r", type=at_least(1), help="rank; alpha is twice that (lite 32, full 256, demo 16)")
     train.add_argument("--save-steps", type=at_least(1), help="steps between checkpoints and validations (lite 100, full 200)")
+    train.add_argument("--precision", choices=["auto", *DTYPES], help="what the base computes in (default auto: bf16, on GPUs "
+                       "that lack it fp16, on CPUs fp32)")
+    train.add_argument("--micro-batch", type=at_least(1), help="rows computed at once, a divisor of the batch size "
+                       "(default: as many as fit)")
     train.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: the newest "
                        "unfinished one), or push what a finished one still has to")
     train.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
@@ -1026,6 +1282,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def leave(number, _):
+    """Ends the program when it gets a signal, with the code that shells expect."""
+    raise SystemExit(128 + number)
+
+
 def main(argv=None) -> None:
     parser = build_parser()
     try:
@@ -1037,7 +1298,7 @@ def main(argv=None) -> None:
     if args.stage == "eval" and args.revision and (args.local or args.demo):
         parser.error("--revision names a commit on the Hub, which --local and --demo leave alone")
     base_model = args.base_model or (DEMO_BASE_MODEL if args.demo else DEFAULT_BASE_MODEL)
-    if args.stage == "eval" and args.run_name != "base":
+    if args.stage == "eval" and args.run_name != "base" or args.stage == "train" and args.resume is not None:
         base_model = args.base_model  # None: the run's own
     config = RunConfig(base_model, args.project_name,
                        args.data_user, args.lite, args.demo, args.local or args.demo, args.output_dir, args.seed)
@@ -1047,13 +1308,16 @@ def main(argv=None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if args.stage == "train" and not args.log_wandb:
         sys.modules.setdefault("wandb", None)  # not installed, as far as TRL is concerned: it imports it unasked
+    for number in SIGNALS:
+        signal.signal(number, leave)
     try:
         if args.stage == "prepare":
             prepare_prompts(config, args.cutoff, args.hf_dataset_user, args.source)
         elif args.stage == "train":
             train_model(config, args.hf_user, args.log_wandb, args.run_name, not args.no_4bit,
-                        args.resume, args.dry_run, epochs=args.epochs, max_steps=args.max_steps, batch_size=args.batch_size,
-                        learning_rate=args.learning_rate, lora_r=args.lora_r, save_steps=args.save_steps)
+                        args.resume, args.dry_run, args.micro_batch, epochs=args.epochs, max_steps=args.max_steps, batch_size=args.batch_size,
+                        learning_rate=args.learning_rate, lora_r=args.lora_r, save_steps=args.save_steps,
+                        precision=args.precision)
         else:
             evaluate_model(config, args.hf_user, args.run_name, args.revision, args.size,
                            args.compare_base or args.demo)
@@ -1061,9 +1325,7 @@ def main(argv=None) -> None:
         for line in str(error).splitlines():
             print(f"app.py {args.stage}: {line}", file=sys.stderr)
         sys.exit(error.code)
-    except KeyboardInterrupt:
-        print(f"\napp.py {args.stage}: stopped", file=sys.stderr)
-        sys.exit(130)
+
 
 
 if __name__ == "__main__":

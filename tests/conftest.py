@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 HUB = TestHub()
 HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_ENDPOINT": HUB.url, "HF_HOME": HF_HOME.name, "NO_PROXY": "127.0.0.1",
+os.environ |= {"OMP_NUM_THREADS": "1",  # for tiny models more threads only wait for each other
+               "TOKENIZERS_PARALLELISM": "false", "HF_ENDPOINT": HUB.url, "HF_HOME": HF_HOME.name, "NO_PROXY": "127.0.0.1",
                "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
 for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "WANDB_API_KEY", "WANDB_MODE"):
     os.environ.pop(name, None)  # read when the clients are imported
