@@ -15,6 +15,7 @@ Environment: HF_TOKEN (where the Hub is used), WANDB_API_KEY (optional, for --lo
 import argparse
 import gc
 import json
+import logging
 import math
 import os
 import shlex
@@ -161,7 +162,9 @@ def hub_errors(what):
         raise UserError(f"{what}: the Hub can't be reached. Check the network, and the name if a folder is meant.") from error
     except errors.GatedRepoError as error:
         raise UserError(f"{what}: gated. Ask for access at {constants.ENDPOINT}/{what}, then run this again.") from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError,
+    except errors.RevisionNotFoundError as error:
+        raise UserError(f"{what}: there, but not at that revision. Check --revision.") from error
+    except (errors.RepositoryNotFoundError, errors.EntryNotFoundError,
             errors.HFValidationError, DatasetNotFoundError) as error:
         raise UserError(f"{what}: not on the Hub, or HF_TOKEN may not read it. Check the name and the token.") from error
     except (OSError, ValueError, RuntimeError) as error:  # refusals, what can't be loaded, an upload cut off
@@ -285,11 +288,11 @@ def build_quant_config(use_4bit: bool, use_bf16: bool, dtype=None):
 def base_path(config):
     """Where the base model is loaded from: a folder, or a name on the Hub that was found there."""
     if config.base_model == DEMO_BASE_MODEL:
-        return str(demo_base(Path(config.output_dir, "base")))
+        return str(demo_base(Path(config.output_dir, "base")).resolve())
     if Path(config.base_model).exists():
         if not Path(config.base_model, "config.json").exists():
             raise UserError(f"--base-model {config.base_model}: holds no config.json; give a model's folder or its name.")
-        return config.base_model
+        return str(Path(config.base_model).resolve())
     from huggingface_hub import hf_hub_download
 
     with hub_errors(config.base_model):
@@ -378,6 +381,7 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
     from util import data_chart, quantiles, show
 
     check_writable(config)
+    config.local or get_env("HF_TOKEN", required=True)
     account, path, (splits, dropped, about) = check_all(
         lambda: config.local or login_huggingface(hf_dataset_user, write=True), lambda: base_path(config),
         lambda: gather_items(config, source))
@@ -393,12 +397,13 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
     print(f"Cut at {cutoff} tokens: {sum(found['cut'].values()):,} of {kept:,} descriptions")
     print(f"Price, train, in $:       {quantiles(counts['train']['price'], 2)}")
     print(f"Tokens an item, train:    {quantiles(counts['train']['tokens'])}")
+    before = read_json(restore(config.dataset_folder) / "prepare.json").get("source", found["source"])
     with replacing(config.dataset_folder) as folder:
         save_prompts(folder, prompts)
         chart = data_chart(counts["train"]["price"], counts["train"]["tokens"], cutoff, found["source"])
         show(chart, folder, "prepare.png")
         write_json(folder / "prepare.json", found)
-    print(f"Saved: {config.dataset_folder}")
+    print(f"Saved: {config.dataset_folder}" + f", in place of: {before}" * (before != found["source"]))
     if not config.local:
         name = f"{account}/{config.dataset_name}"
         push(name, lambda: prompts.push_to_hub(name, private=True))
@@ -520,19 +525,22 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     else:
         record = find_resumable(config, resume, hf_user)
         config = replace(config, lite_mode=record["mode"] == "lite", demo_mode=record["mode"] == "demo",
-                         base_model=config.base_model or record["base_model"])
+                         base_model=config.base_model or record["base_model"],
+                         local=config.local or not record.get("hub", True))
     folder, recipe, again = config.run_folder(record["run"]), record["recipe"], config.resume_command(record["run"])
     if config.is_finished(record["run"]):
         print(f"{record['run']} is finished")
         return push_run(folder, record["hub"], again) if record["hub"] and not config.local else folder
+    config.local or get_env("HF_TOKEN", required=True)
     account, (splits, place), path, *_ = check_all(
         lambda: config.local or login_huggingface(hf_user, write=True),
         lambda: find_prompts(config, record.get("data", {}).get("hub")),
         lambda: check_disk(base_path(config), recipe, config.output_dir),
         lambda: log_wandb and check_wandb(), lambda: choose_precision(recipe["precision"]),
         lambda: check_micro_batch(recipe, micro_batch))
-    on_hub = read_json(Path(place, "prepare.json")).get("hub") if Path(place).exists() else place
-    found = {"data": {"hub": on_hub, "fingerprint": fingerprint(splits)}, "base_identity": base_identity(path)}
+    about = {"source": place, "hub": place} if not Path(place).exists() else read_json(Path(place, "prepare.json"))
+    found = {"data": {"source": about.get("source", place), "hub": about.get("hub"), "fingerprint": fingerprint(splits)},
+             "base_identity": base_identity(path)}
     if resume is not None:
         refuse_changes(record, found, overrides)
     record |= found | {"hub": None if config.local else f"{account}/{folder.name}",
@@ -1026,14 +1034,17 @@ def write_card(folder, name, record, results=None):
     from util import compare
 
     data, base = record["data"], record["base_model"]
-    figures = [EvalResult("text-generation", data["hub"] or "own", data["hub"] or "own catalogue", metric, results[key],
+    figures = [EvalResult("text-generation", data["hub"] or "own", data["hub"] or data["source"], metric, results[key],
                           metric_name=label, dataset_split="test")
                for metric, key, label in (("mae", "mae", "mean absolute error in $"), ("mse", "mse", "mean squared error"),
                                           ("r_squared", "r2", "r² in %"))] if results else None
     metadata = ModelCardData(
         base_model=base if "/" in base and not Path(base).exists() else None, library_name="peft",
         datasets=data["hub"], eval_results=figures, model_name=name, tags=["lora", "price"])
-    recipe = "\n".join(f"| {key} | {value} |" for key, value in (record["recipe"] | {"seed": record["seed"]}).items())
+    settings = record["recipe"] | {"targets": ", ".join(record["recipe"]["targets"]), "seed": record["seed"]}
+    if settings["max_steps"]:
+        del settings["epochs"]
+    recipe = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None)
     judged = ("## Evaluation\n\n```\n" + compare(results) + "\n```\n\n![](eval/scatter.png)\n![](eval/running_error.png)\n"
               if results else "")
     ModelCard(f"""---
@@ -1042,11 +1053,11 @@ def write_card(folder, name, record, results=None):
 # {name}
 
 Estimates a product's price in dollars from its description. A LoRA adapter for {base}, trained on
-{data["hub"] or "a catalogue of its own"} (fingerprint {data["fingerprint"]}).
+{data["hub"] or data["source"]} (fingerprint {data["fingerprint"]}).
 
 ```python
 from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained("{record["hub"] or name}")
+model = AutoPeftModelForCausalLM.from_pretrained("{record["hub"] or f"outputs/{name}"}")
 ```
 
 The prompt is the question `{QUESTION}`, a blank line, the description, a blank line and `{PREFIX}`.
@@ -1079,11 +1090,13 @@ def find_run(config, run_name, hf_user, revision):
         newest = [name for name, record in local_runs(config).items()
                   if config.is_finished(name) and kind in ("", record["mode"])]
         if not newest:
-            raise UserError(f"{config.output_dir}: no finished {kind} run of project {config.project_name}. "
-                            "Run `python app.py train` first, or name one with --run-name.".replace("  ", " "))
+            raise UserError(f"{config.output_dir}: no finished {kind} run of project {config.project_name}. ".replace("  ", " ")
+                            + f"Run `python app.py train{kind and f' --{kind}'}` first, or name one with --run-name.")
         run_name = newest[-1]
     is_here = config.is_finished(run_name) and not revision
     folder = config.run_folder(run_name) if is_here else fetch_run(config, run_name, hf_user, revision=revision)
+    if not (folder / ADAPTER_FILE).exists():  # PEFT would go on to an adapter_model.bin, which may hold any code
+        raise UserError(f"{run_name}: holds no {ADAPTER_FILE}. If it isn't finished, go on by {config.resume_command(run_name)}.")
     return run_name, folder, read_json(folder / "run.json")
 
 
@@ -1156,11 +1169,9 @@ def log_evaluation(config, run_name, folder, results):
 
 
 def load_adapter(model, folder):
-    """Base + LoRA adapter through PEFT. Raises UserError where the folder holds none or it doesn't fit the base."""
+    """Base + LoRA adapter through PEFT. Raises UserError where it doesn't fit the base."""
     from peft import PeftModel
 
-    if not (folder / ADAPTER_FILE).exists():  # PEFT would go on to an adapter_model.bin, which may hold any code
-        raise UserError(f"{folder}: holds no {ADAPTER_FILE}. Give a run that has finished.")
     try:
         return PeftModel.from_pretrained(model, folder).eval()
     except (RuntimeError, ValueError) as error:  # shapes or module names that don't match
@@ -1213,7 +1224,12 @@ def plain_name(text):
 
 
 def number_or_all(text):
-    return None if text == "all" else at_least(1)(text)
+    if text == "all":
+        return None
+    try:
+        return at_least(1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor `all`") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1284,15 +1300,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def leave(number, _):
     """Ends the program when it gets a signal, with the code that shells expect."""
+    os.write(2, b"\napp.py: stopped\n")
     raise SystemExit(128 + number)
 
 
 def main(argv=None) -> None:
     parser = build_parser()
     try:
-        args = parser.parse_args(argv)
+        args, unknown = parser.parse_known_args(argv)
     except ValueError as error:
         parser.error(f"@FILE: {error}")
+    if unknown:
+        parser.error(f"unknown: {' '.join(unknown)}; `python app.py {args.stage} --help` lists what {args.stage} knows")
     if args.lite and args.demo:
         parser.error("--lite and --demo exclude each other")
     if args.stage == "eval" and args.revision and (args.local or args.demo):
@@ -1305,6 +1324,8 @@ def main(argv=None) -> None:
     if args.demo:
         os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore", FutureWarning)  # what pinned libraries tell each other is no news to a user
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if args.stage == "train" and not args.log_wandb:
         sys.modules.setdefault("wandb", None)  # not installed, as far as TRL is concerned: it imports it unasked

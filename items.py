@@ -213,6 +213,8 @@ def read_rows(path):
     UserError where the file can't be read at all.
     """
     path, ending = Path(path), Path(path).suffix.lower()
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give a .jsonl, .csv or .parquet file.")
     if ending not in (".jsonl", ".json", ".csv", ".parquet"):
         raise UserError(f"{path}: the ending is {ending or 'missing'}; give a .jsonl, .csv or .parquet file.")
     try:
@@ -291,6 +293,8 @@ def read_catalogue(path):
     title, description and price of an earlier one. Raises UserError where a column is missing or no row is usable.
     """
     rows = read_rows(path)
+    if not rows:
+        raise UserError(f"{path}: holds no rows.")
     columns = dict.fromkeys(column for _, row in rows if isinstance(row, dict) for column in row)
     text_columns = [column for column in TEXT_COLUMNS if column in columns]
     missing = [column for column in ("title", "price") if column not in columns]
@@ -315,7 +319,7 @@ def read_catalogue(path):
             seen.add((summary, price))
             items.append(Item(title, category, price, summary=summary, id=line))
     if not items:
-        raise UserError(f"{path}: none of {len(rows):,} rows is usable; {describe(dropped) or 'there is none'}.")
+        raise UserError(f"{path}: none of {len(rows):,} rows is usable; {describe(dropped)}.")
     return items, dropped
 
 

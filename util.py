@@ -11,6 +11,7 @@ import math
 import re
 import statistics
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -123,6 +124,8 @@ def evaluate(function, data, size=200, batch_size=None, folder=None, title=None)
         "parse_failures": prices.count(None), "items_per_s": len(rows) / seconds, "seconds": seconds}
     title = title or getattr(function, "__name__", "model").replace("_", " ")
     print(f"{title}: {headline(figures)} (± {figures['mae_ci95']:.2f}, n = {figures['n']:,})")
+    if len(rows) < 30:
+        print("Fewer than 30 items: even the interval is a rough guess")
     if figures["parse_failures"]:
         print(f"{figures['parse_failures']:,} answers named no price and count as $0")
     show(scatter(guesses, truths, figures, title), folder, "scatter.png")
@@ -157,6 +160,10 @@ def show(figure, folder=None, name=None):
         display(figure)
 
 
+def set_title(axes, title, figures):
+    axes.set_title(f"{textwrap.fill(title, 75)}\n{headline(figures)}".replace("$", "\\$"))
+
+
 def scatter(guesses, truths, figures, title):
     """Each item's guess over its true price, with the line of perfect guesses."""
     figure, axes = new_figure()
@@ -169,7 +176,7 @@ def scatter(guesses, truths, figures, title):
     limit = 1.03 * max(1.0, *truths, *guesses)
     axes.plot([0, limit], [0, limit], color="black", linewidth=1, linestyle="--", label="guess = truth")
     axes.set(xlim=(0, limit), ylim=(0, limit), xlabel="true price ($)", ylabel="guess ($)")
-    axes.set_title(f"{title}\n{headline(figures)}".replace("$", "\\$"))
+    set_title(axes, title, figures)
     axes.legend(loc="upper left")
     return figure
 
@@ -190,7 +197,7 @@ def running_error(guesses, truths, figures, title):
                       color="0.85", label="95 % interval")
     axes.plot(count, means, color="black", label=f"\\${mean:,.2f} ± {bands[-1]:,.2f} after {len(means):,} items")
     axes.set(xlabel="items judged", ylabel="mean absolute error ($)", ylim=(0, None))
-    axes.set_title(f"{title}\n{headline(figures)}".replace("$", "\\$"))
+    set_title(axes, title, figures)
     axes.legend()
     return figure
 

@@ -136,7 +136,7 @@ def test_an_adapter_in_the_published_layout_loads_at_its_revision(online, hub, p
 def test_an_adapter_that_is_no_safetensors_is_not_loaded(online, hub, data, trained):
     hub.put("models", "alice/price-old", {"adapter_config.json": (trained / "adapter_config.json").read_bytes(),
                                           "adapter_model.bin": b"any code at all"})
-    assert "holds no adapter_model.safetensors" in online("eval", *SHARED, "--run-name", "old", code=1).err
+    assert "old: holds no adapter_model.safetensors" in online("eval", *SHARED, "--run-name", "old", code=1).err
     assert not any("adapter_model.bin" in path for _, path in hub.requests)
 
 
@@ -145,6 +145,8 @@ def test_a_lost_machine_goes_on_from_the_hub(online, hub, data, trained):
     left = files_of(online.folder / "price-lost")  # what the Hub had when the machine went, after three steps
     hub.put("models", "alice/price-lost", {name: content for name, content in left.items()
                                            if name == "run.json" or name.startswith("checkpoint-3/")}, private=True)
+    record = json.loads(left["run.json"]) | {"hub": "alice/price-lost"}
+    hub.put("models", "alice/price-lost", hub.files("models", "alice/price-lost") | {"run.json": json.dumps(record).encode()})
     shutil.rmtree(online.folder)
     said = online("train", *SHARED, "--resume", "lost")
     assert "Fetched: alice/price-lost" in said.out and "Going on from step 3" in said.out

@@ -165,8 +165,8 @@ def test_a_description_in_the_courses_form_stays_as_it_is(tmp_path):
 @pytest.mark.parametrize("name, content, said", [
     ("own.jsonl", '{"title": "A", "text": "a"}', "price"),
     ("own.jsonl", '{"title": "A", "price": 1}', "description"),
-    ("own.jsonl", "", "there is none"),
-    ("own.csv", "title,price,text\n", "there is none"),
+    ("own.jsonl", "", "holds no rows"),
+    ("own.csv", "title,price,text\n", "holds no rows"),
     ("own.json", '[{"title": "A", "text": "a", "price": 1}]', "not a JSON object"),
     ("own.jsonl", '{"title": "A", "text": "a", "price": 0}', "none of 1 rows is usable"),
     ("own.parquet", "no parquet", "can't be read: "),

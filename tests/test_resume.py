@@ -197,27 +197,29 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(whole, run, p
     assert_same_run(folder, whole)
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda folder: [], None),
-    (lambda folder: ["--lora-r", "8", "--epochs", "2"], "lora r was 32 and is 8."),
-    (lambda folder: ["--precision", "bf16"], "precision was auto and is bf16"),
-    (lambda folder: (folder / "outputs/datasets/items_prompts_lite/val.parquet").write_bytes(
-        (folder / "outputs/datasets/items_prompts_lite/test.parquet").read_bytes()) and [], "data was "),
-    (lambda folder: ["--base-model", str(copy_base(folder))], "base model was ")])
-def test_another_recipe_base_or_data_are_refused_with_the_differences(whole, prepared, tmp_path, monkeypatch, capsys, change, said):
-    def copy_base(folder):
-        shutil.copytree(prepared[-1], folder / "base")
-        (folder / "base/config.json").write_text((folder / "base/config.json").read_text().replace("512", "513"))
-        return folder / "base"
+def other_base(folder, base):
+    shutil.copytree(base, folder / "base")
+    config = folder / "base/config.json"
+    config.write_text(config.read_text().replace("512", "513"))
+    return ["--base-model", "base"]
 
-    monkeypatch.setitem(globals(), "copy_base", copy_base)
+
+def other_data(folder, base):
+    data = folder / "outputs/datasets/items_prompts_lite"
+    shutil.copy(data / "test.parquet", data / "val.parquet")
+    return []
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda folder, base: ["--lora-r", "8", "--epochs", "2"], "lora r was 32 and is 8."),
+    (lambda folder, base: ["--precision", "bf16"], "precision was auto and is bf16."),
+    (other_base, "base model was "), (other_data, "data was ")])
+def test_another_recipe_base_or_data_are_refused_with_the_differences(
+        whole, prepared, tmp_path, monkeypatch, capsys, change, said):
     unfinished(whole, tmp_path)
     monkeypatch.chdir(tmp_path)
-    arguments = ["train", "--local", "--resume", "run", *change(tmp_path)]
-    if said is None:
-        return app.main(arguments)
     with pytest.raises(SystemExit, match="1"):
-        app.main(arguments)
+        app.main(["train", "--local", "--resume", "run", *change(tmp_path, prepared[-1])])
     assert f"--resume run: {said}" in capsys.readouterr().err
 
 
