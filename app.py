@@ -113,12 +113,6 @@ def get_env(name: str, required: bool = False) -> Optional[str]:
     return value
 
 
-class PushError(UserError):
-    """The Hub didn't take what is safe on disk."""
-
-    code = 3
-
-
 def login_huggingface(namespace: Optional[str] = None, write: bool = False) -> str:
     """Asks the Hub whom HF_TOKEN belongs to. The libraries read it from the environment, nothing is stored.
 
@@ -172,14 +166,15 @@ def hub_errors(what):
 
 
 def push(name, upload, later=None):
-    """Calls `upload`, up to three times. Raises PushError, which says what to do `later`, if the Hub stays down."""
+    """Calls `upload`, up to three times. Raises UserError, code 3, which says what to do `later`, if the Hub stays down."""
     for wait in (*PUSH_WAITS, None):
         try:
             with hub_errors(name):
                 upload()
         except UserError as error:
             if wait is None:
-                raise PushError(f"{error} Everything is on disk; to push it later: {later or 'the same command again'}") from error
+                text = f"{error} Everything is on disk; to push it later: {later or 'the same command again'}"
+                raise UserError(text, code=3) from error
             print(f"Not pushed: {error} Trying again in {wait} s")
             time.sleep(wait)
         else:
@@ -191,6 +186,17 @@ def detect_bf16_support() -> bool:
     import torch
 
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+
+
+def check_writable(config):
+    """Raises UserError where nothing can be written under the output folder."""
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written to ({error.strerror}). Give another --output-dir.") from error
 
 
 def check_disk(path, recipe, folder):
@@ -238,17 +244,6 @@ def versions():
     from importlib.metadata import version
 
     return {name: version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")}
-
-
-def check_writable(config):
-    """Raises UserError where nothing can be written under the output folder."""
-    folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written to ({error.strerror}). Give another --output-dir.") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,16 +316,6 @@ def demo_base(folder):
     return folder
 
 
-def load_tokenizer(path):
-    """The base's tokenizer, padding on the left, as generation in batches needs it."""
-    from transformers import AutoTokenizer
-
-    with hub_errors(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none
-    return tokenizer
-
-
 def base_identity(path):
     """What tells one base model from another: the commit of one on the Hub, a hash of a folder's files' beginnings."""
     from hashlib import sha256
@@ -345,6 +330,16 @@ def base_identity(path):
             with open(file, "rb") as content:
                 digest.update(f"{file.name} {file.stat().st_size}".encode() + content.read(2**20))
     return digest.hexdigest()[:16]
+
+
+def load_tokenizer(path):
+    """The base's tokenizer, padding on the left, as generation in batches needs it."""
+    from transformers import AutoTokenizer
+
+    with hub_errors(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none
+    return tokenizer
 
 
 def load_base(path, use_4bit=True, precision="auto"):
@@ -368,6 +363,16 @@ def load_base(path, use_4bit=True, precision="auto"):
     return model
 
 
+def load_adapter(model, folder):
+    """Base + LoRA adapter through PEFT. Raises UserError where it doesn't fit the base."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, folder).eval()
+    except (RuntimeError, ValueError) as error:  # shapes or module names that don't match
+        raise UserError(f"{folder}: the adapter doesn't fit {model.config.name_or_path}. Check --base-model.") from error
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 1: prepare
 
@@ -381,7 +386,7 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
     from util import data_chart, quantiles, show
 
     check_writable(config)
-    config.local or get_env("HF_TOKEN", required=True)
+    config.local or get_env("HF_TOKEN", required=True)  # else the Hub would be asked, in vain
     account, path, (splits, dropped, about) = check_all(
         lambda: config.local or login_huggingface(hf_dataset_user, write=True), lambda: base_path(config),
         lambda: gather_items(config, source))
@@ -453,60 +458,6 @@ def published_items(config):
 # Stage 2: train
 
 
-def find_prompts(config, trained_on=None):
-    """The prompts to train or judge on, as (DatasetDict, folder or name on the Hub), and says which.
-
-    In this order: `--data-user`'s, the local copy that `prepare` left, unless a run was `trained_on` another dataset on
-    the Hub, that dataset, the own account's, the course's. Raises UserError where none is to be had or a column is missing.
-    """
-    from datasets import load_dataset
-
-    local = restore(config.dataset_folder)
-    if config.data_user:
-        place, why = f"{config.data_user}/{config.dataset_name}", "--data-user"
-    elif local.exists() and trained_on in (None, read_json(local / "prepare.json").get("hub")):
-        place, why = str(local), "the copy that prepare left"
-    elif trained_on:
-        place, why = trained_on, "the run was trained on it"
-    elif config.demo_mode:
-        raise UserError(f"{local}: there is no such dataset yet. Run `python app.py prepare --demo` first.")
-    else:
-        place, why = f"{DEFAULT_DATA_USER}/{config.dataset_name}", "the course's"
-        if not config.local:
-            own = f"{login_huggingface()}/{config.dataset_name}"
-            from huggingface_hub import HfApi
-
-            with hub_errors(own):
-                place, why = (own, "your account's") if HfApi().repo_exists(own, repo_type="dataset") else (place, why)
-    print(f"Data: {place} ({why})")
-    if Path(place).exists():
-        splits = load_prompts(place)
-    else:
-        with hub_errors(place):
-            splits = load_dataset(place)
-    check_columns(place, splits, SPLITS, ("prompt", "completion"))
-    return splits, place
-
-
-def check_columns(place, splits, names, columns):
-    """Raises UserError where a dataset lacks one of the splits called `names`, or one of the columns in any of them."""
-    missing = [name for name in names if name not in splits] or [
-        column for column in columns if any(column not in splits[name].column_names for name in names)]
-    if missing:
-        raise UserError(f"{place}: lacks {', '.join(missing)}; needed are {', '.join(names)} with {' and '.join(columns)}.")
-
-
-def fingerprint(splits):
-    """A hash of every prompt and completion, in order: equal data have equal fingerprints, wherever they are stored."""
-    from hashlib import sha256
-
-    digest = sha256()
-    for name in SPLITS:
-        for batch in splits[name].select_columns(["prompt", "completion"]).iter(1000):
-            digest.update(json.dumps([name, batch["prompt"], batch["completion"]]).encode())
-    return digest.hexdigest()[:16]
-
-
 def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: bool = False,
                 run_name: Optional[str] = None, use_4bit: bool = True, resume: Optional[str] = None,
                 dry_run: bool = False, micro_batch: Optional[int] = None, **overrides):
@@ -517,7 +468,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     under its own recipe. `micro_batch` rows are computed at once, by default as many as fit. Leaves adapter, tokenizer,
     run.json, model card and a loss chart in the run's folder and puts them on the Hub as `{hf_user}/{project}-{run}`,
     private, unless the run is local; the newest checkpoint goes there meanwhile. `dry_run` stops at the plan. Returns
-    the run's folder. Raises PushError where only the Hub is lacking at the end, SystemExit after a signal.
+    the run's folder. Raises UserError with code 3 where only the Hub is lacking at the end, SystemExit after a signal.
     """
     check_writable(config)
     if resume is None:
@@ -531,20 +482,10 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     if config.is_finished(record["run"]):
         print(f"{record['run']} is finished")
         return push_run(folder, record["hub"], again) if record["hub"] and not config.local else folder
-    config.local or get_env("HF_TOKEN", required=True)
-    account, (splits, place), path, *_ = check_all(
-        lambda: config.local or login_huggingface(hf_user, write=True),
-        lambda: find_prompts(config, record.get("data", {}).get("hub")),
-        lambda: check_disk(base_path(config), recipe, config.output_dir),
-        lambda: log_wandb and check_wandb(), lambda: choose_precision(recipe["precision"]),
-        lambda: check_micro_batch(recipe, micro_batch))
-    about = {"source": place, "hub": place} if not Path(place).exists() else read_json(Path(place, "prepare.json"))
-    found = {"data": {"source": about.get("source", place), "hub": about.get("hub"), "fingerprint": fingerprint(splits)},
-             "base_identity": base_identity(path)}
+    splits, path, found = preflight(config, record, hf_user, log_wandb, micro_batch)
     if resume is not None:
         refuse_changes(record, found, overrides)
-    record |= found | {"hub": None if config.local else f"{account}/{folder.name}",
-                       "wandb": log_wandb or record.get("wandb", False)}
+    record |= found | {"wandb": log_wandb or record.get("wandb", False)}
 
     started, tokenizer = time.time(), load_tokenizer(path)
     longest, stopper = longest_row(splits["train"], tokenizer), make_stopper()
@@ -590,6 +531,25 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     return folder
 
 
+def preflight(config, record, hf_user, log_wandb, micro_batch):
+    """Checks what can be known to go wrong before a model is loaded, and raises one UserError that names it all.
+
+    Returns the splits, where the base is loaded from, and what the record has to say of both and of the Hub.
+    """
+    config.local or get_env("HF_TOKEN", required=True)  # else the Hub would be asked, in vain
+    recipe, run = record["recipe"], config.run_folder(record["run"]).name
+    account, (splits, place), path, *_ = check_all(
+        lambda: config.local or login_huggingface(hf_user, write=True),
+        lambda: find_prompts(config, record.get("data", {}).get("hub")),
+        lambda: check_disk(base_path(config), recipe, config.output_dir),
+        lambda: log_wandb and check_wandb(), lambda: choose_precision(recipe["precision"]),
+        lambda: check_micro_batch(recipe, micro_batch))
+    about = read_json(Path(place, "prepare.json")) if Path(place).exists() else {"source": place, "hub": place}
+    return splits, path, {
+        "data": {"source": about.get("source", place), "hub": about.get("hub"), "fingerprint": fingerprint(splits)},
+        "base_identity": base_identity(path), "hub": None if config.local else f"{account}/{run}"}
+
+
 def new_record(config, run_name, use_4bit, overrides):
     """What run.json says of a run before it starts: its settings, from the recipe and what overrides it."""
     recipe = RECIPES[config.mode] | {name: value for name, value in overrides.items() if value is not None}
@@ -606,41 +566,6 @@ def new_record(config, run_name, use_4bit, overrides):
             "versions": versions(), "device": describe_device()}
 
 
-def local_runs(config):
-    """{name: run.json's content} of the project's runs on disk, the newest last."""
-    files = sorted(Path(config.output_dir).glob(f"{config.project_name}-*/run.json"), key=lambda file: file.stat().st_mtime)
-    return {file.parent.name.removeprefix(f"{config.project_name}-"): read_json(file) for file in files}
-
-
-def find_resumable(config, run_name, hf_user):
-    """The run.json of the run to go on with; without a name, of the newest unfinished one. What isn't on disk is
-    fetched from the Hub."""
-    runs = local_runs(config)
-    run_name = run_name or next((name for name in reversed(runs) if not config.is_finished(name)), None)
-    if not run_name:
-        raise UserError(f"--resume: no unfinished run of project {config.project_name} in {config.output_dir}.")
-    if run_name not in runs:
-        fetch_run(config, run_name, hf_user, local_dir=config.run_folder(run_name))
-    record = local_runs(config).get(run_name)
-    if not record:
-        raise UserError(f"--resume {run_name}: has no run.json; only runs of this program can be gone on with.")
-    return record
-
-
-def fetch_run(config, run_name, hf_user, **options):
-    """Downloads a run from the Hub. Returns its folder. Raises UserError where it isn't there or the config is local."""
-    if config.local:
-        raise UserError(f"{run_name}: no such run in {config.output_dir}. "
-                        f"There are: {', '.join(local_runs(config)) or 'no runs'}.")
-    from huggingface_hub import snapshot_download
-
-    name = f"{login_huggingface(hf_user)}/{config.run_folder(run_name).name}"
-    with hub_errors(name):
-        folder = snapshot_download(name, ignore_patterns=["*.bin", "eval/*"], **options)  # adapters: safetensors only
-    print(f"Fetched: {name}")
-    return Path(folder)
-
-
 def refuse_changes(record, found, overrides):
     """Raises UserError where data, base or recipe are not those that the run to go on with began with."""
     asked = {name: value for name, value in overrides.items() if value is not None}
@@ -651,162 +576,6 @@ def refuse_changes(record, found, overrides):
     changed = [f"{name} was {old} and is {new}" for name, (old, new) in pairs.items() if old != new]
     if changed:
         raise UserError(f"--resume {record['run']}: {'; '.join(changed)}. Go on with what it began with, or start a new run.")
-
-
-def newest_checkpoint(folder):
-    """The newest checkpoint in a run's folder that is whole, or None; says which."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for path in checkpoints:
-        if problem := checkpoint_problem(path):
-            print(f"{path.name} is left aside: {problem}")
-        else:
-            print(f"Going on from step {int(path.name.split('-')[1]):,}, the newest whole checkpoint")
-            return str(path)
-    if checkpoints:
-        print("No checkpoint is whole: starting at step 0")
-    return None
-
-
-def checkpoint_problem(path):
-    """Why a checkpoint can't be gone on with, or None. Every file must be there and readable to its end, by content: a
-    kill leaves some out, a power cut leaves some torn."""
-    from safetensors import SafetensorError, safe_open
-
-    for name in ("adapter_config.json", ADAPTER_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
-        try:
-            if name.endswith(".json"):
-                json.loads((path / name).read_text("utf-8"))
-            elif name.endswith(".safetensors"):
-                with safe_open(path / name, "pt"):
-                    pass
-            elif zipfile.ZipFile(path / name).testzip():
-                return f"{name} is torn"
-        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
-            return f"{name} is {'torn' if (path / name).exists() else 'missing'}"
-    return None
-
-
-def run_trainer(trainer, folder):
-    """Trains, from the newest whole checkpoint if there is one. Returns False if memory ran out; the last step is saved."""
-    import torch
-    from transformers import TrainerState
-
-    checkpoint, state = newest_checkpoint(folder), TrainerState()
-    if checkpoint:
-        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-    if checkpoint and state.global_step >= state.max_steps:  # or Trainer would do one step more
-        trainer._load_from_checkpoint(checkpoint)
-        trainer.state = state
-        return True
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except torch.OutOfMemoryError:
-        trainer.model.zero_grad()
-        if trainer.state.global_step:
-            trainer._save_checkpoint(trainer.model, None)
-        return False
-    return True
-
-
-def smaller_micro_batch(trainer):
-    """The next smaller divisor of the batch, for a trainer that ran out of memory. Raises UserError below one row."""
-    import torch
-
-    torch.cuda.empty_cache()
-    micro, batch = trainer.args.train_batch_size, trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
-    if micro == 1:
-        raise UserError("Out of memory with one row at a time. Take a smaller --base-model, --lora-r or --cutoff.")
-    micro = max(n for n in range(1, micro) if batch % n == 0)
-    print(f"Out of memory at step {trainer.state.global_step + 1:,}: going on from step {trainer.state.global_step:,} with "
-          f"micro-batches of {micro}")
-    return micro
-
-
-def make_stopper():
-    """A callback that ends training after the step in which SIGINT or SIGTERM comes, with a checkpoint. A second signal
-    ends the program at once. `number` tells which signal came."""
-    from transformers import TrainerCallback
-
-    class Stopper(TrainerCallback):
-        number, before = None, None
-
-        def on_train_begin(self, args, state, control, **_):
-            self.before = self.before or {number: signal.getsignal(number) for number in SIGNALS}
-            for number in SIGNALS:
-                signal.signal(number, self.note)
-
-        def note(self, number, _):
-            if self.number:
-                os._exit(128 + number)
-            self.number = number
-            os.write(2, b"\nSaving after this step, then stopping; once more to stop at once\n")  # print isn't reentrant
-
-        def on_step_end(self, args, state, control, **_):
-            if self.number:
-                control.should_save = control.should_training_stop = True
-
-        def on_train_end(self, args, state, control, **_):
-            for number, handler in self.before.items():
-                signal.signal(number, handler)
-
-    return Stopper()
-
-
-@contextmanager
-def room_on_disk(folder, again):
-    """Turns what writing to a full disk raises, which differs from library to library, into one line."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError) or "No space left" not in str(error) and shutil.disk_usage(folder).free >= 2**20:
-            raise
-        raise UserError(f"{folder}: the disk is full. Older checkpoints are whole: make room, then go on by {again}.") from error
-
-
-def history(trainer):
-    """What training logged, without timings: the same for the same run, in one go or in several."""
-    names = "step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss"
-    entries = [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
-    return [entry for entry in entries if entry.keys() & {"loss", "eval_loss"}]
-
-
-def make_trainer_class():
-    """SFTTrainer that stops at numbers that are not finite, and whose checkpoints hold the loss not logged yet too."""
-    import torch
-    from trl import SFTTrainer
-
-    class PriceTrainer(SFTTrainer):
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            self.seen = [*getattr(self, "seen", []), inputs["input_ids"]]
-            self.check("loss", loss)
-            return loss
-
-        def _clip_grad_norm(self, model):
-            norm = super()._clip_grad_norm(model)
-            if not self.args.fp16:  # there the scaler leaves such steps out
-                self.check("gradient", norm)
-            self.seen = []
-            return norm
-
-        def check(self, what, value):
-            if torch.isfinite(value).all():
-                return
-            file, step = Path(self.args.output_dir, "bad_step.json"), self.state.global_step + 1
-            rate = self.lr_scheduler.get_last_lr()[0]
-            write_json(file, {"step": step, "what": what, "learning_rate": rate, "rows": [
-                row for ids in self.seen for row in self.processing_class.batch_decode(ids, skip_special_tokens=True)]})
-            raise UserError(f"step {step:,}: the {what} is not finite, at learning rate {rate:.1e}; the step's rows are in "
-                            f"{file}. Older checkpoints are whole. Mend those rows, or start again with a lower --learning-rate.")
-
-        def _save_checkpoint(self, model, trial):
-            self.state.stateful_callbacks["unlogged"] = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
-            super()._save_checkpoint(model, trial)
-
-        def create_model_card(self, *_, **__):  # TRL writes one with each checkpoint; ours comes with the adapter
-            pass
-
-    return PriceTrainer
 
 
 def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=False, micro_batch=None, checkpointing=False):
@@ -888,76 +657,47 @@ def make_plan(trainer, recipe):
     }
 
 
-def longest_row(split, tokenizer):
-    """Tokens of the longest row, or nearly: of the 200 rows with the most letters, the completion's end included."""
-    import pyarrow.compute
+def run_trainer(trainer, folder):
+    """Trains, from the newest whole checkpoint if there is one. Returns False if memory ran out; the last step is saved."""
+    import torch
+    from transformers import TrainerState
 
-    table = split.data.table
-    letters = pyarrow.compute.add(*(pyarrow.compute.utf8_length(table[name]) for name in ("prompt", "completion")))
-    rows = table.take(pyarrow.compute.select_k_unstable(letters, 200, [("", "descending")])).to_pylist()
-    return 1 + max(map(len, tokenizer([row["prompt"] + row["completion"] for row in rows])["input_ids"]))
-
-
-def check_micro_batch(recipe, micro_batch):
-    """Raises UserError where a batch can't be made of such micro-batches."""
-    if micro_batch and recipe["batch_size"] % micro_batch:
-        raise UserError(f"--micro-batch {micro_batch}: {recipe['batch_size']} rows a step can't be divided by it.")
-
-
-def choose_micro_batch(model, recipe, longest, micro_batch=None):
-    """(rows computed at once, whether with activation checkpointing), so that memory should suffice with a tenth to spare.
-
-    The most rows that fit without checkpointing, which costs a third of the speed; with it where fewer than four would.
-    """
-    there, batch = memory()[1], recipe["batch_size"]
-    sizes = [micro_batch] if micro_batch else [n for n in range(batch, 0, -1) if batch % n == 0]
-    for checkpointing in (False, True):
-        for micro in sizes:
-            if (checkpointing or micro_batch or micro >= min(4, batch)) and (
-                    1.1 * estimate_memory(model, recipe, longest, micro, checkpointing) < there):
-                return micro, checkpointing
-    return sizes[-1], True
+    checkpoint, state = newest_checkpoint(folder), TrainerState()
+    if checkpoint:
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+    if checkpoint and state.global_step >= state.max_steps:  # or Trainer would do one step more
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = state
+        return True
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.OutOfMemoryError:
+        trainer.model.zero_grad()
+        if trainer.state.global_step:
+            trainer._save_checkpoint(trainer.model, None)
+        return False
+    return True
 
 
-def adapter_size(model, recipe):
-    """The number of parameters of a recipe's LoRA adapters on a model."""
-    return sum(recipe["lora_r"] * (layer.in_features + layer.out_features)
-               for name, layer in model.named_modules() if name.split(".")[-1] in recipe["targets"])
-
-
-def estimate_memory(model, recipe, longest, micro_batch, checkpointing):
-    """Bytes at the peak of a training step: the base, weights, gradients and both Adam moments of the adapters,
-    activations.
-
-    Each layer keeps about 8 hidden-size and 3 MLP-size values a token, and 5 bytes for each input value of an adapter.
-    With checkpointing only a layer's input is kept, and one layer at a time in full.
-    """
-    shape, tokens = model.config, micro_batch * longest
-    adapter_inputs = sum(shape.intermediate_size if name == "down_proj" else shape.hidden_size
-                         for name in recipe["targets"])
-    value = model.get_input_embeddings().weight.element_size()
-    layer = tokens * (value * (8 * shape.hidden_size + 3 * shape.intermediate_size) + 5 * adapter_inputs)
-    inputs = tokens * value * shape.hidden_size
-    activations = layer + shape.num_hidden_layers * inputs if checkpointing else layer * shape.num_hidden_layers
-    weights = sum(p.nbytes for name, p in model.named_parameters() if "lora_" not in name)
-    return weights + 16 * adapter_size(model, recipe) + activations
-
-
-def memory():
-    """Bytes (in use by this process, at its disposal in all, its peak so far): of the GPU or else of the machine."""
+def smaller_micro_batch(trainer):
+    """The next smaller divisor of the batch, for a trainer that ran out of memory. Raises UserError below one row."""
     import torch
 
-    if torch.cuda.is_available():
-        cuda = torch.cuda
-        free, total = cuda.mem_get_info()
-        there = min(free + cuda.memory_reserved(), cuda.get_per_process_memory_fraction() * total)
-        return cuda.memory_allocated(), there, cuda.max_memory_allocated()
-    import resource
+    torch.cuda.empty_cache()
+    micro, batch = trainer.args.train_batch_size, trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+    if micro == 1:
+        raise UserError("Out of memory with one row at a time. Take a smaller --base-model, --lora-r or --cutoff.")
+    micro = max(n for n in range(1, micro) if batch % n == 0)
+    print(f"Out of memory at step {trainer.state.global_step + 1:,}: going on from step {trainer.state.global_step:,} with "
+          f"micro-batches of {micro}")
+    return micro
 
-    import psutil
 
-    used = psutil.Process().memory_info().rss
-    return used, psutil.virtual_memory().available + used, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def history(trainer):
+    """What training logged, without timings: the same for the same run, in one go or in several."""
+    names = "step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss"
+    entries = [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
+    return [entry for entry in entries if entry.keys() & {"loss", "eval_loss"}]
 
 
 def save_run(trainer, folder, record):
@@ -975,129 +715,8 @@ def save_run(trainer, folder, record):
     new.rmdir()
 
 
-def checkpoint_pusher(name):
-    """A callback that keeps the newest checkpoint on the Hub while training goes on, for a machine that gets lost.
-
-    One upload at a time, in the background, and at most a twentieth of the time: a checkpoint of the full recipe has
-    5 GB. A failure is reported at the next save, which tries again, or at the end.
-    """
-    from huggingface_hub import HfApi
-    from transformers import TrainerCallback
-
-    class Pusher(TrainerCallback):
-        upload, free_again = None, 0.0
-
-        def on_save(self, args, state, control, **_):
-            if self.upload and not self.upload.done() or time.time() < self.free_again:
-                return
-            self.report()
-            self.upload = HfApi().run_as_future(self.push, args.output_dir, f"checkpoint-{state.global_step}")
-
-        def push(self, folder, checkpoint):
-            start = time.time()
-            with hub_errors(name):
-                HfApi().create_repo(name, private=True, exist_ok=True)
-                HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=["run.json", f"{checkpoint}/*"],
-                                      delete_patterns="checkpoint-*", commit_message=checkpoint)
-            self.free_again = time.time() + 19 * (time.time() - start)
-
-        def report(self):
-            if self.upload and self.upload.exception():  # waits for the upload
-                print(f"Not pushed: {self.upload.exception()} Trying again later")
-            self.upload = None
-
-        def on_train_end(self, args, state, control, **_):
-            self.report()
-
-    return Pusher()
-
-
-def push_run(folder, name, later=None):
-    """Puts what a run has on disk, but its checkpoints, on the Hub: the client sends only what isn't there. Returns the
-    folder. Raises PushError, which names the command for `later`."""
-    from huggingface_hub import HfApi
-
-    def upload():
-        HfApi().create_repo(name, private=True, exist_ok=True)
-        HfApi().upload_folder(repo_id=name, folder_path=folder, delete_patterns="checkpoint-*",
-                              ignore_patterns=["checkpoint-*", "*.new/*", "*.old/*"])
-
-    push(name, upload, later)
-    return folder
-
-
-def write_card(folder, name, record, results=None):
-    """README.md of the run `name`: base model, data, recipe, loss chart, how to load it and, once judged, its figures,
-    which are in the metadata too (model-index)."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-    from util import compare
-
-    data, base = record["data"], record["base_model"]
-    figures = [EvalResult("text-generation", data["hub"] or "own", data["hub"] or data["source"], metric, results[key],
-                          metric_name=label, dataset_split="test")
-               for metric, key, label in (("mae", "mae", "mean absolute error in $"), ("mse", "mse", "mean squared error"),
-                                          ("r_squared", "r2", "r² in %"))] if results else None
-    metadata = ModelCardData(
-        base_model=base if "/" in base and not Path(base).exists() else None, library_name="peft",
-        datasets=data["hub"], eval_results=figures, model_name=name, tags=["lora", "price"])
-    settings = record["recipe"] | {"targets": ", ".join(record["recipe"]["targets"]), "seed": record["seed"]}
-    if settings["max_steps"]:
-        del settings["epochs"]
-    recipe = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None)
-    judged = ("## Evaluation\n\n```\n" + compare(results) + "\n```\n\n![](eval/scatter.png)\n![](eval/running_error.png)\n"
-              if results else "")
-    ModelCard(f"""---
-{metadata.to_yaml()}
----
-# {name}
-
-Estimates a product's price in dollars from its description. A LoRA adapter for {base}, trained on
-{data["hub"] or data["source"]} (fingerprint {data["fingerprint"]}).
-
-```python
-from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained("{record["hub"] or f"outputs/{name}"}")
-```
-
-The prompt is the question `{QUESTION}`, a blank line, the description, a blank line and `{PREFIX}`.
-
-{judged}
-## Training
-
-| setting | value |
-|---|---|
-{recipe}
-
-![](loss.png)
-""").save(folder / "README.md")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 3: eval
-
-
-def find_run(config, run_name, hf_user, revision):
-    """(name, folder, run.json's content) of the run to judge; the folder is None for the untouched base.
-
-    Without `run_name`: the newest finished local run of the project, of the mode where one was asked for. A run that
-    isn't on disk is fetched from the Hub, as is one at a `revision`; the course's adapters come without a run.json.
-    """
-    if run_name == "base":
-        return "base", None, {}
-    if not run_name:
-        kind = config.mode if config.lite_mode or config.demo_mode else ""
-        newest = [name for name, record in local_runs(config).items()
-                  if config.is_finished(name) and kind in ("", record["mode"])]
-        if not newest:
-            raise UserError(f"{config.output_dir}: no finished {kind} run of project {config.project_name}. ".replace("  ", " ")
-                            + f"Run `python app.py train{kind and f' --{kind}'}` first, or name one with --run-name.")
-        run_name = newest[-1]
-    is_here = config.is_finished(run_name) and not revision
-    folder = config.run_folder(run_name) if is_here else fetch_run(config, run_name, hf_user, revision=revision)
-    if not (folder / ADAPTER_FILE).exists():  # PEFT would go on to an adapter_model.bin, which may hold any code
-        raise UserError(f"{run_name}: holds no {ADAPTER_FILE}. If it isn't finished, go on by {config.resume_command(run_name)}.")
-    return run_name, folder, read_json(folder / "run.json")
 
 
 def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: Optional[str] = None,
@@ -1168,16 +787,6 @@ def log_evaluation(config, run_name, folder, results):
                 | {f"eval/{chart.stem}": wandb.Image(str(chart)) for chart in folder.glob("*.png")})
 
 
-def load_adapter(model, folder):
-    """Base + LoRA adapter through PEFT. Raises UserError where it doesn't fit the base."""
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, folder).eval()
-    except (RuntimeError, ValueError) as error:  # shapes or module names that don't match
-        raise UserError(f"{folder}: the adapter doesn't fit {model.config.name_or_path}. Check --base-model.") from error
-
-
 def answerer(model, tokenizer):
     """A function from rows to the texts that the model greedily adds to their prompts, at most 8 tokens each."""
     import torch
@@ -1198,6 +807,413 @@ def constant_guesses(train):
 
     prices = [float(price) for price in train["completion"]]
     return {"constant_mean": statistics.fmean(prices), "constant_median": statistics.median(prices)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and runs, on disk and on the Hub
+
+
+def find_prompts(config, trained_on=None):
+    """The prompts to train or judge on, as (DatasetDict, folder or name on the Hub), and says which.
+
+    In this order: `--data-user`'s, the local copy that `prepare` left, unless a run was `trained_on` another dataset on
+    the Hub, that dataset, the own account's, the course's. Raises UserError where none is to be had or a column is missing.
+    """
+    from datasets import load_dataset
+
+    local = restore(config.dataset_folder)
+    if config.data_user:
+        place, why = f"{config.data_user}/{config.dataset_name}", "--data-user"
+    elif local.exists() and trained_on in (None, read_json(local / "prepare.json").get("hub")):
+        place, why = str(local), "the copy that prepare left"
+    elif trained_on:
+        place, why = trained_on, "the run was trained on it"
+    elif config.demo_mode:
+        raise UserError(f"{local}: there is no such dataset yet. Run `python app.py prepare --demo` first.")
+    else:
+        place, why = f"{DEFAULT_DATA_USER}/{config.dataset_name}", "the course's"
+        if not config.local:
+            own = f"{login_huggingface()}/{config.dataset_name}"
+            from huggingface_hub import HfApi
+
+            with hub_errors(own):
+                place, why = (own, "your account's") if HfApi().repo_exists(own, repo_type="dataset") else (place, why)
+    print(f"Data: {place} ({why})")
+    if Path(place).exists():
+        splits = load_prompts(place)
+    else:
+        with hub_errors(place):
+            splits = load_dataset(place)
+    check_columns(place, splits, SPLITS, ("prompt", "completion"))
+    return splits, place
+
+
+def check_columns(place, splits, names, columns):
+    """Raises UserError where a dataset lacks one of the splits called `names`, or one of the columns in any of them."""
+    missing = [name for name in names if name not in splits] or [
+        column for column in columns if any(column not in splits[name].column_names for name in names)]
+    if missing:
+        raise UserError(f"{place}: lacks {', '.join(missing)}; needed are {', '.join(names)} with {' and '.join(columns)}.")
+
+
+def fingerprint(splits):
+    """A hash of every prompt and completion, in order: equal data have equal fingerprints, wherever they are stored."""
+    from hashlib import sha256
+
+    digest = sha256()
+    for name in SPLITS:
+        for batch in splits[name].select_columns(["prompt", "completion"]).iter(1000):
+            digest.update(json.dumps([name, batch["prompt"], batch["completion"]]).encode())
+    return digest.hexdigest()[:16]
+
+
+def local_runs(config):
+    """{name: run.json's content} of the project's runs on disk, the newest last."""
+    files = sorted(Path(config.output_dir).glob(f"{config.project_name}-*/run.json"), key=lambda file: file.stat().st_mtime)
+    return {file.parent.name.removeprefix(f"{config.project_name}-"): read_json(file) for file in files}
+
+
+def find_run(config, run_name, hf_user, revision):
+    """(name, folder, run.json's content) of the run to judge; the folder is None for the untouched base.
+
+    Without `run_name`: the newest finished local run of the project, of the mode where one was asked for. A run that
+    isn't on disk is fetched from the Hub, as is one at a `revision`; the course's adapters come without a run.json.
+    """
+    if run_name == "base":
+        return "base", None, {}
+    if not run_name:
+        kind = config.mode if config.lite_mode or config.demo_mode else ""
+        newest = [name for name, record in local_runs(config).items()
+                  if config.is_finished(name) and kind in ("", record["mode"])]
+        if not newest:
+            raise UserError(f"{config.output_dir}: no finished {kind} run of project {config.project_name}. ".replace("  ", " ")
+                            + f"Run `python app.py train{kind and f' --{kind}'}` first, or name one with --run-name.")
+        run_name = newest[-1]
+    is_here = config.is_finished(run_name) and not revision
+    folder = config.run_folder(run_name) if is_here else fetch_run(config, run_name, hf_user, revision=revision)
+    if not (folder / ADAPTER_FILE).exists():  # PEFT would go on to an adapter_model.bin, which may hold any code
+        raise UserError(f"{run_name}: holds no {ADAPTER_FILE}. If it isn't finished, go on by {config.resume_command(run_name)}.")
+    return run_name, folder, read_json(folder / "run.json")
+
+
+def find_resumable(config, run_name, hf_user):
+    """The run.json of the run to go on with; without a name, of the newest unfinished one. What isn't on disk is
+    fetched from the Hub."""
+    runs = local_runs(config)
+    run_name = run_name or next((name for name in reversed(runs) if not config.is_finished(name)), None)
+    if not run_name:
+        raise UserError(f"--resume: no unfinished run of project {config.project_name} in {config.output_dir}.")
+    if run_name not in runs:
+        fetch_run(config, run_name, hf_user, local_dir=config.run_folder(run_name))
+    record = local_runs(config).get(run_name)
+    if not record:
+        raise UserError(f"--resume {run_name}: has no run.json; only runs of this program can be gone on with.")
+    return record
+
+
+def fetch_run(config, run_name, hf_user, **options):
+    """Downloads a run from the Hub. Returns its folder. Raises UserError where it isn't there or the config is local."""
+    if config.local:
+        raise UserError(f"{run_name}: no such run in {config.output_dir}. "
+                        f"There are: {', '.join(local_runs(config)) or 'no runs'}.")
+    from huggingface_hub import snapshot_download
+
+    name = f"{login_huggingface(hf_user)}/{config.run_folder(run_name).name}"
+    with hub_errors(name):
+        folder = snapshot_download(name, ignore_patterns=["*.bin", "eval/*"], **options)  # adapters: safetensors only
+    print(f"Fetched: {name}")
+    return Path(folder)
+
+
+def newest_checkpoint(folder):
+    """The newest checkpoint in a run's folder that is whole, or None; says which."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for path in checkpoints:
+        if problem := checkpoint_problem(path):
+            print(f"{path.name} is left aside: {problem}")
+        else:
+            print(f"Going on from step {int(path.name.split('-')[1]):,}, the newest whole checkpoint")
+            return str(path)
+    if checkpoints:
+        print("No checkpoint is whole: starting at step 0")
+    return None
+
+
+def checkpoint_problem(path):
+    """Why a checkpoint can't be gone on with, or None. Every file must be there and readable to its end, by content: a
+    kill leaves some out, a power cut leaves some torn."""
+    from safetensors import SafetensorError, safe_open
+
+    for name in ("adapter_config.json", ADAPTER_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        try:
+            if name.endswith(".json"):
+                json.loads((path / name).read_text("utf-8"))
+            elif name.endswith(".safetensors"):
+                with safe_open(path / name, "pt"):
+                    pass
+            elif zipfile.ZipFile(path / name).testzip():
+                return f"{name} is torn"
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
+            return f"{name} is {'torn' if (path / name).exists() else 'missing'}"
+    return None
+
+
+def checkpoint_pusher(name):
+    """A callback that keeps the newest checkpoint on the Hub while training goes on, for a machine that gets lost.
+
+    One upload at a time, in the background, and at most a twentieth of the time: a checkpoint of the full recipe has
+    5 GB. A failure is reported at the next save, which tries again, or at the end.
+    """
+    from huggingface_hub import HfApi
+    from transformers import TrainerCallback
+
+    class Pusher(TrainerCallback):
+        upload, free_again = None, 0.0
+
+        def on_save(self, args, state, control, **_):
+            if self.upload and not self.upload.done() or time.time() < self.free_again:
+                return
+            self.report()
+            self.upload = HfApi().run_as_future(self.push, args.output_dir, f"checkpoint-{state.global_step}")
+
+        def push(self, folder, checkpoint):
+            start = time.time()
+            with hub_errors(name):
+                HfApi().create_repo(name, private=True, exist_ok=True)
+                HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=["run.json", f"{checkpoint}/*"],
+                                      delete_patterns="checkpoint-*", commit_message=checkpoint)
+            self.free_again = time.time() + 19 * (time.time() - start)
+
+        def report(self):
+            if self.upload and self.upload.exception():  # waits for the upload
+                print(f"Not pushed: {self.upload.exception()} Trying again later")
+            self.upload = None
+
+        def on_train_end(self, args, state, control, **_):
+            self.report()
+
+    return Pusher()
+
+
+def push_run(folder, name, later=None):
+    """Puts what a run has on disk, but its checkpoints, on the Hub: the client sends only what isn't there. Returns the
+    folder. Raises UserError, code 3, which names the command for `later`."""
+    from huggingface_hub import HfApi
+
+    def upload():
+        HfApi().create_repo(name, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=folder, delete_patterns="checkpoint-*",
+                              ignore_patterns=["checkpoint-*", "*.new/*", "*.old/*"])
+
+    push(name, upload, later)
+    return folder
+
+
+def write_card(folder, name, record, results=None):
+    """README.md of the run `name`: base model, data, recipe, loss chart, how to load it and, once judged, its figures,
+    which are in the metadata too (model-index)."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    from util import compare
+
+    data, base = record["data"], record["base_model"]
+    figures = [EvalResult("text-generation", data["hub"] or "own", data["hub"] or data["source"], metric, results[key],
+                          metric_name=label, dataset_split="test")
+               for metric, key, label in (("mae", "mae", "mean absolute error in $"), ("mse", "mse", "mean squared error"),
+                                          ("r_squared", "r2", "r² in %"))] if results else None
+    metadata = ModelCardData(
+        base_model=base if "/" in base and not Path(base).exists() else None, library_name="peft",
+        datasets=data["hub"], eval_results=figures, model_name=name, tags=["lora", "price"])
+    settings = record["recipe"] | {"targets": ", ".join(record["recipe"]["targets"]), "seed": record["seed"]}
+    if settings["max_steps"]:
+        del settings["epochs"]
+    recipe = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None)
+    judged = ("## Evaluation\n\n```\n" + compare(results) + "\n```\n\n![](eval/scatter.png)\n![](eval/running_error.png)\n"
+              if results else "")
+    ModelCard(f"""---
+{metadata.to_yaml()}
+---
+# {name}
+
+Estimates a product's price in dollars from its description. A LoRA adapter for {base}, trained on
+{data["hub"] or data["source"]} (fingerprint {data["fingerprint"]}).
+
+```python
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("{record["hub"] or f"outputs/{name}"}")
+```
+
+The prompt is the question `{QUESTION}`, a blank line, the description, a blank line and `{PREFIX}`.
+
+{judged}
+## Training
+
+| setting | value |
+|---|---|
+{recipe}
+
+![](loss.png)
+""").save(folder / "README.md")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training that ends well
+
+
+def make_trainer_class():
+    """SFTTrainer that stops at numbers that are not finite, and whose checkpoints hold the loss not logged yet too."""
+    import torch
+    from trl import SFTTrainer
+
+    class PriceTrainer(SFTTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self.seen = [*getattr(self, "seen", []), inputs["input_ids"]]
+            self.check("loss", loss)
+            return loss
+
+        def _clip_grad_norm(self, model):
+            norm = super()._clip_grad_norm(model)
+            if not self.args.fp16:  # there the scaler leaves such steps out
+                self.check("gradient", norm)
+            self.seen = []
+            return norm
+
+        def check(self, what, value):
+            if torch.isfinite(value).all():
+                return
+            file, step = Path(self.args.output_dir, "bad_step.json"), self.state.global_step + 1
+            rate = self.lr_scheduler.get_last_lr()[0]
+            write_json(file, {"step": step, "what": what, "learning_rate": rate, "rows": [
+                row for ids in self.seen for row in self.processing_class.batch_decode(ids, skip_special_tokens=True)]})
+            raise UserError(f"step {step:,}: the {what} is not finite, at learning rate {rate:.1e}; the step's rows are in "
+                            f"{file}. Older checkpoints are whole. Mend those rows, or start again with a lower --learning-rate.")
+
+        def _save_checkpoint(self, model, trial):
+            self.state.stateful_callbacks["unlogged"] = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
+            super()._save_checkpoint(model, trial)
+
+        def create_model_card(self, *_, **__):  # TRL writes one with each checkpoint; ours comes with the adapter
+            pass
+
+    return PriceTrainer
+
+
+def make_stopper():
+    """A callback that ends training after the step in which SIGINT or SIGTERM comes, with a checkpoint. A second signal
+    ends the program at once. `number` tells which signal came."""
+    from transformers import TrainerCallback
+
+    class Stopper(TrainerCallback):
+        number, before = None, None
+
+        def on_train_begin(self, args, state, control, **_):
+            self.before = self.before or {number: signal.getsignal(number) for number in SIGNALS}
+            for number in SIGNALS:
+                signal.signal(number, self.note)
+
+        def note(self, number, _):
+            if self.number:
+                os._exit(128 + number)
+            self.number = number
+            os.write(2, b"\nSaving after this step, then stopping; once more to stop at once\n")  # print isn't reentrant
+
+        def on_step_end(self, args, state, control, **_):
+            if self.number:
+                control.should_save = control.should_training_stop = True
+
+        def on_train_end(self, args, state, control, **_):
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+
+    return Stopper()
+
+
+@contextmanager
+def room_on_disk(folder, again):
+    """Turns what writing to a full disk raises, which differs from library to library, into one line."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or "No space left" not in str(error) and shutil.disk_usage(folder).free >= 2**20:
+            raise
+        raise UserError(f"{folder}: the disk is full. Older checkpoints are whole: make room, then go on by {again}.") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def longest_row(split, tokenizer):
+    """Tokens of the longest row, or nearly: of the 200 rows with the most letters, the completion's end included."""
+    import pyarrow.compute
+
+    table = split.data.table
+    letters = pyarrow.compute.add(*(pyarrow.compute.utf8_length(table[name]) for name in ("prompt", "completion")))
+    rows = table.take(pyarrow.compute.select_k_unstable(letters, 200, [("", "descending")])).to_pylist()
+    return 1 + max(map(len, tokenizer([row["prompt"] + row["completion"] for row in rows])["input_ids"]))
+
+
+def check_micro_batch(recipe, micro_batch):
+    """Raises UserError where a batch can't be made of such micro-batches."""
+    if micro_batch and recipe["batch_size"] % micro_batch:
+        raise UserError(f"--micro-batch {micro_batch}: {recipe['batch_size']} rows a step can't be divided by it.")
+
+
+def choose_micro_batch(model, recipe, longest, micro_batch=None):
+    """(rows computed at once, whether with activation checkpointing), so that memory should suffice with a tenth to spare.
+
+    The most rows that fit without checkpointing, which costs a third of the speed; with it where fewer than four would.
+    """
+    there, batch = memory()[1], recipe["batch_size"]
+    sizes = [micro_batch] if micro_batch else [n for n in range(batch, 0, -1) if batch % n == 0]
+    for checkpointing in (False, True):
+        for micro in sizes:
+            if (checkpointing or micro_batch or micro >= min(4, batch)) and (
+                    1.1 * estimate_memory(model, recipe, longest, micro, checkpointing) < there):
+                return micro, checkpointing
+    return sizes[-1], True
+
+
+def adapter_size(model, recipe):
+    """The number of parameters of a recipe's LoRA adapters on a model."""
+    return sum(recipe["lora_r"] * (layer.in_features + layer.out_features)
+               for name, layer in model.named_modules() if name.split(".")[-1] in recipe["targets"])
+
+
+def estimate_memory(model, recipe, longest, micro_batch, checkpointing):
+    """Bytes at the peak of a training step: the base, weights, gradients and both Adam moments of the adapters,
+    activations.
+
+    Each layer keeps about 8 hidden-size and 3 MLP-size values a token, and 5 bytes for each input value of an adapter.
+    With checkpointing only a layer's input is kept, and one layer at a time in full.
+    """
+    shape, tokens = model.config, micro_batch * longest
+    adapter_inputs = sum(shape.intermediate_size if name == "down_proj" else shape.hidden_size
+                         for name in recipe["targets"])
+    value = model.get_input_embeddings().weight.element_size()
+    layer = tokens * (value * (8 * shape.hidden_size + 3 * shape.intermediate_size) + 5 * adapter_inputs)
+    inputs = tokens * value * shape.hidden_size
+    activations = layer + shape.num_hidden_layers * inputs if checkpointing else layer * shape.num_hidden_layers
+    weights = sum(p.nbytes for name, p in model.named_parameters() if "lora_" not in name)
+    return weights + 16 * adapter_size(model, recipe) + activations
+
+
+def memory():
+    """Bytes (in use by this process, at its disposal in all, its peak so far): of the GPU or else of the machine."""
+    import torch
+
+    if torch.cuda.is_available():
+        cuda = torch.cuda
+        free, total = cuda.mem_get_info()
+        there = min(free + cuda.memory_reserved(), cuda.get_per_process_memory_fraction() * total)
+        return cuda.memory_allocated(), there, cuda.max_memory_allocated()
+    import resource
+
+    import psutil
+
+    used = psutil.Process().memory_info().rss
+    return used, psutil.virtual_memory().available + used, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1346,7 +1362,6 @@ def main(argv=None) -> None:
         for line in str(error).splitlines():
             print(f"app.py {args.stage}: {line}", file=sys.stderr)
         sys.exit(error.code)
-
 
 
 if __name__ == "__main__":

@@ -25,9 +25,12 @@ SPLITS = ("train", "val", "test")
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text names the value, the rule and the fix; `main` prints it and exits with `code`."""
+    """Something the user can mend. Its text names the value, the rule and the fix; `main` prints it and exits with
+    `code`: 1, or 3 where only the Hub is lacking."""
 
-    code = 1
+    def __init__(self, text, code=1):
+        super().__init__(text)
+        self.code = code
 
 
 # ---------------------------------------------------------------------------------------------------------------------
