@@ -123,9 +123,9 @@ def login_huggingface(namespace: Optional[str] = None, write: bool = False) -> s
     get_env("HF_TOKEN", required=True)
     with hub_errors("HF_TOKEN"):
         who = HfApi().whoami()
-    if write and who["auth"]["accessToken"]["role"] == "read":
+    if write and who.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError("HF_TOKEN may only read. Make one with the role `write`, or add --local.")
-    if write and namespace not in (None, who["name"], *(group["name"] for group in who["orgs"])):
+    if write and namespace not in (None, who["name"], *(group["name"] for group in who.get("orgs", ()))):
         raise UserError(f"{namespace}: HF_TOKEN is {who['name']}'s and may not write there. Name another account.")
     return namespace or who["name"]
 
@@ -200,16 +200,17 @@ def check_writable(config):
 
 
 def check_disk(path, recipe, folder):
-    """Raises UserError where the checkpoints that a run of the base at `path` keeps in `folder`, each with both Adam
-    moments and the tokenizer (20 MB), don't fit on the disk. Returns `path`."""
+    """Raises UserError where the checkpoints that a run of the base at `path` is yet to keep in `folder`, each with both
+    Adam moments and the tokenizer (20 MB), don't fit on the disk. Returns `path`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    needed, free = (12 * adapter_size(model, recipe) + 2e7) * (KEPT_CHECKPOINTS + 1), shutil.disk_usage(folder).free
+    needed, free = (12 * adapter_size(model, recipe) + 2e7) * (KEPT_CHECKPOINTS + 1), shutil.disk_usage(folder.parent).free
+    needed -= sum(file.stat().st_size for file in folder.glob("checkpoint-*/*"))
     if needed > free:
-        raise UserError(f"{folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for "
+        raise UserError(f"{folder.parent}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for "
                         f"{KEPT_CHECKPOINTS} checkpoints. Make room or give another --output-dir.")
     return path
 
@@ -518,7 +519,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
             trainer = build(record["micro_batch"])
             write_json(folder / "run.json", record)
         if stopper.number:
-            print(f"Stopped after step {trainer.state.global_step:,}, which is saved. Go on by {again}")
+            print(f"Stopped after step {trainer.state.global_step:,}, which is saved. Go on by {again}", flush=True)
             raise SystemExit(128 + stopper.number)
         record |= {"steps": trainer.state.global_step, "history": history(trainer),
                    "seconds": {"load": round(ready - started, 1), "train": round(time.time() - ready, 1)},
@@ -537,17 +538,17 @@ def preflight(config, record, hf_user, log_wandb, micro_batch):
     Returns the splits, where the base is loaded from, and what the record has to say of both and of the Hub.
     """
     config.local or get_env("HF_TOKEN", required=True)  # else the Hub would be asked, in vain
-    recipe, run = record["recipe"], config.run_folder(record["run"]).name
+    recipe, folder = record["recipe"], config.run_folder(record["run"])
     account, (splits, place), path, *_ = check_all(
         lambda: config.local or login_huggingface(hf_user, write=True),
         lambda: find_prompts(config, record.get("data", {}).get("hub")),
-        lambda: check_disk(base_path(config), recipe, config.output_dir),
+        lambda: check_disk(base_path(config), recipe, folder),
         lambda: log_wandb and check_wandb(), lambda: choose_precision(recipe["precision"]),
         lambda: check_micro_batch(recipe, micro_batch))
     about = read_json(Path(place, "prepare.json")) if Path(place).exists() else {"source": place, "hub": place}
     return splits, path, {
         "data": {"source": about.get("source", place), "hub": about.get("hub"), "fingerprint": fingerprint(splits)},
-        "base_identity": base_identity(path), "hub": None if config.local else f"{account}/{run}"}
+        "base_identity": base_identity(path), "hub": None if config.local else f"{account}/{folder.name}"}
 
 
 def new_record(config, run_name, use_4bit, overrides):
@@ -882,12 +883,12 @@ def find_run(config, run_name, hf_user, revision):
     if run_name == "base":
         return "base", None, {}
     if not run_name:
-        kind = config.mode if config.lite_mode or config.demo_mode else ""
+        flag = f" --{config.mode}" if config.lite_mode or config.demo_mode else ""
         newest = [name for name, record in local_runs(config).items()
-                  if config.is_finished(name) and kind in ("", record["mode"])]
+                  if config.is_finished(name) and (not flag or record["mode"] == config.mode)]
         if not newest:
-            raise UserError(f"{config.output_dir}: no finished {kind} run of project {config.project_name}. ".replace("  ", " ")
-                            + f"Run `python app.py train{kind and f' --{kind}'}` first, or name one with --run-name.")
+            raise UserError(f"{config.output_dir}: no finished run of project {config.project_name}{flag and ' in this mode'}. "
+                            f"Run `python app.py train{flag}` first, or name one with --run-name.")
         run_name = newest[-1]
     is_here = config.is_finished(run_name) and not revision
     folder = config.run_folder(run_name) if is_here else fetch_run(config, run_name, hf_user, revision=revision)
@@ -988,9 +989,6 @@ def checkpoint_pusher(name):
             if self.upload and self.upload.exception():  # waits for the upload
                 print(f"Not pushed: {self.upload.exception()} Trying again later")
             self.upload = None
-
-        def on_train_end(self, args, state, control, **_):
-            self.report()
 
     return Pusher()
 
@@ -1124,7 +1122,8 @@ def make_stopper():
 
         def on_train_end(self, args, state, control, **_):
             for number, handler in self.before.items():
-                signal.signal(number, handler)
+                if not self.number:  # else a second one may still end the last upload
+                    signal.signal(number, handler)
 
     return Stopper()
 

@@ -254,6 +254,13 @@ def test_a_checkpoint_that_did_not_go_up_is_reported_and_the_next_one_does(onlin
     assert is_pushed(hub, "alice/price-gap", online.folder / "price-gap")
 
 
+@pytest.mark.parametrize("status, failures, code", [(503, 2, 0), (429, 2, 0), (503, 3, 3)])
+def test_a_push_is_tried_three_times(online, hub, catalogue, status, failures, code):
+    hub.fail("POST /api/datasets/alice/items_prompts_lite/commit", status, times=failures)
+    said = online("prepare", *SHARED, "--source", catalogue, code=code)
+    assert said.out.count("Not pushed: alice/items_prompts_lite") == 2
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_burst_of_refusals_is_waited_for(online, hub, data, status):
     hub.fail("/price-burst", status, times=2, retry_after=1)

@@ -111,6 +111,16 @@ def test_whatever_a_kill_leaves_of_the_last_save_is_gone_on_with(whole, tmp_path
         assert_same_run(folder, whole)
 
 
+def test_a_run_that_only_lacks_its_last_save_does_no_step_more(run, prepared, tmp_path, monkeypatch):
+    monkeypatch.chdir(copy_data(run.folder, tmp_path))
+    app.main(["train", *prepared, "--run-name", "run", *TRAIN, "--max-steps", "4"])  # ends within an epoch
+    adapter = tmp_path / "outputs/price-run" / app.ADAPTER_FILE
+    before = adapter.read_bytes()
+    adapter.unlink()
+    app.main(["train", "--local", "--resume", "run"])
+    assert adapter.read_bytes() == before and read(adapter.parent / "run.json")["steps"] == 4
+
+
 @pytest.mark.parametrize("name, spoil", [
     (app.ADAPTER_FILE, "torn"), ("optimizer.pt", "torn"), ("optimizer.pt", "missing"), ("trainer_state.json", "torn"),
     ("trainer_state.json", "missing"), ("rng_state.pth", "torn"), ("adapter_config.json", "missing")])
@@ -142,7 +152,10 @@ def test_signals_at_any_moment_leave_a_run_to_go_on_with_and_the_promised_exit_c
         begun = (folder / "outputs/price-run/run.json").exists()
         start = ["train", "--local", "--resume", "run"] if begun else ["train", *prepared, "--run-name", "run", *TRAIN]
     assert set(sent) == {signal.SIGTERM, signal.SIGINT}
-    assert "Traceback" not in child.said(folder) and "Go on by `python app.py train --resume run`" in child.said(folder)
+    said = child.said(folder)
+    assert "Traceback" not in said and "Go on by `python app.py train --resume run`" in said
+    stops = re.findall(r"Stopped after step (\d+), which is saved.*?(?:Going on from step (\d+)|\Z)", said, re.DOTALL)
+    assert len(stops) >= 3 and all(stopped == went_on for stopped, went_on in stops if went_on)
     assert ends(child.start(start, folder)) == 0
     assert_same_run(folder, whole)
 

@@ -187,7 +187,7 @@ def test_without_cuda_bf16_is_not_supported_and_nothing_raises():
 
 @pytest.mark.parametrize("arguments, said", [
     (("eval", "--local", "--run-name", "nosuch"), "no such run"),
-    (("eval", "--local", "--demo"), "no finished demo run"),
+    (("eval", "--local", "--demo"), "no finished run of project price in this mode. Run `python app.py train --demo` first"),
     (("train", "--demo"), "Run `python app.py prepare --demo` first"),
     (("prepare", "--lite"), "HF_TOKEN is not set"),
     (("train", "--lite"), "HF_TOKEN is not set"),
