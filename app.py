@@ -57,7 +57,7 @@ PUSH_WAITS = 5, 20  # seconds between the tries of a push; the client itself tri
 KEPT_CHECKPOINTS = 10
 DEMO_ROWS = 2400
 ADAPTER_FILE = "adapter_model.safetensors"
-EVAL_BATCH = 64  # prompts generated from at once
+EVAL_BATCH, READ_BATCH = 64, 16  # prompts answered at once: by generation, by the whole distribution
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
@@ -721,13 +721,15 @@ def save_run(trainer, folder, record):
 
 
 def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: Optional[str] = None,
-                   revision: Optional[str] = None, size: Optional[int] = 200, compare_base: bool = False):
-    """Judges a run on the first `size` rows of its test split (None: all), by greedy generation in batches.
+                   revision: Optional[str] = None, size: Optional[int] = 200, compare_base: bool = False,
+                   decode: str = "greedy"):
+    """Judges a run on the first `size` rows of its test split (None: all), in batches: by greedy generation, or by the
+    `decode` (median or mean) of the probabilities that the model gives to each price.
 
     Base model, mode and data are those of the run, unless the config names others. Leaves results.json,
     predictions.csv and two charts in `{run's folder}/eval`. Returns the content of results.json.
     """
-    from util import compare, evaluate, metrics, truth_of
+    from util import compare, decide, evaluate, metrics, truth_of
 
     check_writable(config)
     run_name, adapter, record = find_run(config, run_name, hf_user, revision)
@@ -748,21 +750,25 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
     model = load_base(path, record.get("use_4bit", True))
     if adapter:
         model = load_adapter(model, adapter)
-    answer = answerer(model, load_tokenizer(path))
+    tokenizer, batch = load_tokenizer(path), EVAL_BATCH if decode == "greedy" else READ_BATCH
+    answer = answerer(model, tokenizer)
+    if decode != "greedy":
+        read = price_reader(model, tokenizer)
+        answer = lambda rows: decide(read(rows), decode)  # noqa: E731
 
     target = config.run_folder(run_name) / "eval"
     with replacing(target) as folder:
         title = f"{config.project_name}-{run_name} on {found['source']}"
-        results = evaluate(answer, test, size, EVAL_BATCH, folder, title)
+        results = evaluate(answer, test, size, batch, folder, title)
         if adapter and compare_base:
             with model.disable_adapter():
-                results["base"] = evaluate(answer, test, size, EVAL_BATCH, title="the untouched base model")
+                results["base"] = evaluate(answer, test, size, batch, title="the untouched base model")
         truths = [truth_of(row) for row in test.select(range(results["n"]))]
         results["baselines"] = {name: metrics([guess] * len(truths), truths)
                                 for name, guess in constant_guesses(splits["train"]).items()}
         if "implied_prices" in found:
             results["best_reachable"] = metrics(found["implied_prices"][: len(truths)], truths)
-        results |= {"run": run_name, "base_model": config.base_model, "revision": revision, "seed": config.seed,
+        results |= {"run": run_name, "decode": decode, "base_model": config.base_model, "revision": revision, "seed": config.seed,
                     "data": {"place": place, "source": found["source"], "split": "test", "rows": len(test)},
                     "device": describe_device(), "versions": versions(),
                     "date": datetime.now().isoformat(timespec="seconds")}
@@ -800,6 +806,57 @@ def answerer(model, tokenizer):
         return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
 
     return answer
+
+
+def spell_numbers(tokenizer):
+    """The tokens of each number 0 … 999 as the tokenizer spells it after PREFIX: one each for Llama 3, one a digit for
+    SmolLM2, Qwen and Gemma."""
+    start = len(tokenizer.encode(PREFIX, add_special_tokens=False))
+    numbers = tokenizer([f"{PREFIX}{n}" for n in range(1000)], add_special_tokens=False)["input_ids"]
+    return [tuple(ids[start:]) for ids in numbers]
+
+
+def price_reader(model, tokenizer):
+    """A function from rows to the model's probabilities of $0 … $999: an array of rows × 1,000, from one forward pass.
+
+    Behind each prompt stand all beginnings of numbers, as a tree: a token sees the prompt and its own ancestors only,
+    so the logits at each are those that the model would have after that beginning. A number's probability is the
+    product along its tokens, times that of no further number token where one could follow within 999. What is
+    missing to 1 is the probability of an answer that is no such number.
+    """
+    import torch
+
+    spellings = spell_numbers(tokenizer)
+    longest = max(map(len, spellings))
+    nodes = sorted({spelling[:k] for spelling in spellings for k in range(1, longest)}, key=len)
+    tokens = sorted({token for spelling in spellings for token in spelling})
+    node_at, token_at = {node: i for i, node in enumerate([(), *nodes])}, {token: i for i, token in enumerate(tokens)}
+    sees = torch.tensor([[node[:len(other)] == other for other in nodes] for node in nodes], dtype=torch.bool)
+    depths = torch.tensor([len(node) for node in nodes], dtype=torch.long)
+    steps = torch.tensor([[node_at[spelling[:k]] * len(tokens) + token_at[spelling[k]] if k < len(spelling) else -1
+                           for k in range(longest)] for spelling in spellings])
+    ends = torch.tensor([node_at[spelling] if len(spelling) < longest else -1 for spelling in spellings])
+
+    def read(rows):
+        batch = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
+        prompt, real = batch["input_ids"], batch["attention_mask"].bool()
+        size, width, count = *prompt.shape, len(nodes)
+        ids = torch.cat([prompt, torch.tensor([node[-1] for node in nodes], dtype=torch.long).expand(size, -1)], 1)
+        positions = torch.cat([real.cumsum(1).sub(1).clamp(min=0), real.sum(1, keepdim=True) + depths - 1], 1)
+        mask = torch.zeros(size, width + count, width + count, dtype=torch.bool)
+        mask[:, :, :width] = real[:, None]
+        mask[:, :width, :width] &= torch.ones(width, width, dtype=torch.bool).tril()
+        mask[:, width:, width:] = sees
+        mask |= torch.eye(width + count, dtype=torch.bool)  # padding sees itself: no row of nothing
+        with torch.inference_mode():
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask[:, None].to(model.device),
+                           position_ids=positions.to(model.device), logits_to_keep=1 + count, use_cache=False).logits
+            logs = (logits[..., tokens].float() - logits.float().logsumexp(-1, keepdim=True)).double().cpu()
+        along = torch.cat([logs.flatten(1), torch.zeros(size, 1, dtype=torch.double)], 1)[:, steps].sum(-1)  # -1: the zero
+        no_more = torch.cat([1 - logs.exp().sum(-1), torch.ones(size, 1, dtype=torch.double)], 1)[:, ends]
+        return (along.exp() * no_more).numpy()
+
+    return read
 
 
 def constant_guesses(train):
@@ -1014,7 +1071,7 @@ def write_card(folder, name, record, results=None):
 
     from util import compare
 
-    data, base = record["data"], record["base_model"]
+    data, base = {"source": "a catalogue of its own"} | record["data"], record["base_model"]
     figures = [EvalResult("text-generation", data["hub"] or "own", data["hub"] or data["source"], metric, results[key],
                           metric_name=label, dataset_split="test")
                for metric, key, label in (("mae", "mae", "mean absolute error in $"), ("mse", "mse", "mean squared error"),
@@ -1309,6 +1366,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--run-name", type=plain_name, help="the run to judge, or `base` (default: the newest local run)")
     evaluate.add_argument("--revision", help="the adapter's commit on the Hub")
     evaluate.add_argument("--size", type=number_or_all, default=200, metavar="N|all", help="test items (default 200)")
+    evaluate.add_argument("--decode", choices=["greedy", "median", "mean"], default="greedy", help="answer with what the model "
+                          "generates, or with the median or mean of its price distribution (default greedy)")
     evaluate.add_argument("--compare-base", action="store_true", help="judge the untouched base as well (on in the demo)")
     return parser
 
@@ -1356,7 +1415,7 @@ def main(argv=None) -> None:
                         precision=args.precision)
         else:
             evaluate_model(config, args.hf_user, args.run_name, args.revision, args.size,
-                           args.compare_base or args.demo)
+                           args.compare_base or args.demo, args.decode)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"app.py {args.stage}: {line}", file=sys.stderr)
