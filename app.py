@@ -459,13 +459,13 @@ def published_items(config):
 # Stage 2: train
 
 
-def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: bool = False,
+def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: bool = False, seed: Optional[int] = None,
                 run_name: Optional[str] = None, use_4bit: bool = True, resume: Optional[str] = None,
                 dry_run: bool = False, micro_batch: Optional[int] = None, **overrides):
     """QLoRA through TRL's SFTTrainer: the quantised base stays as it is, LoRA adapters learn from completions only.
 
     `overrides` replace entries of the mode's recipe (`epochs`, `max_steps`, `batch_size`, `learning_rate`, `lora_r`,
-    `save_steps`, `precision`) where they are not None. `resume` goes on with a run, '' with the newest unfinished one,
+    `save_steps`, `precision`) where they are not None, `seed` the config's. `resume` goes on with a run, '' with the newest unfinished one,
     under its own recipe. `micro_batch` rows are computed at once, by default as many as fit. Leaves adapter, tokenizer,
     run.json, model card and a loss chart in the run's folder and puts them on the Hub as `{hf_user}/{project}-{run}`,
     private, unless the run is local; the newest checkpoint goes there meanwhile. `dry_run` stops at the plan. Returns
@@ -473,6 +473,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     """
     check_writable(config)
     if resume is None:
+        config = config if seed is None else replace(config, seed=seed)
         record = new_record(config, run_name, use_4bit, overrides)
     else:
         record = find_resumable(config, resume, hf_user)
@@ -485,7 +486,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
         return push_run(folder, record["hub"], again) if record["hub"] and not config.local else folder
     splits, path, found = preflight(config, record, hf_user, log_wandb, micro_batch)
     if resume is not None:
-        refuse_changes(record, found, overrides)
+        refuse_changes(record, found, overrides | {"seed": seed})
     record |= found | {"wandb": log_wandb or record.get("wandb", False)}
 
     started, tokenizer = time.time(), load_tokenizer(path)
@@ -507,6 +508,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     if dry_run:
         if not any(folder.iterdir()):
             folder.rmdir()  # the trainer made it
+        newest_checkpoint(folder)
         return print("Dry run: nothing trained, nothing written")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "run.json", record)
@@ -570,7 +572,7 @@ def new_record(config, run_name, use_4bit, overrides):
 def refuse_changes(record, found, overrides):
     """Raises UserError where data, base or recipe are not those that the run to go on with began with."""
     asked = {name: value for name, value in overrides.items() if value is not None}
-    pairs = {name.replace("_", " "): (record["recipe"][name], value) for name, value in asked.items()}
+    pairs = {name.replace("_", " "): ((record["recipe"] | record)[name], value) for name, value in asked.items()}
     if "data" in record:  # else it stopped before it began
         pairs |= {"data": (record["data"]["fingerprint"], found["data"]["fingerprint"]),
                   "base model": (record["base_identity"], found["base_identity"])}
@@ -971,9 +973,9 @@ def find_resumable(config, run_name, hf_user):
 
 def fetch_run(config, run_name, hf_user, **options):
     """Downloads a run from the Hub. Returns its folder. Raises UserError where it isn't there or the config is local."""
-    if config.local:
-        raise UserError(f"{run_name}: no such run in {config.output_dir}. "
-                        f"There are: {', '.join(local_runs(config)) or 'no runs'}.")
+    if config.local or not get_env("HF_TOKEN"):
+        raise UserError(f"{run_name}: no such run in {config.output_dir}. There are: {', '.join(local_runs(config)) or 'no runs'}."
+                        + " For one on the Hub set HF_TOKEN." * (not config.local))
     from huggingface_hub import snapshot_download
 
     name = f"{login_huggingface(hf_user)}/{config.run_folder(run_name).name}"
@@ -1079,10 +1081,9 @@ def write_card(folder, name, record, results=None):
     metadata = ModelCardData(
         base_model=base if "/" in base and not Path(base).exists() else None, library_name="peft",
         datasets=data["hub"], eval_results=figures, model_name=name, tags=["lora", "price"])
-    settings = record["recipe"] | {"targets": ", ".join(record["recipe"]["targets"]), "seed": record["seed"]}
-    if settings["max_steps"]:
-        del settings["epochs"]
-    recipe = "\n".join(f"| {name} | {value} |" for name, value in settings.items() if value is not None)
+    names = "batch_size", "learning_rate", "lora_r", "lora_dropout"
+    settings = {name: record["recipe"][name] for name in names} | {"seed": record["seed"]} | record["plan"]
+    recipe = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     judged = ("## Evaluation\n\n```\n" + compare(results) + "\n```\n\n![](eval/scatter.png)\n![](eval/running_error.png)\n"
               if results else "")
     ModelCard(f"""---
@@ -1318,7 +1319,7 @@ def build_parser() -> argparse.ArgumentParser:
                            help=f"first part of run names (default {DEFAULT_PROJECT_NAME})")
         group.add_argument("--data-user", help="whose datasets to read (default: the nearest, and says which)")
         group.add_argument("--output-dir", default="outputs", help="folder for everything written (default outputs)")
-        group.add_argument("--seed", type=at_least(0), default=42, help="for everything random (default 42)")
+        group.add_argument("--seed", type=at_least(0), help="for everything random (default 42)")
         return group._group_actions
 
     class Parser(argparse.ArgumentParser):
@@ -1394,7 +1395,7 @@ def main(argv=None) -> None:
     if args.stage == "eval" and args.run_name != "base" or args.stage == "train" and args.resume is not None:
         base_model = args.base_model  # None: the run's own
     config = RunConfig(base_model, args.project_name,
-                       args.data_user, args.lite, args.demo, args.local or args.demo, args.output_dir, args.seed)
+                       args.data_user, args.lite, args.demo, args.local or args.demo, args.output_dir, 42 if args.seed is None else args.seed)
     if args.demo:
         os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore", FutureWarning)  # what pinned libraries tell each other is no news to a user
@@ -1409,7 +1410,7 @@ def main(argv=None) -> None:
         if args.stage == "prepare":
             prepare_prompts(config, args.cutoff, args.hf_dataset_user, args.source)
         elif args.stage == "train":
-            train_model(config, args.hf_user, args.log_wandb, args.run_name, not args.no_4bit,
+            train_model(config, args.hf_user, args.log_wandb, args.seed, args.run_name, not args.no_4bit,
                         args.resume, args.dry_run, args.micro_batch, epochs=args.epochs, max_steps=args.max_steps, batch_size=args.batch_size,
                         learning_rate=args.learning_rate, lora_r=args.lora_r, save_steps=args.save_steps,
                         precision=args.precision)

@@ -182,7 +182,7 @@ def scatter(guesses, truths, figures, title):
     for shade, label in (("green", "error < \\$40 or 20 %"), ("orange", "error < \\$80 or 40 %"), ("red", "larger")):
         points = [(t, g) for t, g, s in zip(truths, guesses, shades) if s == shade]
         if points:
-            axes.scatter(*zip(*points), s=22, c=COLORS[shade], marker=MARKERS[shade], alpha=0.7, linewidths=0,
+            axes.scatter(*zip(*points), s=22, c=COLORS[shade], marker=MARKERS[shade], alpha=0.7, linewidths=0, clip_on=False,
                          label=f"{label}: {len(points):,} of {len(truths):,}")
     limit = 1.03 * max(1.0, *truths, *guesses)
     axes.plot([0, limit], [0, limit], color="black", linewidth=1, linestyle="--", label="guess = truth")
@@ -207,6 +207,7 @@ def running_error(guesses, truths, figures, title):
     axes.fill_between(count, [m - b for m, b in zip(means, bands)], [m + b for m, b in zip(means, bands)],
                       color="0.85", label="95 % interval")
     axes.plot(count, means, color="black", label=f"\\${mean:,.2f} ± {bands[-1]:,.2f} after {len(means):,} items")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="items judged", ylabel="mean absolute error ($)", ylim=(0, None))
     set_title(axes, title, figures)
     axes.legend()
@@ -251,4 +252,5 @@ def compare(results):
             "best reachable: the catalogue's own noise": results.get("best_reachable")}
     heading = f"mean absolute error on {results['n']:,} test items"
     return "\n".join([f"{heading:<46}{'$':>9}{'± 95 %':>9}{'r² %':>9}"] + [
-        f"{name:<46}{row['mae']:>9,.2f}{row['mae_ci95']:>9,.2f}{row['r2']:>9.1f}" for name, row in rows.items() if row])
+        f"{name:<46}{row['mae']:>9,.2f}{row['mae_ci95']:>9,.2f}{row['r2']:>9.1f}" for name, row in rows.items() if row]
+        + [f"{results['parse_failures']:,} answers of the run named no price and count as $0"] * bool(results["parse_failures"]))

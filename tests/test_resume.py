@@ -226,6 +226,7 @@ def other_data(folder, base):
 @pytest.mark.parametrize("change, said", [
     (lambda folder, base: ["--lora-r", "8", "--epochs", "2"], "lora r was 32 and is 8."),
     (lambda folder, base: ["--precision", "bf16"], "precision was auto and is bf16."),
+    (lambda folder, base: ["--seed", "7"], "seed was 42 and is 7."),
     (other_base, "base model was "), (other_data, "data was ")])
 def test_another_recipe_base_or_data_are_refused_with_the_differences(
         whole, prepared, tmp_path, monkeypatch, capsys, change, said):
