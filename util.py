@@ -172,7 +172,7 @@ def show(figure, folder=None, name=None):
 
 
 def set_title(axes, title, figures):
-    axes.set_title(f"{textwrap.fill(title, 75)}\n{headline(figures)}".replace("$", "\\$"))
+    axes.set_title(f"{textwrap.fill(title, 85)}\n{headline(figures)}".replace("$", "\\$"))
 
 
 def scatter(guesses, truths, figures, title):
