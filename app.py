@@ -31,7 +31,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Optional
 
-from items import (PREFIX, QUESTION, SPLITS, UserError, build_prompts, demo_items, describe, item_splits, load_prompts,
+from items import (PREFIX, QUESTION, SPLITS, UserError, build_prompts, demo_items, describe, item_splits, load_prompts, own_rows,
                    price_problem, read_catalogue, read_json, replacing, restore, save_prompts, split_by_title, text_problem,
                    write_json)
 
@@ -51,15 +51,18 @@ RECIPES = {  # lite and full are the course's
     "full": dict(epochs=3, max_steps=None, batch_size=256, learning_rate=1e-4, lora_r=256, lora_dropout=0.1,
                  targets=ALL_LINEAR, val_size=1000, logging_steps=10, save_steps=200, precision="auto"),
     "demo": dict(epochs=1, max_steps=80, batch_size=4, learning_rate=1.5e-3, lora_r=16, lora_dropout=0.0,
-                 targets=ALL_LINEAR, val_size=24, logging_steps=10, save_steps=40, precision="auto"),
+                 targets=ALL_LINEAR, val_size=8, logging_steps=10, save_steps=40, precision="auto"),
 }
 PUSH_WAITS = 5, 20  # seconds between the tries of a push; the client itself tries five times each
 KEPT_CHECKPOINTS = 10
 DEMO_ROWS = 2400
+DEFAULT_CUTOFF = 110  # tokens of a description: prompt and completion are at most 128 then
+SHOWN_ITEMS = 20  # of the user's own, on the screen
 ADAPTER_FILE = "adapter_model.safetensors"
-EVAL_BATCH, READ_BATCH = 64, 16  # prompts answered at once: by generation, by the whole distribution
+EVAL_BATCH = 128  # prompts read at once, at most
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SIGNALS = signal.SIGINT, signal.SIGTERM
+PROMPT_FORM = f"The prompt is the question `{QUESTION}`, a blank line, the description, a blank line and `{PREFIX}`."
 
 
 @dataclass
@@ -364,14 +367,27 @@ def load_base(path, use_4bit=True, precision="auto"):
     return model
 
 
+def dequantise(model):
+    """Expands the quantised weights to what they stand for, in the model's own precision. Returns the model."""
+    return model.dequantize(model.dtype)
+
+
+def has_room(model):
+    """Whether the dequantised weights would leave a fifth of the memory free."""
+    used, there, _ = memory()
+    linear = sum(layer.in_features * layer.out_features for layer in model.modules() if hasattr(layer, "in_features"))
+    return used + linear * model.dtype.itemsize < 0.8 * there
+
+
 def load_adapter(model, folder):
-    """Base + LoRA adapter through PEFT. Raises UserError where it doesn't fit the base."""
+    """Base + LoRA adapter through PEFT, merged where the base isn't quantised (any more). Raises UserError where they don't fit."""
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, folder).eval()
+        adapted = PeftModel.from_pretrained(model, folder).eval()
     except (RuntimeError, ValueError) as error:  # shapes or module names that don't match
         raise UserError(f"{folder}: the adapter doesn't fit {model.config.name_or_path}. Check --base-model.") from error
+    return adapted if getattr(model, "is_quantized", False) else adapted.merge_and_unload()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,8 +481,8 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     """QLoRA through TRL's SFTTrainer: the quantised base stays as it is, LoRA adapters learn from completions only.
 
     `overrides` replace entries of the mode's recipe (`epochs`, `max_steps`, `batch_size`, `learning_rate`, `lora_r`,
-    `save_steps`, `precision`) where they are not None, `seed` the config's. `resume` goes on with a run, '' with the newest unfinished one,
-    under its own recipe. `micro_batch` rows are computed at once, by default as many as fit. Leaves adapter, tokenizer,
+    `save_steps`, `precision`, `keep_best`) where they are not None, `seed` the config's. `resume` goes on with a run, ''
+    with the newest unfinished one, under its own recipe. `micro_batch` rows are computed at once, by default as many as fit. Leaves adapter, tokenizer,
     run.json, model card and a loss chart in the run's folder and puts them on the Hub as `{hf_user}/{project}-{run}`,
     private, unless the run is local; the newest checkpoint goes there meanwhile. `dry_run` stops at the plan. Returns
     the run's folder. Raises UserError with code 3 where only the Hub is lacking at the end, SystemExit after a signal.
@@ -549,13 +565,14 @@ def preflight(config, record, hf_user, log_wandb, micro_batch):
         lambda: check_micro_batch(recipe, micro_batch))
     about = read_json(Path(place, "prepare.json")) if Path(place).exists() else {"source": place, "hub": place}
     return splits, path, {
-        "data": {"source": about.get("source", place), "hub": about.get("hub"), "fingerprint": fingerprint(splits)},
+        "data": {"source": about.get("source", place), "hub": about.get("hub"), "fingerprint": fingerprint(splits),
+                 "cutoff": about.get("cutoff"), "constants": constant_guesses(splits["train"])},
         "base_identity": base_identity(path), "hub": None if config.local else f"{account}/{folder.name}"}
 
 
 def new_record(config, run_name, use_4bit, overrides):
     """What run.json says of a run before it starts: its settings, from the recipe and what overrides it."""
-    recipe = RECIPES[config.mode] | {name: value for name, value in overrides.items() if value is not None}
+    recipe = {"keep_best": False} | RECIPES[config.mode] | {name: value for name, value in overrides.items() if value is not None}
     if overrides.get("epochs") and not overrides.get("max_steps"):
         recipe["max_steps"] = None  # whole epochs were asked for
     run_name = run_name or datetime.now().strftime("%Y-%m-%d_%H.%M.%S") + f"-{config.mode}" * (config.mode != "full")
@@ -572,7 +589,7 @@ def new_record(config, run_name, use_4bit, overrides):
 def refuse_changes(record, found, overrides):
     """Raises UserError where data, base or recipe are not those that the run to go on with began with."""
     asked = {name: value for name, value in overrides.items() if value is not None}
-    pairs = {name.replace("_", " "): ((record["recipe"] | record)[name], value) for name, value in asked.items()}
+    pairs = {name.replace("_", " "): ((record["recipe"] | record).get(name), value) for name, value in asked.items()}
     if "data" in record:  # else it stopped before it began
         pairs |= {"data": (record["data"]["fingerprint"], found["data"]["fingerprint"]),
                   "base model": (record["base_identity"], found["base_identity"])}
@@ -594,11 +611,12 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     # on a CPU that takes half of each step. Can go when TRL scores labels only there, too.
     trl.trainer.utils._use_triton = lambda device: True
     precision, micro_batch = choose_precision(recipe["precision"])[0], micro_batch or recipe["batch_size"]
+    validation = splits["val"].select(range(min(recipe["val_size"], len(splits["val"]))))
     trainer = make_trainer_class()(
         model=model,
         processing_class=tokenizer,
         train_dataset=splits["train"],
-        eval_dataset=splits["val"].select(range(min(recipe["val_size"], len(splits["val"])))),
+        eval_dataset=validation,
         peft_config=LoraConfig(r=recipe["lora_r"], lora_alpha=2 * recipe["lora_r"], target_modules=recipe["targets"],
                                lora_dropout=recipe["lora_dropout"], bias="none", task_type="CAUSAL_LM"),
         args=SFTConfig(
@@ -611,7 +629,9 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
             max_grad_norm=0.3, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not torch.cuda.is_available(),
             activation_checkpointing=checkpointing, max_length=None, seed=seed, data_seed=seed, logging_first_step=True,
             logging_steps=recipe["logging_steps"], eval_strategy="steps", eval_steps=recipe["save_steps"],
-            save_strategy="steps", save_steps=recipe["save_steps"], save_total_limit=KEPT_CHECKPOINTS))
+            save_strategy="steps", save_steps=recipe["save_steps"], save_total_limit=KEPT_CHECKPOINTS,
+            load_best_model_at_end=recipe.get("keep_best", False), metric_for_best_model="mae", greater_is_better=False))
+    trainer.validation, trainer.read = list(validation), price_reader(trainer.model, tokenizer)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes them bf16: small updates round to nothing, T4s fail (TRL issue 4901)
             parameter.data = parameter.data.float()
@@ -619,7 +639,8 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     class Progress(ProgressCallback):
         def on_log(self, args, state, control, logs=None, **_):
             if self.training_bar is not None:
-                shown = {"loss": "loss {:.3f}", "eval_loss": "validation loss {:.3f}", "learning_rate": "LR {:.1e}"}
+                shown = {"loss": "loss {:.3f}", "eval_loss": "validation loss {:.3f}", "eval_mae": "validation error ${:.2f}",
+                         "learning_rate": "LR {:.1e}"}
                 parts = [text.format(float(logs[name])) for name, text in shown.items() if name in logs]
                 self.training_bar.write(f"step {state.global_step:>5}  " + "  ".join(parts)) if parts else None
 
@@ -669,7 +690,8 @@ def run_trainer(trainer, folder):
     if checkpoint:
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
     if checkpoint and state.global_step >= state.max_steps:  # or Trainer would do one step more
-        trainer._load_from_checkpoint(checkpoint)
+        best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
+        trainer._load_from_checkpoint(folder / Path(best).name if best else checkpoint)
         trainer.state = state
         return True
     try:
@@ -698,7 +720,7 @@ def smaller_micro_batch(trainer):
 
 def history(trainer):
     """What training logged, without timings: the same for the same run, in one go or in several."""
-    names = "step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss"
+    names = "step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_mae"
     entries = [{name: entry[name] for name in names if name in entry} for entry in trainer.state.log_history]
     return [entry for entry in entries if entry.keys() & {"loss", "eval_loss"}]
 
@@ -710,7 +732,7 @@ def save_run(trainer, folder, record):
     new = folder / "adapter.new"
     trainer.model.save_pretrained(new)
     trainer.processing_class.save_pretrained(new)
-    show(loss_chart(trainer.state.log_history, folder.name), new, "loss.png")
+    show(loss_chart(trainer.state.log_history, folder.name, len(trainer.validation)), new, "loss.png")
     write_json(new / "run.json", record)
     write_card(new, folder.name, record)
     for file in sorted(new.iterdir(), key=lambda file: file.name == ADAPTER_FILE):
@@ -724,59 +746,51 @@ def save_run(trainer, folder, record):
 
 def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: Optional[str] = None,
                    revision: Optional[str] = None, size: Optional[int] = 200, compare_base: bool = False,
-                   decode: str = "greedy"):
-    """Judges a run on the first `size` rows of its test split (None: all), in batches: by greedy generation, or by the
-    `decode` (median or mean) of the probabilities that the model gives to each price.
+                   decode: str = "median", earlier=()):
+    """Judges a run on the first `size` rows of its test split (None: all), beside constant guesses, runs judged `earlier`
+    and, if asked for, the untouched base. The answer is the `decode` (median, mean, greedy) of the probabilities that
+    the model gives to each price.
 
     Base model, mode and data are those of the run, unless the config names others. Leaves results.json,
-    predictions.csv and two charts in `{run's folder}/eval`. Returns the content of results.json.
+    predictions.csv, report.html and charts in `{run's folder}/eval`. Returns the content of results.json.
     """
-    from util import compare, decide, evaluate, metrics, truth_of
+    from util import bars, compare, judge, metrics, paired_difference, show, truth_of, write_report
 
     check_writable(config)
-    run_name, adapter, record = find_run(config, run_name, hf_user, revision)
-    print(f"Run: {config.project_name}-{run_name}" + " (the untouched base model)" * (not adapter))
-    if adapter:
-        mode = record.get("mode") or ("lite" if run_name.endswith("-lite") else config.mode)
-        base_model = (config.base_model or record.get("base_model")
-                      or read_json(adapter / "adapter_config.json").get("base_model_name_or_path"))
-        config = replace(config, lite_mode=mode == "lite", demo_mode=mode == "demo", base_model=base_model)
+    run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
     splits, place = find_prompts(config, record.get("data", {}).get("hub"))
     if record and record["data"]["fingerprint"] != fingerprint(splits):
         print("Note: these are not the data that the run was trained on; its test items may have been in training")
     found = {"source": place} | read_json(Path(place, "prepare.json"))
-    path, test = base_path(config), splits["test"]
-    from transformers import set_seed
+    test = splits["test"]
+    rows = list(test.select(range(min(size or len(test), len(test)))))
+    others = dict(zip(earlier, check_all(*(lambda name=name: earlier_guesses(config, name, rows) for name in earlier))))
 
-    set_seed(config.seed)
-    model = load_base(path, record.get("use_4bit", True))
-    if adapter:
-        model = load_adapter(model, adapter)
-    tokenizer, batch = load_tokenizer(path), EVAL_BATCH if decode == "greedy" else READ_BATCH
-    answer = answerer(model, tokenizer)
-    if decode != "greedy":
-        read = price_reader(model, tokenizer)
-        answer = lambda rows: decide(read(rows), decode)  # noqa: E731
-
-    target = config.run_folder(run_name) / "eval"
+    answers, seconds, base = ask_models(base_path(config), adapter, record, rows, decode, compare_base)
+    truths, target = [truth_of(row) for row in rows], config.run_folder(run_name) / "eval"
     with replacing(target) as folder:
         title = f"{config.project_name}-{run_name} on {found['source']}"
-        results = evaluate(answer, test, size, batch, folder, title)
-        if adapter and compare_base:
-            with model.disable_adapter():
-                results["base"] = evaluate(answer, test, size, batch, title="the untouched base model")
-        truths = [truth_of(row) for row in test.select(range(results["n"]))]
-        results["baselines"] = {name: metrics([guess] * len(truths), truths)
-                                for name, guess in constant_guesses(splits["train"]).items()}
+        results = judge(rows, answers, title, folder) | {
+            "run": run_name, "title": title, "decode": decode, "items_per_s": len(rows) / seconds, "seconds": seconds,
+            "base_model": config.base_model, "revision": revision, "seed": config.seed,
+            "data": {"place": place, "source": found["source"], "split": "test", "rows": len(test)},
+            "course": found["source"].startswith(f"{DEFAULT_DATA_USER}/items_"), "device": describe_device(),
+            "versions": versions(), "date": datetime.now().isoformat(timespec="seconds"),
+            "baselines": {name: metrics([guess] * len(rows), truths)
+                          for name, guess in constant_guesses(splits["train"]).items()},
+            "earlier": {name: metrics(guesses, truths) | paired_difference(
+                [abs(answer["guess"] - truth) for answer, truth in zip(answers, truths)],
+                [abs(guess - truth) for guess, truth in zip(guesses, truths)], config.seed)
+                for name, guesses in others.items()}}
+        if base:
+            results["base"] = judge(rows, base, "the untouched base model")
         if "implied_prices" in found:
-            results["best_reachable"] = metrics(found["implied_prices"][: len(truths)], truths)
-        results |= {"run": run_name, "decode": decode, "base_model": config.base_model, "revision": revision, "seed": config.seed,
-                    "data": {"place": place, "source": found["source"], "split": "test", "rows": len(test)},
-                    "device": describe_device(), "versions": versions(),
-                    "date": datetime.now().isoformat(timespec="seconds")}
+            results["best_reachable"] = metrics(found["implied_prices"][: len(rows)], truths)
+        show(bars(results), folder, "comparison.png")
         write_json(folder / "results.json", results)
+        write_report(folder, results)
     print(compare(results))
-    print(f"Saved: {target}")
+    print(f"Saved: {target}; {target / 'report.html'} shows it all")
     if record.get("wandb"):
         log_evaluation(config, run_name, target, results)
     if record:
@@ -784,6 +798,98 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
     if record.get("hub") and not config.local:
         push_run(target.parent, record["hub"])
     return results
+
+
+def price_items(config, hf_user=None, run_name=None, revision=None, compare_base=False, decode="median", source=None, text=None,
+                output=None):
+    """Prices the items of the user's own file `source`, or the one that `text` describes: prints guesses with their 80 %
+    intervals and writes them to `output`, CSV or JSONL. Where the file has prices, judges the guesses, too. Returns
+    what is written, one dict an item."""
+    from util import compare, judge, metrics, truth_of, write_table
+
+    if output and Path(output).suffix.lower() not in (".csv", ".jsonl"):
+        raise UserError(f"--output {output}: the ending is unknown; give a .csv or .jsonl file.")
+    run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
+    path, data = base_path(config), record.get("data", {})
+    rows, dropped = own_rows(source, text, load_tokenizer(path), data.get("cutoff") or DEFAULT_CUTOFF)
+    if dropped:
+        print(f"Rows: {len(rows):,} priced, {sum(map(len, dropped.values())):,} left out: {describe(dropped)}")
+    answers, _, base = ask_models(path, adapter, record, rows, decode, compare_base)
+    table = [{"line": row["line"], "title": row["title"], "guess": round(answer["guess"], 2), "low": answer["low"],
+              "high": answer["high"], "price": truth_of(row) if row["completion"] else None} for row, answer in zip(rows, answers)]
+    for row in table[:SHOWN_ITEMS]:
+        print(f"${row['guess']:>7.2f}  (80 %: ${row['low']:.0f} to ${row['high']:.0f})  {row['title'][:80]}")
+    if len(table) > SHOWN_ITEMS:
+        print(f"… and {len(table) - SHOWN_ITEMS:,} more" + " (--output FILE writes them all)" * (not output))
+    if output:
+        write_table(output, table)
+        print(f"Saved: {output}")
+    known = [i for i, row in enumerate(rows) if row["completion"]]
+    if known:
+        rows, truths = [rows[i] for i in known], [truth_of(rows[i]) for i in known]
+        results = judge(rows, [answers[i] for i in known], f"{config.project_name}-{run_name} on {source}")
+        results |= {"run": run_name, "baselines": {name: metrics([guess] * len(rows), truths)
+                                                   for name, guess in data.get("constants", {}).items()}}
+        if base:
+            results["base"] = judge(rows, [base[i] for i in known], "the untouched base model")
+        print(compare(results))
+    return table
+
+
+def ask_models(path, adapter, record, rows, decode, compare_base=False):
+    """(`decodings` of the rows by the run whose adapter is in the folder `adapter`, seconds, those by the untouched base
+    where asked for). Base and adapter are dequantised and merged where memory allows, which is faster."""
+    from util import ask, decodings
+
+    model, tokenizer = load_base(path, record.get("use_4bit", True)), load_tokenizer(path)
+    model = dequantise(model) if has_room(model) else model
+
+    def answers_of(model):
+        read = price_reader(model, tokenizer)
+        return ask(lambda batch: decodings(*read(batch), batch, decode), rows, read.batch_size)
+
+    base = answers_of(model)[0] if adapter and compare_base else None
+    answers, seconds = answers_of(load_adapter(model, adapter) if adapter else model)
+    if len(rows) > 1:
+        print(f"{len(rows):,} items in {seconds:,.1f} s, {len(rows) / seconds:,.1f} a second")
+    return answers, seconds, base
+
+
+def export_model(config, folder, hf_user=None, run_name=None, revision=None):
+    """Writes a run as an ordinary 16-bit model into a new folder: the adapter merged onto the dequantised base, which it
+    was trained against, as safetensors with tokenizer and card. For vLLM, TGI, llama.cpp or Ollama."""
+    import torch
+    from huggingface_hub import ModelCard
+
+    if Path(folder).exists():
+        raise UserError(f"--export {folder}: is there already. Give a new folder.")
+    run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
+    path = base_path(config)
+    model = dequantise(load_base(path, record.get("use_4bit", True)))
+    model = (load_adapter(model, adapter) if adapter else model).to(torch.bfloat16)
+    with replacing(folder) as new:
+        model.save_pretrained(new)
+        load_tokenizer(path).save_pretrained(new)
+        ModelCard(f"---\nlibrary_name: transformers\ntags: [price]\n---\n# {config.project_name}-{run_name}\n\nEstimates a product's price in dollars from its description: "
+                  f"{config.base_model}, quantised as in training, dequantised to bf16, with the run's LoRA adapter merged "
+                  f"into it.\n\n{PROMPT_FORM}\n").save(new / "README.md")
+    print(f"Exported: {folder}, bf16")
+
+
+def earlier_guesses(config, name, rows):
+    """The guesses, in dollars, of an earlier evaluation of the run `name`. Raises UserError unless it was on the same rows."""
+    import csv
+
+    from util import title_of, truth_of
+
+    file, again = config.run_folder(name) / "eval" / "predictions.csv", f"`python app.py eval --run-name {name} --size {len(rows)}`"
+    if not file.exists():
+        raise UserError(f"--compare {name}: not judged yet. Run {again} first.")
+    with open(file, encoding="utf-8", newline="") as lines:
+        table = list(csv.DictReader(lines))[: len(rows)]
+    if [(row["title"], float(row["truth"])) for row in table] != [(title_of(row["prompt"]), truth_of(row)) for row in rows]:
+        raise UserError(f"--compare {name}: was judged on other items or fewer. Run {again} on the same data first.")
+    return [float(row["guess"]) for row in table]
 
 
 def log_evaluation(config, run_name, folder, results):
@@ -796,20 +902,6 @@ def log_evaluation(config, run_name, folder, results):
                 | {f"eval/{chart.stem}": wandb.Image(str(chart)) for chart in folder.glob("*.png")})
 
 
-def answerer(model, tokenizer):
-    """A function from rows to the texts that the model greedily adds to their prompts, at most 8 tokens each."""
-    import torch
-
-    def answer(rows):
-        batch = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True).to(model.device)
-        with torch.inference_mode():  # do_sample: Llama 3.2's own generation_config would sample
-            tokens = model.generate(**batch, max_new_tokens=8, do_sample=False, temperature=None, top_p=None,
-                                    pad_token_id=tokenizer.pad_token_id)
-        return tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
-
-    return answer
-
-
 def spell_numbers(tokenizer):
     """The tokens of each number 0 … 999 as the tokenizer spells it after PREFIX: one each for Llama 3, one a digit for
     SmolLM2, Qwen and Gemma."""
@@ -819,7 +911,8 @@ def spell_numbers(tokenizer):
 
 
 def price_reader(model, tokenizer):
-    """A function from rows to the model's probabilities of $0 … $999: an array of rows × 1,000, from one forward pass.
+    """A function from rows to the model's probabilities of $0 … $999, an array of rows × 1,000, and the numbers that greedy
+    generation would spell, from one forward pass; `with_loss` also the losses of the completions' tokens, a list.
 
     Behind each prompt stand all beginnings of numbers, as a tree: a token sees the prompt and its own ancestors only,
     so the logits at each are those that the model would have after that beginning. A number's probability is the
@@ -829,35 +922,60 @@ def price_reader(model, tokenizer):
     import torch
 
     spellings = spell_numbers(tokenizer)
-    longest = max(map(len, spellings))
+    number_of, longest = {spelling: number for number, spelling in enumerate(spellings)}, max(map(len, spellings))
     nodes = sorted({spelling[:k] for spelling in spellings for k in range(1, longest)}, key=len)
     tokens = sorted({token for spelling in spellings for token in spelling})
     node_at, token_at = {node: i for i, node in enumerate([(), *nodes])}, {token: i for i, token in enumerate(tokens)}
     sees = torch.tensor([[node[:len(other)] == other for other in nodes] for node in nodes], dtype=torch.bool)
-    depths = torch.tensor([len(node) for node in nodes], dtype=torch.long)
+    depths, node_ids = (torch.tensor(list(map(of, nodes)), dtype=torch.long) for of in (len, lambda node: node[-1]))
     steps = torch.tensor([[node_at[spelling[:k]] * len(tokens) + token_at[spelling[k]] if k < len(spelling) else -1
                            for k in range(longest)] for spelling in spellings])
     ends = torch.tensor([node_at[spelling] if len(spelling) < longest else -1 for spelling in spellings])
 
-    def read(rows):
-        batch = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
-        prompt, real = batch["input_ids"], batch["attention_mask"].bool()
-        size, width, count = *prompt.shape, len(nodes)
-        ids = torch.cat([prompt, torch.tensor([node[-1] for node in nodes], dtype=torch.long).expand(size, -1)], 1)
-        positions = torch.cat([real.cumsum(1).sub(1).clamp(min=0), real.sum(1, keepdim=True) + depths - 1], 1)
-        mask = torch.zeros(size, width + count, width + count, dtype=torch.bool)
-        mask[:, :, :width] = real[:, None]
-        mask[:, :width, :width] &= torch.ones(width, width, dtype=torch.bool).tril()
-        mask[:, width:, width:] = sees
-        mask |= torch.eye(width + count, dtype=torch.bool)  # padding sees itself: no row of nothing
-        with torch.inference_mode():
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask[:, None].to(model.device),
-                           position_ids=positions.to(model.device), logits_to_keep=1 + count, use_cache=False).logits
-            logs = (logits[..., tokens].float() - logits.float().logsumexp(-1, keepdim=True)).double().cpu()
-        along = torch.cat([logs.flatten(1), torch.zeros(size, 1, dtype=torch.double)], 1)[:, steps].sum(-1)  # -1: the zero
-        no_more = torch.cat([1 - logs.exp().sum(-1), torch.ones(size, 1, dtype=torch.double)], 1)[:, ends]
-        return (along.exp() * no_more).numpy()
+    def spell(likeliest, goes_on):
+        spelled = (tokens[likeliest[0]],)
+        while spelled in node_at and goes_on[node_at[spelled]]:
+            longer = (*spelled, tokens[likeliest[node_at[spelled]]])
+            if longer not in number_of:  # 0 and a digit, say
+                break
+            spelled = longer
+        return number_of[spelled]
 
+    def read(rows, with_loss=False):
+        batch = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
+        completions = [row["completion"] + tokenizer.eos_token if with_loss else "" for row in rows]
+        text = tokenizer(completions, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="right")
+        prompt, real, text, is_text = batch["input_ids"], batch["attention_mask"].bool(), text["input_ids"].long(), text["attention_mask"].bool()
+        size, width, said, count = *prompt.shape, text.shape[1], len(nodes)
+        ids = torch.cat([prompt, text, node_ids.expand(size, -1)], 1)
+        positions = torch.cat([real.cumsum(1).sub(1).clamp(min=0), real.sum(1, keepdim=True) + torch.cat([torch.arange(said), depths - 1])], 1)
+        tree, mask = width + said, torch.zeros(size, ids.shape[1], ids.shape[1], dtype=torch.bool)
+        mask[:, :, :width] = real[:, None]
+        mask[:, :tree, :tree] &= torch.ones(tree, tree, dtype=torch.bool).tril()
+        mask[:, width:tree, width:tree] = torch.ones(said, said, dtype=torch.bool).tril()
+        mask[:, tree:, tree:] = sees
+        mask |= torch.eye(ids.shape[1], dtype=torch.bool)  # padding sees itself: no row of nothing
+        kept = torch.tensor([*range(width - 1, width + max(said, 1) - 1), *range(tree, tree + count)])
+        with torch.no_grad():
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask[:, None].to(model.device),
+                           position_ids=positions.to(model.device), logits_to_keep=kept.to(model.device), use_cache=False).logits
+            at_nodes = torch.cat([logits[:, :1], logits[:, max(said, 1):]], 1).float()
+            numbers = at_nodes[..., tokens]
+            logs = (numbers - at_nodes.logsumexp(-1, keepdim=True)).double().cpu()
+            at_nodes[..., tokens] = -math.inf
+            best = numbers.max(-1)
+            goes_on = best.values >= at_nodes.max(-1).values
+            greedy = [spell(*row) for row in zip(best.indices.tolist(), goes_on.tolist())]
+            losses = torch.nn.functional.cross_entropy(logits[:, :said].float().flatten(0, 1), text.to(model.device).flatten(),
+                                                       reduction="none")[is_text.flatten()].tolist() if with_loss else None
+        along = torch.cat([logs.flatten(1), torch.zeros(size, 1, dtype=torch.double)], 1)[:, steps].sum(-1)  # -1: the zero
+        no_more = torch.cat([1 - logs.exp().sum(-1), torch.ones(size, 1, dtype=torch.double)], 1)[:, ends].clamp(min=0)
+        probabilities = (along.exp() * no_more).numpy()
+        return (probabilities, greedy, losses) if with_loss else (probabilities, greedy)
+
+    row_bytes = 10 * (4 + len(nodes)) * model.config.vocab_size  # its logits, twice in fp32 and once in 16 bit
+    most = EVAL_BATCH if torch.cuda.is_available() else 8  # on a CPU larger batches only make the bar jump
+    read.batch_size = max(1, min(most, memory()[1] // 8 // row_bytes))
     return read
 
 
@@ -934,13 +1052,15 @@ def local_runs(config):
 
 
 def find_run(config, run_name, hf_user, revision):
-    """(name, folder, run.json's content) of the run to judge; the folder is None for the untouched base.
+    """(name, folder, run.json's content, config) of the run to judge, and says which; the folder is None for the untouched
+    base. The config gets the run's mode and, unless it names another, base model.
 
     Without `run_name`: the newest finished local run of the project, of the mode where one was asked for. A run that
     isn't on disk is fetched from the Hub, as is one at a `revision`; the course's adapters come without a run.json.
     """
     if run_name == "base":
-        return "base", None, {}
+        print("Run: base (the untouched base model)")
+        return "base", None, {}, config
     if not run_name:
         flag = f" --{config.mode}" if config.lite_mode or config.demo_mode else ""
         newest = [name for name, record in local_runs(config).items()
@@ -953,7 +1073,12 @@ def find_run(config, run_name, hf_user, revision):
     folder = config.run_folder(run_name) if is_here else fetch_run(config, run_name, hf_user, revision=revision)
     if not (folder / ADAPTER_FILE).exists():  # PEFT would go on to an adapter_model.bin, which may hold any code
         raise UserError(f"{run_name}: holds no {ADAPTER_FILE}. If it isn't finished, go on by {config.resume_command(run_name)}.")
-    return run_name, folder, read_json(folder / "run.json")
+    record = read_json(folder / "run.json")
+    mode = record.get("mode") or ("lite" if run_name.endswith("-lite") else config.mode)
+    base_model = (config.base_model or record.get("base_model")
+                  or read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
+    print(f"Run: {config.project_name}-{run_name}")
+    return run_name, folder, record, replace(config, lite_mode=mode == "lite", demo_mode=mode == "demo", base_model=base_model)
 
 
 def find_resumable(config, run_name, hf_user):
@@ -1099,7 +1224,7 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{record["hub"] or f"outputs/{name}"}")
 ```
 
-The prompt is the question `{QUESTION}`, a blank line, the description, a blank line and `{PREFIX}`.
+{PROMPT_FORM}
 
 {judged}
 ## Training
@@ -1117,11 +1242,32 @@ The prompt is the question `{QUESTION}`, a blank line, the description, a blank 
 
 
 def make_trainer_class():
-    """SFTTrainer that stops at numbers that are not finite, and whose checkpoints hold the loss not logged yet too."""
+    """SFTTrainer that validates by the metric itself, stops at numbers that are not finite, and whose checkpoints hold the
+    loss not logged yet, too."""
     import torch
     from trl import SFTTrainer
 
     class PriceTrainer(SFTTrainer):
+        def evaluate(self, *_, **__):
+            """The validation loss, per token of the completions, and the mean absolute error in dollars of the median
+            price, both from the same forward pass: the error costs next to nothing."""
+            from util import decodings, metrics, truth_of
+
+            losses, guesses, truths = [], [], []
+            rows, size = sorted(self.validation, key=lambda row: len(row["prompt"])), self.read.batch_size
+            self.model.eval()
+            with self.compute_loss_context_manager():
+                for first in range(0, len(rows), size):
+                    batch = rows[first : first + size]
+                    *read, found = self.read(batch, with_loss=True)
+                    losses += found
+                    guesses += [answer["median"] for answer in decodings(*read, batch)]
+                    truths += map(truth_of, batch)
+            found = {"eval_loss": sum(losses) / len(losses), "eval_mae": metrics(guesses, truths)["mae"]}
+            self.log(found)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+            return found
+
         def training_step(self, model, inputs, num_items_in_batch=None):
             loss = super().training_step(model, inputs, num_items_in_batch)
             self.seen = [*getattr(self, "seen", []), inputs["input_ids"]]
@@ -1338,7 +1484,7 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     prepare = stage("prepare", "items → prompts, on the Hub or on disk")
-    prepare.add_argument("--cutoff", type=at_least(1), default=110, help="tokens kept of a description (default %(default)s)")
+    prepare.add_argument("--cutoff", type=at_least(1), default=DEFAULT_CUTOFF, help="tokens kept of a description (default %(default)s)")
     prepare.add_argument("--source", metavar="FILE", help="your own catalogue: JSONL, CSV or Parquet with title, price and "
                          "summary, text or description")
     prepare.add_argument("--hf-dataset-user", help="whose account the prompts go to (default: the token's own)")
@@ -1356,6 +1502,8 @@ def build_parser() -> argparse.ArgumentParser:
                        "that lack it fp16, on CPUs fp32)")
     train.add_argument("--micro-batch", type=at_least(1), help="rows computed at once, a divisor of the batch size "
                        "(default: as many as fit)")
+    train.add_argument("--keep-best", action="store_true", help="end with the checkpoint of the least validation error, not "
+                       "with the last")
     train.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: the newest "
                        "unfinished one), or push what a finished one still has to")
     train.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
@@ -1367,9 +1515,17 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--run-name", type=plain_name, help="the run to judge, or `base` (default: the newest local run)")
     evaluate.add_argument("--revision", help="the adapter's commit on the Hub")
     evaluate.add_argument("--size", type=number_or_all, default=200, metavar="N|all", help="test items (default 200)")
-    evaluate.add_argument("--decode", choices=["greedy", "median", "mean"], default="greedy", help="answer with what the model "
-                          "generates, or with the median or mean of its price distribution (default greedy)")
+    evaluate.add_argument("--decode", choices=["median", "mean", "greedy"], default="median", help="answer with the median or mean "
+                          "of the model's price distribution, or with the likeliest number (default median)")
     evaluate.add_argument("--compare-base", action="store_true", help="judge the untouched base as well (on in the demo)")
+    evaluate.add_argument("--compare", nargs="+", default=(), type=plain_name, metavar="RUN", help="earlier local runs, judged on "
+                          "the same items, to compare with")
+    instead = evaluate.add_mutually_exclusive_group()
+    instead.add_argument("--input", metavar="FILE", help="price your own items instead: JSONL, CSV or Parquet as for `prepare "
+                         "--source`; with prices they are judged, too")
+    instead.add_argument("--text", help="price the one item that this describes instead")
+    instead.add_argument("--export", metavar="DIR", help="write the run as an ordinary 16-bit model into a new folder instead")
+    evaluate.add_argument("--output", metavar="FILE", help="where --input or --text write their guesses: CSV or JSONL")
     return parser
 
 
@@ -1391,6 +1547,8 @@ def main(argv=None) -> None:
         parser.error("--lite and --demo exclude each other")
     if args.stage == "eval" and args.revision and (args.local or args.demo):
         parser.error("--revision names a commit on the Hub, which --local and --demo leave alone")
+    if args.stage == "eval" and args.output and not args.input and args.text is None:
+        parser.error("--output: needs --input or --text, whose guesses it takes; a judged run's are in its folder")
     base_model = args.base_model or (DEMO_BASE_MODEL if args.demo else DEFAULT_BASE_MODEL)
     if args.stage == "eval" and args.run_name != "base" or args.stage == "train" and args.resume is not None:
         base_model = args.base_model  # None: the run's own
@@ -1400,7 +1558,8 @@ def main(argv=None) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore", FutureWarning)  # what pinned libraries tell each other is no news to a user
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if args.stage == "train" and not args.log_wandb:
         sys.modules.setdefault("wandb", None)  # not installed, as far as TRL is concerned: it imports it unasked
@@ -1413,10 +1572,15 @@ def main(argv=None) -> None:
             train_model(config, args.hf_user, args.log_wandb, args.seed, args.run_name, not args.no_4bit,
                         args.resume, args.dry_run, args.micro_batch, epochs=args.epochs, max_steps=args.max_steps, batch_size=args.batch_size,
                         learning_rate=args.learning_rate, lora_r=args.lora_r, save_steps=args.save_steps,
-                        precision=args.precision)
+                        precision=args.precision, keep_best=args.keep_best or None)
+        elif args.export:
+            export_model(config, args.export, args.hf_user, args.run_name, args.revision)
+        elif args.input or args.text is not None:
+            price_items(config, args.hf_user, args.run_name, args.revision, args.compare_base, args.decode, args.input,
+                        args.text, args.output)
         else:
             evaluate_model(config, args.hf_user, args.run_name, args.revision, args.size,
-                           args.compare_base or args.demo, args.decode)
+                           args.compare_base or args.demo, args.decode, args.compare)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"app.py {args.stage}: {line}", file=sys.stderr)

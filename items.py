@@ -289,18 +289,19 @@ def five_lines(title, category, text):
     return "\n".join(f"{name}: {part}" for name, part in parts.items() if part)
 
 
-def read_catalogue(path):
+def read_catalogue(path, to_price=False):
     """Items of the user's own file, and what was dropped: {reason: [line, …]}.
 
     Needs the columns `title`, `price` and one of TEXT_COLUMNS; `category` is optional. A duplicate is a row with the
-    title, description and price of an earlier one. Raises UserError where a column is missing or no row is usable.
+    title, description and price of an earlier one. Items `to_price` may lack their price, None then, and repeat others.
+    Raises UserError where a column is missing or no row is usable.
     """
     rows = read_rows(path)
     if not rows:
         raise UserError(f"{path}: holds no rows.")
     columns = dict.fromkeys(column for _, row in rows if isinstance(row, dict) for column in row)
     text_columns = [column for column in TEXT_COLUMNS if column in columns]
-    missing = [column for column in ("title", "price") if column not in columns]
+    missing = [column for column in ("title", "price")[: 2 - to_price] if column not in columns]
     missing += [] if text_columns else ["a description (" + ", ".join(TEXT_COLUMNS) + ")"]
     if missing and columns:
         raise UserError(f"{path}: no column for {' and '.join(missing)}; found: {', '.join(map(str, columns))}.")
@@ -310,12 +311,12 @@ def read_catalogue(path):
         text = None if isinstance(row, str) else next((row[name] for name in text_columns if row.get(name)), None)
         problem = row if isinstance(row, str) else (
             text_problem(row.get("title"), "title") or text_problem(text, text_columns[0])
-            or price_problem(row.get("price")))
+            or (None if to_price and row.get("price") in (None, "") else price_problem(row.get("price"))))
         if not problem:
             title, category = row["title"].strip(), row.get("category")
             category = category.strip() if isinstance(category, str) else ""
-            summary, price = five_lines(title, category, text), float(row["price"])
-            problem = "duplicate of an earlier row" if (summary, price) in seen else None
+            summary, price = five_lines(title, category, text), float(row["price"]) if row.get("price") else None
+            problem = "duplicate of an earlier row" if (summary, price) in seen and not to_price else None
         if problem:
             dropped.setdefault(problem, []).append(line)
         else:
@@ -324,6 +325,23 @@ def read_catalogue(path):
     if not items:
         raise UserError(f"{path}: none of {len(rows):,} rows is usable; {describe(dropped)}.")
     return items, dropped
+
+
+def own_rows(source, text, tokenizer, cutoff):
+    """Rows of the user's own items to price, from the file `source` or the one description `text`, and what was left out:
+    {reason: [line, …]}. A row has prompt, completion ('' without a price), line and title."""
+    dropped = {}
+    if source:
+        items, dropped = read_catalogue(source, to_price=True)
+    elif problem := text_problem(text, "the description"):
+        raise UserError(f"--text: {problem}.")
+    else:
+        title = text.strip().splitlines()[0].removeprefix("Title:").strip()
+        items = [Item(title, "", None, summary=five_lines(title, "", text), id=1)]
+    columns = make_prompts({"summary": [item.summary for item in items], "price": [item.price for item in items]},
+                           tokenizer, cutoff, do_round=False)
+    return [{"prompt": prompt, "completion": "" if item.price is None else completion, "line": item.id, "title": item.title}
+            for item, prompt, completion in zip(items, columns["prompt"], columns["completion"])], dropped
 
 
 def describe(dropped, most=5):

@@ -3,11 +3,16 @@
     from util import evaluate
     evaluate(lambda row: "$49.99", rows)      # rows of prompt and completion; any function of a row will do
 
-Figures: mean absolute error in dollars with its 95 % interval, mean squared error, r² in %. Heavy imports stay inside
-the functions that need them.
+Figures: mean absolute error in dollars with its 95 % interval, mean squared error, r² in %. A function may answer with
+a text, a number, or the decodings of a whole distribution over prices (see `decodings`), which is then judged, too.
+Heavy imports stay inside the functions that need them.
 """
+import base64
 import csv
+import html
+import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -17,6 +22,12 @@ from pathlib import Path
 
 COLORS = {"green": "#2e8b57", "orange": "#e69f00", "red": "#c0392b"}
 MARKERS = {"green": "o", "orange": "s", "red": "^"}  # legible in black and white, too
+DECODINGS = {"median": "the median price", "mean": "the mean price", "greedy": "the likeliest number"}
+BANDS = 0, 20, 50, 100, 250, 1000  # dollars
+LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
+LADDER = {"constant": 106.18, "base Llama 3.2, 4-bit": 110.72, "linear regression": 101.56, "human": 87.62, "NLP + LR": 76.81,
+          "random forest": 72.28, "XGBoost": 68.23, "fine-tuned, lite": 65.40, "GPT-4.1-nano": 62.51,
+          "Claude 4.5 Sonnet": 47.10, "deep neural net": 46.49, "GPT-5.1": 44.74, "fine-tuned, full": 39.85}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -26,8 +37,11 @@ MARKERS = {"green": "o", "orange": "s", "red": "^"}  # legible in black and whit
 def parse_price(answer):
     """The price in dollars that an answer names, or None where it names none.
 
-    A number stands for itself; of a text, `$` and `,` are dropped and the first number is taken, as in the course.
+    A number stands for itself, as does the `guess` of `decodings`; of a text, `$` and `,` are dropped and the first
+    number is taken, as in the course.
     """
+    if isinstance(answer, dict):
+        answer = answer["guess"]
     if isinstance(answer, str):
         match = re.search(r"[-+]?\d*\.\d+|\d+", answer.replace("$", "").replace(",", ""))
         answer = match.group() if match else None
@@ -35,15 +49,29 @@ def parse_price(answer):
     return price if math.isfinite(price) else None
 
 
-def decide(probabilities, how):
-    """Answers in dollars, given the probabilities of $0 … $999, an array of rows × 1,000: their median, which has the
-    least absolute error to be expected, or their mean. What is missing to 1 in a row is left out of account."""
+def decodings(probabilities, greedy, rows, decode="median"):
+    """What the probabilities of $0 … $999, an array of rows × 1,000, say of each row: a dict of dollars with `guess`, the
+    answer by `decode`; `median`, which has the least absolute error to be expected, `mean` and `greedy`, as given; `low`
+    and `high`, the ends of the 80 % interval. `outside` is what is missing to 1, left out of account elsewhere.
+
+    Scores, of rows with a truth: `nll`, the negative log of the probability given to the truth, to the dollar;
+    `crps`, in dollars (continuous ranked probability score: Gneiting & Raftery 2007); `rank`, the share of the
+    distribution below the truth, half of the truth's own included.
+    """
     import numpy
 
-    shares = probabilities / probabilities.sum(1, keepdims=True)
-    if how == "mean":
-        return (shares @ numpy.arange(1000)).tolist()
-    return (shares.cumsum(1) >= 0.5 - 1e-12).argmax(1).astype(float).tolist()
+    inside, prices = probabilities.sum(1, keepdims=True), numpy.arange(probabilities.shape[1])
+    shares = probabilities / inside
+    reached = shares.cumsum(1)
+    low, median, high = ((reached >= share - 1e-12).argmax(1) for share in (0.1, 0.5, 0.9))
+    columns = {"median": median, "mean": shares @ prices, "greedy": greedy, "low": low, "high": high, "outside": 1 - inside[:, 0]}
+    truths = numpy.array([truth_of(row) if row.get("completion") else math.nan for row in rows])
+    at = range(len(rows)), numpy.nan_to_num(truths).round().clip(0, prices[-1]).astype(int)
+    columns |= {"nll": -numpy.log(probabilities[at].clip(1e-12)), "rank": reached[at] - shares[at] / 2,
+                "crps": (shares * abs(prices - truths[:, None])).sum(1) - (reached * (1 - reached)).sum(1)}
+    values = numpy.stack([columns[name] for name in columns], 1).astype(float).tolist()
+    answers = [dict(zip(columns, row)) for row in values]
+    return [{"guess": answer[decode]} | answer for answer in answers]
 
 
 def color(error, truth):
@@ -93,6 +121,20 @@ def title_of(prompt):
 # Evaluation
 
 
+def evaluate(function, data, size=200, batch_size=None, folder=None, title=None):
+    """Judges `function`, from a row of prompt and completion to an answer, on the first `size` rows of `data`.
+
+    `size=None` takes all rows, as do fewer rows than `size`. See `ask` for `batch_size` and `judge` for what is printed,
+    written and returned. Raises ValueError without rows.
+    """
+    rows = [data[i] for i in range(len(data) if size is None else min(size, len(data)))]
+    if not rows:
+        raise ValueError("evaluate needs at least one row of prompt and completion")
+    answers, seconds = ask(function, rows, batch_size)
+    title = title or getattr(function, "__name__", "model").replace("_", " ")
+    return judge(rows, answers, title, folder) | {"items_per_s": len(rows) / seconds, "seconds": seconds}
+
+
 def ask(function, rows, batch_size=None):
     """The answers of `function` to `rows`, in their order, and the seconds they took.
 
@@ -111,29 +153,24 @@ def ask(function, rows, batch_size=None):
             batch = [rows[i] for i in chosen]
             for i, answer in zip(chosen, function(batch) if batch_size else [function(batch[0])]):
                 answers[i] = answer
-                total += abs((parse_price(answer) or 0.0) - truth_of(rows[i]))
+                if rows[i].get("completion"):
+                    total += abs((parse_price(answer) or 0.0) - truth_of(rows[i]))
             bar.update(len(chosen))
-            bar.set_postfix_str(f"mean error ${total / bar.n:,.2f}")
+            if total:
+                bar.set_postfix_str(f"mean error ${total / bar.n:,.2f}")
     return answers, time.perf_counter() - start
 
 
-def evaluate(function, data, size=200, batch_size=None, folder=None, title=None):
-    """Judges `function`, from a row of prompt and completion to an answer, on the first `size` rows of `data`.
+def judge(rows, answers, title, folder=None):
+    """The figures of the answers to rows of prompt and completion, {n, mae, mae_ci95, mse, r2, parse_failures,
+    by_category, by_price, worst}, and for `decodings` their `decodings` and `distribution`.
 
-    `size=None` takes all rows, as do fewer rows than `size`. See `ask` for `batch_size`. An answer without a number
-    counts as $0 and is counted in `parse_failures`. Prints the figures, draws both charts, shown in a notebook and
-    written to `folder`, with predictions.csv, where one is given. Returns {n, mae, mae_ci95, mse, r2,
-    parse_failures, items_per_s, seconds}. Raises ValueError without rows.
+    An answer without a number counts as $0 and is counted in `parse_failures`. Prints the figures, draws the charts,
+    shown in a notebook and written to `folder`, with predictions.csv, where one is given.
     """
-    rows = [data[i] for i in range(len(data) if size is None else min(size, len(data)))]
-    if not rows:
-        raise ValueError("evaluate needs at least one row of prompt and completion")
-    answers, seconds = ask(function, rows, batch_size)
     prices = [parse_price(answer) for answer in answers]
     guesses, truths = [price or 0.0 for price in prices], [truth_of(row) for row in rows]
-    figures = metrics(guesses, truths) | {
-        "parse_failures": prices.count(None), "items_per_s": len(rows) / seconds, "seconds": seconds}
-    title = title or getattr(function, "__name__", "model").replace("_", " ")
+    figures = metrics(guesses, truths) | {"parse_failures": prices.count(None)}
     print(f"{title}: {headline(figures)} (± {figures['mae_ci95']:.2f}, n = {figures['n']:,})")
     if len(rows) < 30:
         print("Fewer than 30 items: even the interval is a rough guess")
@@ -141,13 +178,65 @@ def evaluate(function, data, size=200, batch_size=None, folder=None, title=None)
         print(f"{figures['parse_failures']:,} answers named no price and count as $0")
     show(scatter(guesses, truths, figures, title), folder, "scatter.png")
     show(running_error(guesses, truths, figures, title), folder, "running_error.png")
+
+    has_distribution = all(isinstance(answer, dict) for answer in answers)
+    table = [{"index": i, "title": title_of(row["prompt"]), "category": category_of(row["prompt"]), "truth": truth,
+              "guess": guess, "error": round(abs(guess - truth), 2)}
+             | ({"low": answer["low"], "high": answer["high"]} if has_distribution else {})
+             for i, (row, truth, guess, answer) in enumerate(zip(rows, truths, guesses, answers))]
+    figures |= {"by_category": by_group(table, lambda row: row["category"]), "by_price": by_group(table, band_of),
+                "worst": sorted(table, key=lambda row: -row["error"])[:10]}
+    if has_distribution:
+        covered = [row["low"] <= round(row["truth"]) <= row["high"] for row in table]
+        figures["decodings"] = {how: metrics([answer[how] for answer in answers], truths) for how in DECODINGS}
+        figures["distribution"] = {"coverage_80": statistics.fmean(covered)} | {
+            name: statistics.fmean(answer[name] for answer in answers) for name in ("nll", "crps", "outside")}
+        show(reliability([answer["rank"] for answer in answers], title), folder, "reliability.png")
     if folder:
-        with open(Path(folder) / "predictions.csv", "w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["index", "title", "truth", "guess", "error"])
-            table.writerows([i, title_of(row["prompt"]), truth, guess, round(abs(guess - truth), 2)]
-                            for i, (row, truth, guess) in enumerate(zip(rows, truths, guesses)))
+        write_table(Path(folder) / "predictions.csv", table)
     return figures
+
+
+def category_of(prompt):
+    """The top category that a description names: `Audio` of `Category: Audio > Headphones`."""
+    return re.split(r"\s*[>|]\s*", field_of(prompt, "Category"))[0]
+
+
+def band_of(row):
+    top = next(i for i, bound in enumerate((*BANDS[1:-1], math.inf)) if row["truth"] < bound)
+    return f"${BANDS[top]} to {BANDS[top + 1]}"
+
+
+def by_group(table, group_of):
+    """{group: {n, mae, mae_ci95}} of a table of predictions; nothing where there is one group only."""
+    errors = {}
+    for row in sorted(table, key=lambda row: row["truth"]):
+        errors.setdefault(group_of(row), []).append(row["error"])
+    return {group: {"n": len(found), "mae": statistics.fmean(found), "mae_ci95": interval(found)}
+            for group, found in errors.items() if len(errors) > 1}
+
+
+def paired_difference(errors, others, seed, draws=2000):
+    """How much larger the mean of `errors` is than that of `others`, two lists of dollars on the same items:
+    {difference, low, high}, with the 95 % interval of the bootstrap over items (Efron 1979)."""
+    import numpy
+
+    differences, rng = numpy.subtract(errors, others), numpy.random.default_rng(seed)
+    means = [rng.choice(differences, len(differences)).mean() for _ in range(draws)]
+    low, high = numpy.quantile(means, (0.025, 0.975))
+    return {"difference": float(differences.mean()), "low": float(low), "high": float(high)}
+
+
+def write_table(path, table):
+    """Writes a list of dicts as CSV or, by the path's ending, as JSONL: whole or not at all."""
+    with open(f"{path}.new", "w", encoding="utf-8", newline="") as file:
+        if Path(path).suffix.lower() == ".jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
+        else:
+            writer = csv.DictWriter(file, table[0])
+            writer.writeheader()
+            writer.writerows(table)
+    os.replace(f"{path}.new", path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,15 +314,49 @@ def data_chart(prices, tokens, cutoff, source):
     return figure
 
 
-def loss_chart(history, title):
-    """Training and validation loss over the steps, from the trainer's log history."""
-    figure, axes = new_figure(height=4.5)
-    for key, label, style in (("loss", "training", "0.5"), ("eval_loss", "validation", "black")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+def reliability(ranks, title):
+    """How many truths lie within the central intervals of each width, over what the distributions promise."""
+    figure, axes = new_figure(height=5)
+    widths = [width / 20 for width in range(21)]
+    within = [statistics.fmean(abs(2 * rank - 1) <= width for rank in ranks) for width in widths]
+    axes.plot([0, 100], [0, 100], color="black", linewidth=1, linestyle="--", label="as promised")
+    axes.plot([100 * width for width in widths], [100 * share for share in within], color="0.35", marker="o", markersize=4,
+              label=f"{len(ranks):,} items; above the line: too cautious, below: too sure")
+    axes.set(xlabel="promised: width of the interval (% of the probability)", ylabel="found: true prices within it (%)",
+             xlim=(0, 100), ylim=(0, 100), title=textwrap.fill(title, 85))
+    axes.legend(loc="lower right")
+    return figure
+
+
+def bars(results):
+    """The mean absolute errors that `compared` lists, with their 95 % intervals."""
+    rows = compared(results)[::-1]
+    figure, axes = new_figure(width=9, height=1.6 + 0.36 * len(rows))
+    for at, (name, row) in enumerate(rows):
+        shade = "0.5" if name.startswith("run ") else "0.75" if "mae_ci95" in row else "white"
+        axes.barh(at, row["mae"], xerr=row.get("mae_ci95"), color=shade, edgecolor="black", linewidth=0.6, capsize=3)
+        axes.text(row["mae"] + row.get("mae_ci95", 0), at, f"  \\${row['mae']:,.2f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.margins(x=0.2)
+    axes.set(xlabel=f"mean absolute error (\\$) with its 95 % interval, n = {results['n']:,}")
+    if any("mae_ci95" not in row for _, row in rows):
+        axes.set_title(f"white: {LADDER_SOURCE}", fontsize=8)
+    return figure
+
+
+def loss_chart(history, title, rows):
+    """Training and validation loss, and the error in dollars on so many validation rows, over the steps, from the trainer's
+    log history."""
+    figure, (left, right) = new_figure(columns=2, width=10, height=4)
+    for axes, key, label, style in ((left, "loss", "training", "0.5"), (left, "eval_loss", f"validation, n = {rows:,}", "black"),
+                                    (right, "eval_mae", f"validation, by the median price, n = {rows:,}", "black")):
+        points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
         if points:
             axes.plot(*zip(*points), color=style, marker="o", markersize=3, label=label)
-    axes.set(xlabel="step", ylabel="loss per completion token", title=title)
-    axes.legend()
+            axes.legend()
+    left.set(xlabel="step", ylabel="loss per completion token")
+    right.set(xlabel="step", ylabel="mean absolute error ($)", ylim=(0, None))
+    figure.suptitle(title)
     return figure
 
 
@@ -244,13 +367,91 @@ def quantiles(values, digits=0):
     return " · ".join(f"{name} {ordered[round(share * (len(ordered) - 1))]:,.{digits}f}" for name, share in at.items())
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Reports
+
+
+def compared(results):
+    """[(name, figures)] of all that a results.json compares: constants, base, earlier runs, this run by each decoding,
+    what can be reached; on the course's own data also what it published, which has `n` and `mae` only."""
+    run, baselines = f"run {results['run']}", results.get("baselines", {})
+    rows = {"constant: training mean": baselines.get("constant_mean"),
+            "constant: training median": baselines.get("constant_median"),
+            "the untouched base model": results.get("base")}
+    rows |= {f"earlier {name}": figures for name, figures in results.get("earlier", {}).items()}
+    rows |= {f"{run}, {DECODINGS[how]}": figures for how, figures in reversed(results["decodings"].items())}
+    rows["best reachable: the catalogue's own noise"] = results.get("best_reachable")
+    if results.get("course"):
+        rows |= {f"published: {name}": {"n": 200, "mae": mae} for name, mae in LADDER.items()}
+    return [(name, figures) for name, figures in rows.items() if figures]
+
+
+def notes(results):
+    """What a results.json says beyond the table, a line each."""
+    lines = [f"This run's error less that of {name}, on the same items: ${figures['difference']:+,.2f} "
+             f"({figures['low']:+,.2f} to {figures['high']:+,.2f})" for name, figures in results.get("earlier", {}).items()]
+    if scores := results.get("distribution"):
+        lines.append(f"The 80 % intervals hold {100 * scores['coverage_80']:.0f} % of the true prices; log score "
+                     f"{scores['nll']:.3f}, CRPS ${scores['crps']:,.2f}, probability of no price {100 * scores['outside']:.2f} %")
+    if results["parse_failures"]:
+        lines.append(f"{results['parse_failures']:,} answers of the run named no price and count as $0")
+    if results.get("course"):
+        lines.append(f"Published: {LADDER_SOURCE}")
+    return lines
+
+
 def compare(results):
-    """A table of a results.json's figures: constants, base, run and what is reachable, each with its 95 % interval."""
-    rows = {"constant: training mean": results["baselines"]["constant_mean"],
-            "constant: training median": results["baselines"]["constant_median"],
-            "the untouched base model": results.get("base"), f"run {results['run']}": results,
-            "best reachable: the catalogue's own noise": results.get("best_reachable")}
-    heading = f"mean absolute error on {results['n']:,} test items"
-    return "\n".join([f"{heading:<46}{'$':>9}{'± 95 %':>9}{'r² %':>9}"] + [
-        f"{name:<46}{row['mae']:>9,.2f}{row['mae_ci95']:>9,.2f}{row['r2']:>9.1f}" for name, row in rows.items() if row]
-        + [f"{results['parse_failures']:,} answers of the run named no price and count as $0"] * bool(results["parse_failures"]))
+    """`compared` as a table, each figure with its 95 % interval, and the `notes`."""
+    rows = compared(results)
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{'mean absolute error':<{width}}{'n':>8}{'$':>9}{'± 95 %':>9}{'r² %':>9}"]
+    for name, row in rows:
+        lines.append(f"{name:<{width}}{row['n']:>8,}{row['mae']:>9,.2f}"
+                     + (f"{row['mae_ci95']:>9,.2f}{number(row['r2'], 1):>9}" if "mae_ci95" in row else ""))
+    return "\n".join(lines + notes(results))
+
+
+def number(value, digits=2):
+    """A figure for people, '–' for none: r² has no meaning for a single item."""
+    return "–" if value is None or isinstance(value, float) and math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def write_report(folder, results):
+    """Writes report.html: all figures and charts of an evaluation in one file that needs nothing beside it."""
+    def table(heads, rows):
+        cells = [[f"<td>{html.escape(str(cell))}</td>" for cell in row] for row in rows]
+        return ("<table><tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"
+                + "".join(f"<tr>{''.join(row)}</tr>" for row in cells) + "</table>")
+
+    def errors(rows, *also):
+        return [(name, f"{row['n']:,}", number(row["mae"]), number(row.get("mae_ci95")), *(number(row.get(key), 1) for key in also))
+                for name, row in rows]
+
+    charts = {"comparison": "Mean absolute errors with their 95 % intervals", "scatter": "Each item's guess over its true price",
+              "running_error": "The error as items are added", "reliability": "Whether the intervals keep what they promise"}
+    parts = [f"<h1>{html.escape(results['title'])}</h1><p class=big>off by <b>${results['mae']:,.2f}</b> ± "
+             f"{results['mae_ci95']:,.2f} on average, {results['n']:,} items, r² {number(results['r2'], 1)} %</p>",
+             table(("mean absolute error", "n", "$", "± 95 %", "r² %"), errors(compared(results), "r2")),
+             *(f"<p>{html.escape(line)}</p>" for line in notes(results))]
+    for name, caption in charts.items():
+        if (folder / f"{name}.png").exists():
+            image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+            parts.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{image}"><figcaption>{caption}</figcaption></figure>')
+    for head, key in (("category", "by_category"), ("true price", "by_price")):
+        if results[key]:
+            parts.append(f"<h2>By {head}</h2>" + table((head, "n", "$", "± 95 %"), errors(results[key].items())))
+    parts.append("<h2>The ten worst</h2>" + table(("item", "true price, $", "guess, $", "80 % interval, $"), [
+        (row["title"], number(row["truth"]), number(row["guess"]), f"{row['low']:.0f} to {row['high']:.0f}" if "low" in row else "–")
+        for row in results["worst"]]))
+    parts.append("<h2>How it was measured</h2>" + table(("", ""), [
+        ("date", results["date"]), ("base model", results["base_model"]), ("answers", f"{results['decode']}: {DECODINGS[results['decode']]}"),
+        ("data", f"{results['data']['source']}, test split of {results['data']['rows']:,} rows"), ("device", results["device"]),
+        ("items a second", number(results["items_per_s"], 1)), ("seed", results["seed"]),
+        ("versions", ", ".join(f"{name} {version}" for name, version in results["versions"].items()))]))
+    style = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+h1{font-size:1.5rem}h2{margin-top:2.5rem;font-size:1.2rem}.big{font-size:1.3rem}img{max-width:100%}figure{margin:2rem 0}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .9rem .25rem 0;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
+td:nth-child(n+2){font-variant-numeric:tabular-nums}figcaption{color:#555}"""
+    Path(folder, "report.html").write_text(
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{html.escape(results['title'])}</title><style>{style}</style>{''.join(parts)}</html>", encoding="utf-8")

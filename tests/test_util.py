@@ -63,7 +63,7 @@ def test_evaluate_judges_any_function_one_by_one_or_in_batches_in_order(tmp_path
     assert {"items_per_s", "seconds"} <= one.keys()
     with open(tmp_path / "predictions.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
-    assert table[1] == {"index": "1", "title": "Lamp 1", "truth": "20.5", "guess": "25.0", "error": "4.5"}
+    assert table[1] == {"index": "1", "title": "Lamp 1", "category": "Light", "truth": "20.5", "guess": "25.0", "error": "4.5"}
     assert [(tmp_path / name).read_bytes()[:4] for name in ("scatter.png", "running_error.png")] == [b"\x89PNG"] * 2
     assert "1 answers named no price" in capsys.readouterr().out
 
@@ -82,3 +82,38 @@ def test_title_and_fields_come_from_the_prompt():
     assert util.title_of("What?\n\nOld lamp\nmade of brass\n\nPrice is $") == "Old lamp"
     assert util.field_of(rows([1])[0]["prompt"], "Category") == "Light"
     assert util.field_of("What?\n\nOld lamp\n\nPrice is $", "Category") == ""
+
+
+def test_errors_by_category_by_price_and_the_worst():
+    data = [row | {"prompt": row["prompt"].replace("Light", kind)} for row, kind in
+            zip(rows([10, 30, 300, 2000]), ("Light > Floor", "Light", "Audio | Ears", "Audio"))]
+    found = evaluate(lambda row: 0, data)
+    assert found["by_category"]["Light"] == {"n": 2, "mae": 20, "mae_ci95": pytest.approx(1.96 * 10 / math.sqrt(2))}
+    assert found["by_category"]["Audio"]["n"] == 2
+    assert {band: group["n"] for band, group in found["by_price"].items()} == {"$0 to 20": 1, "$20 to 50": 1, "$250 to 1000": 2}
+    assert [row["truth"] for row in found["worst"]] == [2000, 300, 30, 10]
+    assert evaluate(lambda row: 0, rows([5, 6]))["by_category"] == {}  # one only
+
+
+def test_a_paired_difference_knows_when_it_is_noise():
+    rng = random.Random(0)
+    errors = [rng.expovariate(1 / 40) for _ in range(400)]
+    same = util.paired_difference(errors, errors, seed=1)
+    assert same == {"difference": 0, "low": 0, "high": 0}
+    worse = util.paired_difference([error + rng.gauss(5, 10) for error in errors], errors, seed=1)
+    assert worse["low"] < worse["difference"] < worse["high"] and worse["difference"] == pytest.approx(5, abs=1.5)
+    assert worse["high"] - worse["low"] == pytest.approx(2 * 1.96 * 10 / math.sqrt(400), rel=0.2)  # the pairs' spread, not 40's
+
+
+def test_the_published_ladder_stands_beside_the_courses_data_only():
+    figures = {"n": 5, "mae": 10.0, "mae_ci95": 1.0, "mse": 200.0, "r2": 50.0, "parse_failures": 0, "run": "a"}
+    figures["decodings"] = {"median": figures.copy()}
+    assert "GPT-5.1" in util.compare(figures | {"course": True}) and "2025-11" in util.compare(figures | {"course": True})
+    assert "GPT-5.1" not in util.compare(figures)
+    assert len(util.bars(figures | {"course": True}).axes[0].patches) == 1 + len(util.LADDER)
+
+
+def test_intervals_that_keep_their_promise_lie_on_the_line():
+    ranks = [(i + 0.5) / 1000 for i in range(1000)]
+    line = util.reliability(ranks, "uniform").axes[0].lines[1]
+    assert list(line.get_ydata()) == pytest.approx(list(line.get_xdata()), abs=0.2)
