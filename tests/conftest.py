@@ -98,6 +98,23 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def call(run):
+    """`call("eval", …)` does what `run` does in a tenth of the time, in a process forked from one that has imported all.
+    Returns what it printed."""
+    from child import said, start
+
+    def call(*arguments, cwd=run.folder, code=0):
+        before = len(said(cwd)) if (cwd / "said.txt").exists() else 0
+        process = start(list(arguments), cwd)
+        process.join(300)
+        text = said(cwd)[before:]
+        assert process.exitcode == code and "Traceback" not in text, text
+        return text
+
+    return call
+
+
+@pytest.fixture(scope="session")
 def catalogue(run):
     return write_catalogue(run.folder / "catalogue.jsonl")
 

@@ -63,12 +63,12 @@ def integer_speaker(model_and_tokenizer):
     rows = [{"prompt": f"What does this cost to the nearest dollar?\n\n{'shelf ' * (i % 5)}number {i}\n\nPrice is $",
              "completion": f"{price}.00"} for i, price in enumerate(prices)]
     batch = tokenizer([row["prompt"] + row["completion"] + tokenizer.eos_token for row in rows], return_tensors="pt", padding=True)
-    labels = batch["input_ids"].clone()
-    labels[:, :-6] = -100  # the answers only, at the rows' ends
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(40):
-        loss = model(**batch, labels=labels).loss
-        loss.backward(), torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), optimizer.step(), optimizer.zero_grad()
+        logits = model(**batch, logits_to_keep=9).logits[:, :-1]  # the answers, at the rows' ends
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, -8:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), optimizer.zero_grad()
     return model.eval(), tokenizer, rows
 
 
@@ -77,9 +77,10 @@ def test_greedy_equals_generation(integer_speaker):
     said = []
     for row in rows:
         batch = tokenizer([row["prompt"]], return_tensors="pt")
-        tokens = model.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        tokens = model.generate(**batch, max_new_tokens=8, do_sample=False, eos_token_id=tokenizer.eos_token_id,
+                                pad_token_id=tokenizer.pad_token_id)
         said.append(tokenizer.decode(tokens[0, batch["input_ids"].shape[1]:], skip_special_tokens=True))
-    assert all(re.fullmatch(r"\d{1,3}(\.\d*)?", text) for text in said) and len(set(said)) > 6
+    assert [text for text in said if not re.fullmatch(r"\d{1,3}(\.\d*)?", text)] == [] and len(set(said)) > 6
     assert app.price_reader(model, tokenizer)(rows)[1] == [int(float(text)) for text in said]
 
 

@@ -110,9 +110,9 @@ def test_gradients_after_an_evaluation_equal_the_dequantised_models(trainer):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
 
 
-def test_one_seed_gives_one_adapter_bit_for_bit(run, prepared, trained):
+def test_one_seed_gives_one_adapter_bit_for_bit(run, call, prepared, trained):
     for name, seed in (("again", "42"), ("other", "43")):
-        run("train", *prepared, "--run-name", name, "--seed", seed, *TRAIN)
+        call("train", *prepared, "--run-name", name, "--seed", seed, *TRAIN)
     first, again, other = [(run.folder / f"outputs/price-{name}" / app.ADAPTER_FILE).read_bytes()
                            for name in ("first", "again", "other")]
     assert first == again != other
@@ -132,8 +132,8 @@ def test_a_run_name_is_used_once(run, prepared, trained):
     assert (trained / app.ADAPTER_FILE).read_bytes() == before
 
 
-def test_eval_reports_the_run_the_base_and_the_constants(run, trained):
-    run("eval", "--local", "--run-name", "first", "--compare-base", "--size", "all")  # base and data: the run's own
+def test_eval_reports_the_run_the_base_and_the_constants(run, call, trained):
+    call("eval", "--local", "--run-name", "first", "--compare-base", "--size", "all")  # base and data: the run's own
     results = read(trained / "eval/results.json")
     keys = {"n", "mae", "mae_ci95", "mse", "r2", "parse_failures", "items_per_s", "seconds"}
     assert keys <= results.keys() and keys - {"items_per_s", "seconds"} <= results["base"].keys()
@@ -153,8 +153,8 @@ def test_eval_reports_the_run_the_base_and_the_constants(run, trained):
                                                  "reliability.png", "comparison.png"}
 
 
-def test_the_report_is_one_file_with_everything_in_it(run, trained):
-    run("eval", "--local", "--run-name", "first", "--size", "all")
+def test_the_report_is_one_file_with_everything_in_it(run, call, trained):
+    call("eval", "--local", "--run-name", "first", "--size", "all")
     page, results = (trained / "eval/report.html").read_text("utf-8"), read(trained / "eval/results.json")
     assert "<script" not in page and "http" not in page and page.count('src="data:image/png;base64,') == 4
     for figures in (results, *results["decodings"].values(), *results["baselines"].values()):
@@ -164,32 +164,32 @@ def test_the_report_is_one_file_with_everything_in_it(run, trained):
     assert f"${results['mae']:,.2f}"[1:] in (trained / "README.md").read_text("utf-8")  # the card has the same figures
 
 
-def test_eval_compares_with_earlier_runs_on_the_same_items(run, prepared, trained, tmp_path):
+def test_eval_compares_with_earlier_runs_on_the_same_items(run, call, prepared, trained, tmp_path):
     import shutil
 
     shutil.copytree(run.folder / "outputs", tmp_path / "outputs")
-    run("train", *prepared, "--run-name", "second", "--seed", "7", *TRAIN, cwd=tmp_path)
+    call("train", *prepared, "--run-name", "second", "--seed", "7", *TRAIN, cwd=tmp_path)
     judge = ("eval", "--local", "--size", "4", "--run-name")
     shutil.rmtree(tmp_path / "outputs/price-first/eval", ignore_errors=True)
-    assert "--compare first: not judged yet. Run `python app.py eval --run-name first --size 4`" in run(
-        *judge, "second", "--compare", "first", cwd=tmp_path, code=1).stderr
-    run(*judge, "first", cwd=tmp_path)
-    said = run(*judge, "second", "--compare", "first", cwd=tmp_path).stdout
+    assert "--compare first: not judged yet. Run `python app.py eval --run-name first --size 4`" in call(
+        *judge, "second", "--compare", "first", cwd=tmp_path, code=1)
+    call(*judge, "first", cwd=tmp_path)
+    said = call(*judge, "second", "--compare", "first", cwd=tmp_path)
     first, second = (read(tmp_path / f"outputs/price-{name}/eval/results.json") for name in ("first", "second"))
     found = second["earlier"]["first"]
     assert found["mae"] == first["mae"] and found["difference"] == pytest.approx(second["mae"] - first["mae"])
     assert found["low"] <= found["difference"] <= found["high"] and "less that of first" in said
 
 
-def test_own_items_are_priced_as_the_test_items_are(run, prepared, trained, tmp_path):
+def test_own_items_are_priced_as_the_test_items_are(run, call, prepared, trained, tmp_path):
     test = load_prompts(run.folder / "outputs/datasets/items_prompts_lite")["test"]
     lines = [{"title": "x", "text": row["prompt"].split("\n\n")[1], "price": row["completion"]} for row in test]
     lines[1]["price"] = ""  # is priced all the same
     lines += [{"title": "", "text": "no title", "price": "5"}, lines[0]]  # left out; priced a second time
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run("eval", "--local", "--run-name", "first", "--size", "all")
-    said = run("eval", "--local", "--run-name", "first", "--input", str(own), "--output", str(tmp_path / "out.csv")).stdout
+    call("eval", "--local", "--run-name", "first", "--size", "all")
+    said = call("eval", "--local", "--run-name", "first", "--input", str(own), "--output", str(tmp_path / "out.csv"))
     with open(tmp_path / "out.csv", encoding="utf-8") as file:
         found = list(csv.DictReader(file))
     with open(trained / "eval/predictions.csv", encoding="utf-8") as file:
@@ -200,19 +200,19 @@ def test_own_items_are_priced_as_the_test_items_are(run, prepared, trained, tmp_
     assert "5 priced, 1 left out: 1 × title is empty or not text (line 5)" in said and "n = 4" in said
 
 
-def test_one_description_is_priced(run, trained, tmp_path):
-    said = run("eval", "--local", "--run-name", "first", "--text", "Brass lamp\nwith a shade", "--output", str(tmp_path / "o.jsonl")).stdout
+def test_one_description_is_priced(run, call, trained, tmp_path):
+    said = call("eval", "--local", "--run-name", "first", "--text", "Brass lamp\nwith a shade", "--output", str(tmp_path / "o.jsonl"))
     row = json.loads((tmp_path / "o.jsonl").read_text("utf-8"))
     assert row["title"] == "Brass lamp" and row["low"] <= row["guess"] <= row["high"] and row["price"] is None
     assert f"(80 %: ${row['low']:.0f} to ${row['high']:.0f})  Brass lamp" in said
 
 
-def test_an_exported_model_answers_as_the_run_does_with_transformers_alone(run, trained, tmp_path):
+def test_an_exported_model_answers_as_the_run_does_with_transformers_alone(run, call, trained, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run("eval", "--local", "--run-name", "first", "--export", str(tmp_path / "plain"))
-    run("eval", "--local", "--run-name", "first", "--size", "all", "--decode", "greedy")
+    call("eval", "--local", "--run-name", "first", "--export", str(tmp_path / "plain"))
+    call("eval", "--local", "--run-name", "first", "--size", "all", "--decode", "greedy")
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(os.listdir(tmp_path / "plain"))
     assert "quantization_config" not in read(tmp_path / "plain/config.json")
     model, tokenizer = (kind.from_pretrained(tmp_path / "plain") for kind in (AutoModelForCausalLM, AutoTokenizer))
@@ -221,7 +221,7 @@ def test_an_exported_model_answers_as_the_run_does_with_transformers_alone(run, 
         list(load_prompts(run.folder / "outputs/datasets/items_prompts_lite")["test"]))
     with open(trained / "eval/predictions.csv", encoding="utf-8") as file:
         assert greedy == [float(row["guess"]) for row in csv.DictReader(file)]
-    assert "is there already" in run("eval", "--local", "--run-name", "first", "--export", str(tmp_path / "plain"), code=1).stderr
+    assert "is there already" in call("eval", "--local", "--run-name", "first", "--export", str(tmp_path / "plain"), code=1)
 
 
 def test_validation_measures_the_metric_beside_the_loss(trainer, splits):
@@ -229,7 +229,6 @@ def test_validation_measures_the_metric_beside_the_loss(trainer, splits):
 
     trainer.train()
     found = [entry for entry in app.history(trainer) if "eval_mae" in entry][-1]
-    rows = list(splits["val"])[: trainer.args.eval_steps]
     assert found["eval_loss"] == pytest.approx(SFTTrainer.evaluate(trainer)["eval_loss"], rel=1e-3)
     rows = list(splits["val"])
     read = app.price_reader(trainer.model.eval(), trainer.processing_class)
@@ -237,13 +236,13 @@ def test_validation_measures_the_metric_beside_the_loss(trainer, splits):
     assert found["eval_mae"] == pytest.approx(util.metrics(guesses, [util.truth_of(row) for row in rows])["mae"])
 
 
-def test_keep_best_ends_with_the_least_validation_error(run, prepared, tmp_path):
+def test_keep_best_ends_with_the_least_validation_error(run, call, prepared, tmp_path):
     import shutil
 
     from safetensors.torch import load_file
 
     shutil.copytree(run.folder / "outputs/datasets", tmp_path / "outputs/datasets")
-    run("train", *prepared, "--run-name", "best", "--keep-best", *TRAIN[:-1], "0.3", "--max-steps", "8", "--save-steps", "2", cwd=tmp_path)
+    call("train", *prepared, "--run-name", "best", "--keep-best", *TRAIN[:-1], "0.3", "--max-steps", "8", "--save-steps", "2", cwd=tmp_path)
     folder = tmp_path / "outputs/price-best"
     errors = {entry["step"]: entry["eval_mae"] for entry in read(folder / "run.json")["history"] if "eval_mae" in entry}
     best = min(errors, key=errors.get)
@@ -253,23 +252,23 @@ def test_keep_best_ends_with_the_least_validation_error(run, prepared, tmp_path)
         assert all(saved[name].equal(adapter[name]) for name in saved) == (step == best)
 
 
-def test_eval_of_the_untouched_base(run, prepared):
-    run("eval", *prepared, "--run-name", "base", "--size", "2")
+def test_eval_of_the_untouched_base(run, call, prepared):
+    call("eval", *prepared, "--run-name", "base", "--size", "2")
     assert read(run.folder / "outputs/price-base/eval/results.json")["n"] == 2
 
 
-def test_eval_notices_changed_data(run, prepared, trained, tmp_path):
+def test_eval_notices_changed_data(run, call, prepared, trained, tmp_path):
     import shutil
 
     shutil.copytree(run.folder / "outputs", tmp_path / "outputs")
     shared = prepared[:-2] + ("--base-model", prepared[-1])
-    run("prepare", *shared, "--source", write_catalogue(tmp_path / "new.jsonl", 60), cwd=tmp_path)
-    assert "not the data that the run was trained on" in run("eval", "--local", "--run-name", "first", cwd=tmp_path).stdout
+    call("prepare", *shared, "--source", write_catalogue(tmp_path / "new.jsonl", 60), cwd=tmp_path)
+    assert "not the data that the run was trained on" in call("eval", "--local", "--run-name", "first", cwd=tmp_path)
 
 
-def test_eight_bit_stays_reachable(run, prepared):
-    run("train", *prepared, "--run-name", "eight", "--no-4bit", *TRAIN)
-    run("eval", "--local", "--run-name", "eight", "--size", "2")
+def test_eight_bit_stays_reachable(call, prepared):
+    call("train", *prepared, "--run-name", "eight", "--no-4bit", *TRAIN)
+    call("eval", "--local", "--run-name", "eight", "--size", "2")
     assert build_quant_config(False, False).load_in_8bit
     four = build_quant_config(True, True)
     assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant, str(four.bnb_4bit_compute_dtype)) == ("nf4", True, "torch.bfloat16")
