@@ -56,10 +56,11 @@ RECIPES = {  # lite and full are the course's
 PUSH_WAITS = 5, 20  # seconds between the tries of a push; the client itself tries five times each
 KEPT_CHECKPOINTS = 10
 DEMO_ROWS = 2400
+COMPILE_FROM = 16_000  # examples: below, compiling takes longer than it saves
 DEFAULT_CUTOFF = 110  # tokens of a description: prompt and completion are at most 128 then
 SHOWN_ITEMS = 20  # of the user's own, on the screen
 ADAPTER_FILE = "adapter_model.safetensors"
-EVAL_BATCH = 128  # prompts read at once, at most
+EVAL_BATCH = 256  # prompts read at once, at most
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SIGNALS = signal.SIGINT, signal.SIGTERM
 PROMPT_FORM = f"The prompt is the question `{QUESTION}`, a blank line, the description, a blank line and `{PREFIX}`."
@@ -346,6 +347,38 @@ def load_tokenizer(path):
     return tokenizer
 
 
+def choose_attention(precision):
+    """"packed" where PyTorch has attention of concatenated sequences, which needs no padding: in 16 bit on GPUs of
+    capability 8 and up, from torch 2.10 on. Elsewhere its ordinary "sdpa"."""
+    from importlib.util import find_spec
+
+    if not detect_bf16_support() or precision == "fp32" or not find_spec("torch.nn.attention.varlen"):
+        return "sdpa"
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    # torch 2.11 takes fewer key-value heads than query heads as they are; newer ones ask for it by name
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+    def attend(module, query, key, value, attention_mask=None, scaling=None, cu_seq_lens_q=None, max_length_q=None, **options):
+        if cu_seq_lens_q is None:  # generation, or the price tree with its mask
+            return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **options)
+        query, key, value = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
+        out = varlen_attn(query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
+                          window_size=(-1, 0), **grouped)  # -1, 0: causal
+        return out.unsqueeze(0), None
+
+    def mask(*arguments, **options):
+        return None if options.get("attention_mask") is None else ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*arguments, **options)
+
+    ALL_ATTENTION_FUNCTIONS.register("packed", attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("packed", mask)
+    return "packed"
+
+
 def load_base(path, use_4bit=True, precision="auto"):
     """The quantised base model, on the GPU where there is one."""
     import bitsandbytes
@@ -357,7 +390,7 @@ def load_base(path, use_4bit=True, precision="auto"):
     with hub_errors(path):
         model = AutoModelForCausalLM.from_pretrained(
             path, quantization_config=build_quant_config(use_4bit, precision == "bf16", dtype), dtype=dtype,
-            device_map={"": 0 if torch.cuda.is_available() else "cpu"})
+            device_map={"": 0 if torch.cuda.is_available() else "cpu"}, attn_implementation=choose_attention(precision))
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 the first forward without gradients repacks the weight into a form that passes
@@ -372,11 +405,10 @@ def dequantise(model):
     return model.dequantize(model.dtype)
 
 
-def has_room(model):
-    """Whether the dequantised weights would leave a fifth of the memory free."""
-    used, there, _ = memory()
-    linear = sum(layer.in_features * layer.out_features for layer in model.modules() if hasattr(layer, "in_features"))
-    return used + linear * model.dtype.itemsize < 0.8 * there
+def dequantised_bytes(model):
+    """What the weights of all linear layers take in the model's own precision."""
+    return model.dtype.itemsize * sum(layer.in_features * layer.out_features for layer in model.modules()
+                                      if hasattr(layer, "in_features"))
 
 
 def load_adapter(model, folder):
@@ -481,8 +513,8 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     """QLoRA through TRL's SFTTrainer: the quantised base stays as it is, LoRA adapters learn from completions only.
 
     `overrides` replace entries of the mode's recipe (`epochs`, `max_steps`, `batch_size`, `learning_rate`, `lora_r`,
-    `save_steps`, `precision`, `keep_best`) where they are not None, `seed` the config's. `resume` goes on with a run, ''
-    with the newest unfinished one, under its own recipe. `micro_batch` rows are computed at once, by default as many as fit. Leaves adapter, tokenizer,
+    `save_steps`, `precision`, `keep_best`, `base_weights`, `compile`) where they are not None, `seed` the config's. `resume`
+    goes on with a run, '' with the newest unfinished one, under its own recipe. `micro_batch` rows are computed at once, by default as many as fit. Leaves adapter, tokenizer,
     run.json, model card and a loss chart in the run's folder and puts them on the Hub as `{hf_user}/{project}-{run}`,
     private, unless the run is local; the newest checkpoint goes there meanwhile. `dry_run` stops at the plan. Returns
     the run's folder. Raises UserError with code 3 where only the Hub is lacking at the end, SystemExit after a signal.
@@ -513,13 +545,15 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
         gc.collect()  # the trainer that ran out of memory
         model = load_base(path, record["use_4bit"], recipe["precision"])
         fit = choose_micro_batch(model, recipe, longest, micro_batch)
+        record["base_weights"] = why = choose_weights(model, recipe, longest, micro_batch, fit)
+        model = dequantise(model) if "from" in why else model
         trainer = build_trainer(model, tokenizer, splits, recipe, folder, record["seed"], log_wandb, *fit)
         for callback in filter(None, (stopper, pusher)):
             trainer.add_callback(callback)
         return trainer
 
     trainer = build(micro_batch or record.get("micro_batch"))  # dropout depends on it: resuming is exact with the same
-    record |= {"micro_batch": trainer.args.train_batch_size, "plan": make_plan(trainer, recipe)}
+    record |= {"micro_batch": trainer.args.train_batch_size, "plan": make_plan(trainer, recipe, record["base_weights"])}
     print("\n".join(f"{name + ':':<14}{text}" for name, text in record["plan"].items()))
     if dry_run:
         if not any(folder.iterdir()):
@@ -572,7 +606,7 @@ def preflight(config, record, hf_user, log_wandb, micro_batch):
 
 def new_record(config, run_name, use_4bit, overrides):
     """What run.json says of a run before it starts: its settings, from the recipe and what overrides it."""
-    recipe = {"keep_best": False} | RECIPES[config.mode] | {name: value for name, value in overrides.items() if value is not None}
+    recipe = {"keep_best": False, "base_weights": "auto", "compile": "auto"} | RECIPES[config.mode] | {name: value for name, value in overrides.items() if value is not None}
     if overrides.get("epochs") and not overrides.get("max_steps"):
         recipe["max_steps"] = None  # whole epochs were asked for
     run_name = run_name or datetime.now().strftime("%Y-%m-%d_%H.%M.%S") + f"-{config.mode}" * (config.mode != "full")
@@ -611,6 +645,7 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     # on a CPU that takes half of each step. Can go when TRL scores labels only there, too.
     trl.trainer.utils._use_triton = lambda device: True
     precision, micro_batch = choose_precision(recipe["precision"])[0], micro_batch or recipe["batch_size"]
+    packed, multiple = model.config._attn_implementation == "packed", 256 if micro_batch <= 64 else 1024
     validation = splits["val"].select(range(min(recipe["val_size"], len(splits["val"]))))
     trainer = make_trainer_class()(
         model=model,
@@ -627,11 +662,22 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
             optim="adamw_torch_fused",  # paged_adamw_32bit can't resume: bitsandbytes issue 782
             learning_rate=recipe["learning_rate"], lr_scheduler_type="cosine", warmup_steps=0.01, weight_decay=0.001,
             max_grad_norm=0.3, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not torch.cuda.is_available(),
-            activation_checkpointing=checkpointing, max_length=None, seed=seed, data_seed=seed, logging_first_step=True,
+            activation_checkpointing=checkpointing, padding_free=packed, pad_to_multiple_of=multiple if packed else None, max_length=None, seed=seed, data_seed=seed, logging_first_step=True,
+            logging_nan_inf_filter=False,  # it waits for the GPU, and such steps end the run anyway
             logging_steps=recipe["logging_steps"], eval_strategy="steps", eval_steps=recipe["save_steps"],
             save_strategy="steps", save_steps=recipe["save_steps"], save_total_limit=KEPT_CHECKPOINTS,
             load_best_model_at_end=recipe.get("keep_best", False), metric_for_best_model="mae", greater_is_better=False))
     trainer.validation, trainer.read = list(validation), price_reader(trainer.model, tokenizer)
+    trainer.steps = recipe["max_steps"] or recipe["epochs"] * math.ceil(len(trainer.train_dataset) / recipe["batch_size"])
+    if packed:
+        longest = max(multiple, *map(len, trainer.train_dataset["input_ids"]))
+        trainer.data_collator = few_shapes(trainer.data_collator, longest)
+    asked = recipe.get("compile", "auto")
+    trainer.compiled = asked == "on" or asked == "auto" and packed and not checkpointing and (
+        trainer.steps * recipe["batch_size"] >= COMPILE_FROM)
+    if trainer.compiled:  # layer by layer: all are alike, so that the first one's code serves all
+        for layer in trainer.model.get_base_model().get_decoder().layers:
+            layer.compile()
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes them bf16: small updates round to nothing, T4s fail (TRL issue 4901)
             parameter.data = parameter.data.float()
@@ -655,7 +701,26 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     return trainer
 
 
-def make_plan(trainer, recipe):
+def few_shapes(collate, longest):
+    """Padding-free batches in as few shapes as can be, so that compiled layers serve them all: the tokens that fill a
+    row up to a round number are one more sequence, instead of one each, and `longest` stands for every batch's longest.
+
+    What the model would look up on the GPU, and wait for, is added here: where labels are, and a mask that isn't needed.
+    """
+    import torch
+
+    def collate_alike(rows):
+        batch = collate(rows)
+        del batch["seq_idx"]  # for models with convolutions
+        ends, labels = batch["cu_seq_lens_q"], batch["labels"][0]
+        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.cat([ends[: len(rows) + 1], ends[-1:]])
+        return batch | {"max_length_q": longest, "max_length_k": longest, "attention_mask": torch.zeros(1, 1, 1, 1),
+                        "logits_to_keep": (labels != -100).nonzero().flatten() - 1}
+
+    return collate_alike
+
+
+def make_plan(trainer, recipe, weights):
     """What is about to happen, and why, as {name: text} for the screen and run.json."""
     import pyarrow.compute
 
@@ -663,18 +728,19 @@ def make_plan(trainer, recipe):
     lengths = pyarrow.compute.list_value_length(trainer.train_dataset.data.column("input_ids"))
     mean, longest = pyarrow.compute.mean(lengths).as_py(), pyarrow.compute.max(lengths).as_py()
     rows, batch, micro = len(trainer.train_dataset), recipe["batch_size"], args.train_batch_size
-    steps = recipe["max_steps"] or recipe["epochs"] * math.ceil(rows / batch)
+    steps = trainer.steps
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     precision, why = choose_precision(recipe["precision"])
     needed, there = estimate_memory(model.get_base_model(), recipe, longest, micro, args.activation_checkpointing), memory()[1]
     return {
         "Device": describe_device(),
         "Precision": f"{precision} ({why}); adapters and optimiser in fp32",
-        "Base": f"{type(model.get_base_model()).__name__}, {'nf4' if getattr(model, 'is_loaded_in_4bit', False) else '8 bit'}",
+        "Base": f"{type(model.get_base_model()).__name__}, {weights}",
         "Trainable": f"{trainable:,} parameters (LoRA r {recipe['lora_r']} on {', '.join(recipe['targets'])})",
         "Steps": f"{steps:,} of {batch} rows: {steps * batch / rows:.2f} epochs of {rows:,} rows",
         "Micro-batch": f"{micro}, × {batch // micro} accumulated = {batch}, activation checkpointing "
                        f"{'on' if args.activation_checkpointing else 'off'}",
+        "Speed": f"{'no padding' if args.padding_free else 'rows padded'}, layers {'' if trainer.compiled else 'not '}compiled",
         "Tokens": f"{steps * batch * mean:,.0f}: {batch} × {mean:.0f} a step, {longest} in the longest row",
         "Memory": f"about {needed / 2**30:.1f} GiB at the peak, {there / 2**30:.1f} GiB there"
                   + (" — may not fit; a smaller --base-model or --lora-r needs less" if needed > there else ""),
@@ -842,7 +908,9 @@ def ask_models(path, adapter, record, rows, decode, compare_base=False):
     from util import ask, decodings
 
     model, tokenizer = load_base(path, record.get("use_4bit", True)), load_tokenizer(path)
-    model = dequantise(model) if has_room(model) else model
+    used, there, _ = memory()
+    if used + dequantised_bytes(model) < 0.8 * there:
+        model = dequantise(model)
 
     def answers_of(model):
         read = price_reader(model, tokenizer)
@@ -927,10 +995,11 @@ def price_reader(model, tokenizer):
     tokens = sorted({token for spelling in spellings for token in spelling})
     node_at, token_at = {node: i for i, node in enumerate([(), *nodes])}, {token: i for i, token in enumerate(tokens)}
     sees = torch.tensor([[node[:len(other)] == other for other in nodes] for node in nodes], dtype=torch.bool)
-    depths, node_ids = (torch.tensor(list(map(of, nodes)), dtype=torch.long) for of in (len, lambda node: node[-1]))
+    depths, token_ids = torch.tensor(list(map(len, nodes)), dtype=torch.long), torch.tensor(tokens, device=model.device)
     steps = torch.tensor([[node_at[spelling[:k]] * len(tokens) + token_at[spelling[k]] if k < len(spelling) else -1
                            for k in range(longest)] for spelling in spellings])
     ends = torch.tensor([node_at[spelling] if len(spelling) < longest else -1 for spelling in spellings])
+    steps, ends = steps.to(model.device), ends.to(model.device)
 
     def spell(likeliest, goes_on):
         spelled = (tokens[likeliest[0]],)
@@ -941,36 +1010,56 @@ def price_reader(model, tokenizer):
             spelled = longer
         return number_of[spelled]
 
+    def as_tree(prompts, texts, said):
+        """The model's inputs, prompts padded on the left, each before its text and the tree, and the positions to keep."""
+        width = max(map(len, prompts))
+        branch, total, lengths = width + said, width + said + len(nodes), torch.tensor(list(map(len, prompts)))[:, None]
+        ids = [[0] * (width - len(prompt)) + prompt + text + [0] * (said - len(text)) + [node[-1] for node in nodes]
+               for prompt, text in zip(prompts, texts)]
+        positions = torch.cat([(torch.arange(branch) + lengths - width).clamp(min=0), lengths + depths - 1], 1)
+        allowed = torch.ones(total, total, dtype=torch.bool).tril()
+        allowed[branch:, width:branch], allowed[branch:, branch:] = False, sees
+        mask = allowed & (torch.arange(total) >= width - lengths)[:, None] | torch.eye(total, dtype=torch.bool)  # or a row of nothing
+        kept = torch.tensor([*range(width - 1, width + max(said, 1) - 1), *range(branch, total)])
+        return {"input_ids": torch.tensor(ids), "attention_mask": mask[:, None], "position_ids": positions, "logits_to_keep": kept}
+
+    def as_one_row(prompts, texts, said):
+        """`as_tree` where there is no tree: all prompts in one row, without padding."""
+        lengths = [len(prompt) + len(text) for prompt, text in zip(prompts, texts)]
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        last = ends[1:, None] - torch.tensor([len(text) + 1 for text in texts])[:, None]
+        ids = [token for prompt, text in zip(prompts, texts) for token in prompt + text]
+        return {"input_ids": torch.tensor([ids]), "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+                "cu_seq_lens_q": ends.int(), "cu_seq_lens_k": ends.int(), "max_length_q": max(lengths), "max_length_k": max(lengths),
+                "logits_to_keep": (last + torch.arange(max(said, 1))).clamp(max=len(ids) - 1).flatten()}
+
+    is_packed = not nodes and model.config._attn_implementation == "packed"
+
     def read(rows, with_loss=False):
-        batch = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
-        completions = [row["completion"] + tokenizer.eos_token if with_loss else "" for row in rows]
-        text = tokenizer(completions, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="right")
-        prompt, real, text, is_text = batch["input_ids"], batch["attention_mask"].bool(), text["input_ids"].long(), text["attention_mask"].bool()
-        size, width, said, count = *prompt.shape, text.shape[1], len(nodes)
-        ids = torch.cat([prompt, text, node_ids.expand(size, -1)], 1)
-        positions = torch.cat([real.cumsum(1).sub(1).clamp(min=0), real.sum(1, keepdim=True) + torch.cat([torch.arange(said), depths - 1])], 1)
-        tree, mask = width + said, torch.zeros(size, ids.shape[1], ids.shape[1], dtype=torch.bool)
-        mask[:, :, :width] = real[:, None]
-        mask[:, :tree, :tree] &= torch.ones(tree, tree, dtype=torch.bool).tril()
-        mask[:, width:tree, width:tree] = torch.ones(said, said, dtype=torch.bool).tril()
-        mask[:, tree:, tree:] = sees
-        mask |= torch.eye(ids.shape[1], dtype=torch.bool)  # padding sees itself: no row of nothing
-        kept = torch.tensor([*range(width - 1, width + max(said, 1) - 1), *range(tree, tree + count)])
+        prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+        texts = [tokenizer.encode(row["completion"] + tokenizer.eos_token, add_special_tokens=False) if with_loss else []
+                 for row in rows]
+        size, said = len(rows), max(map(len, texts))
+        inputs = (as_one_row if is_packed else as_tree)(prompts, texts, said)
+        inputs = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
         with torch.no_grad():
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask[:, None].to(model.device),
-                           position_ids=positions.to(model.device), logits_to_keep=kept.to(model.device), use_cache=False).logits
+            logits = model(**inputs, use_cache=False).logits
+            logits = logits.view(size, -1, logits.shape[-1])
             at_nodes = torch.cat([logits[:, :1], logits[:, max(said, 1):]], 1).float()
-            numbers = at_nodes[..., tokens]
-            logs = (numbers - at_nodes.logsumexp(-1, keepdim=True)).double().cpu()
-            at_nodes[..., tokens] = -math.inf
+            numbers = at_nodes[..., token_ids]
+            logs = (numbers - at_nodes.logsumexp(-1, keepdim=True)).double()
             best = numbers.max(-1)
-            goes_on = best.values >= at_nodes.max(-1).values
+            goes_on = best.values >= at_nodes.max(-1).values  # the likeliest token of all is a number's
             greedy = [spell(*row) for row in zip(best.indices.tolist(), goes_on.tolist())]
-            losses = torch.nn.functional.cross_entropy(logits[:, :said].float().flatten(0, 1), text.to(model.device).flatten(),
-                                                       reduction="none")[is_text.flatten()].tolist() if with_loss else None
-        along = torch.cat([logs.flatten(1), torch.zeros(size, 1, dtype=torch.double)], 1)[:, steps].sum(-1)  # -1: the zero
-        no_more = torch.cat([1 - logs.exp().sum(-1), torch.ones(size, 1, dtype=torch.double)], 1)[:, ends].clamp(min=0)
-        probabilities = (along.exp() * no_more).numpy()
+            losses = None
+            if with_loss:
+                targets = torch.tensor([text + [-100] * (said - len(text)) for text in texts], device=logits.device)
+                losses = torch.nn.functional.cross_entropy(logits[:, :said].float().flatten(0, 1), targets.flatten(), reduction="none")
+                losses = losses[targets.flatten() != -100].tolist()
+            zero, one = torch.zeros_like(logs[:, 0, :1]), torch.ones_like(logs[:, 0, :1])  # what -1 stands for
+            along = torch.cat([logs.flatten(1), zero], 1)[:, steps].sum(-1)
+            no_more = torch.cat([1 - logs.exp().sum(-1), one], 1)[:, ends].clamp(min=0)
+            probabilities = (along.exp() * no_more).cpu().numpy()
         return (probabilities, greedy, losses) if with_loss else (probabilities, greedy)
 
     row_bytes = 10 * (4 + len(nodes)) * model.config.vocab_size  # its logits, twice in fp32 and once in 16 bit
@@ -1248,6 +1337,8 @@ def make_trainer_class():
     from trl import SFTTrainer
 
     class PriceTrainer(SFTTrainer):
+        seen, last_step = [], None
+
         def evaluate(self, *_, **__):
             """The validation loss, per token of the completions, and the mean absolute error in dollars of the median
             price, both from the same forward pass: the error costs next to nothing."""
@@ -1256,7 +1347,7 @@ def make_trainer_class():
             losses, guesses, truths = [], [], []
             rows, size = sorted(self.validation, key=lambda row: len(row["prompt"])), self.read.batch_size
             self.model.eval()
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):  # many shapes, few batches
                 for first in range(0, len(rows), size):
                     batch = rows[first : first + size]
                     *read, found = self.read(batch, with_loss=True)
@@ -1268,30 +1359,48 @@ def make_trainer_class():
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
             return found
 
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if "logits_to_keep" not in inputs:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            # TRL's also measures entropy and accuracy, and waits for the GPU each time
+            labels = inputs.pop("labels")[0]
+            targets = labels.gather(0, inputs["logits_to_keep"] + 1)
+            logits = model(**inputs, use_cache=False).logits[0].float()
+            return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+
         def training_step(self, model, inputs, num_items_in_batch=None):
+            self.check_step()
+            ids, ends = inputs["input_ids"], inputs.get("cu_seq_lens_q")
             loss = super().training_step(model, inputs, num_items_in_batch)
-            self.seen = [*getattr(self, "seen", []), inputs["input_ids"]]
-            self.check("loss", loss)
+            self.seen = [*self.seen, (loss, ids, ends)]
             return loss
 
         def _clip_grad_norm(self, model):
             norm = super()._clip_grad_norm(model)
-            if not self.args.fp16:  # there the scaler leaves such steps out
-                self.check("gradient", norm)
+            self.last_step = (self.state.global_step + 1, self.lr_scheduler.get_last_lr()[0], norm, self.seen)
             self.seen = []
             return norm
 
-        def check(self, what, value):
-            if torch.isfinite(value).all():
+        def check_step(self):
+            """Raises UserError if the last step's numbers aren't finite. Called before the next one and before a save: to ask
+            at once would be to wait for the GPU."""
+            if not self.last_step:
                 return
-            file, step = Path(self.args.output_dir, "bad_step.json"), self.state.global_step + 1
-            rate = self.lr_scheduler.get_last_lr()[0]
-            write_json(file, {"step": step, "what": what, "learning_rate": rate, "rows": [
-                row for ids in self.seen for row in self.processing_class.batch_decode(ids, skip_special_tokens=True)]})
+            (step, rate, norm, seen), self.last_step = self.last_step, None
+            # with fp16 the scaler leaves out steps whose gradients are not finite
+            what = ("loss" if not torch.stack([loss for loss, *_ in seen]).isfinite().all() else
+                    "gradient" if not self.args.fp16 and not norm.isfinite() else None)
+            if not what:
+                return
+            file = Path(self.args.output_dir, "bad_step.json")
+            rows = [row for _, ids, ends in seen for row in (ids if ends is None else ids[0].split(ends.diff().tolist()))]
+            write_json(file, {"step": step, "what": what, "learning_rate": rate,
+                              "rows": self.processing_class.batch_decode(rows, skip_special_tokens=True)})
             raise UserError(f"step {step:,}: the {what} is not finite, at learning rate {rate:.1e}; the step's rows are in "
                             f"{file}. Older checkpoints are whole. Mend those rows, or start again with a lower --learning-rate.")
 
         def _save_checkpoint(self, model, trial):
+            self.check_step()
             self.state.stateful_callbacks["unlogged"] = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
             super()._save_checkpoint(model, trial)
 
@@ -1363,8 +1472,22 @@ def check_micro_batch(recipe, micro_batch):
         raise UserError(f"--micro-batch {micro_batch}: {recipe['batch_size']} rows a step can't be divided by it.")
 
 
-def choose_micro_batch(model, recipe, longest, micro_batch=None):
-    """(rows computed at once, whether with activation checkpointing), so that memory should suffice with a tenth to spare.
+def choose_weights(model, recipe, longest, micro_batch, fit):
+    """How the base's weights are held, and why: as they are, or dequantised once where the micro-batch that `fit` still
+    does. The numbers are the same; expanding them in each layer of each step takes time."""
+    bits = "nf4" if getattr(model, "is_loaded_in_4bit", False) else "8 bit"
+    expanded, size = f"{str(model.dtype).removeprefix('torch.')} from {bits}", f"{dequantised_bytes(model) / 2**30:.1f} GiB"
+    asked = recipe.get("base_weights", "auto")
+    if asked != "auto":
+        return f"{expanded if asked != 'nf4' else bits} (--base-weights)"
+    if choose_micro_batch(model, recipe, longest, micro_batch, dequantised_bytes(model)) == fit:
+        return f"{expanded}: dequantised once, memory has room for the {size}"
+    return f"{bits}: memory has no room for the {size} dequantised"
+
+
+def choose_micro_batch(model, recipe, longest, micro_batch=None, more=0):
+    """(rows computed at once, whether with activation checkpointing), so that memory should suffice with a tenth to spare,
+    and `more` bytes.
 
     The most rows that fit without checkpointing, which costs a third of the speed; with it where fewer than four would.
     """
@@ -1373,7 +1496,7 @@ def choose_micro_batch(model, recipe, longest, micro_batch=None):
     for checkpointing in (False, True):
         for micro in sizes:
             if (checkpointing or micro_batch or micro >= min(4, batch)) and (
-                    1.1 * estimate_memory(model, recipe, longest, micro, checkpointing) < there):
+                    1.1 * estimate_memory(model, recipe, longest, micro, checkpointing) + more < there):
                 return micro, checkpointing
     return sizes[-1], True
 
@@ -1500,6 +1623,10 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--save-steps", type=at_least(1), help="steps between checkpoints and validations (lite 100, full 200)")
     train.add_argument("--precision", choices=["auto", *DTYPES], help="what the base computes in (default auto: bf16, on GPUs "
                        "that lack it fp16, on CPUs fp32)")
+    train.add_argument("--base-weights", choices=["auto", "nf4", "bf16-from-nf4"], help="hold the base in 4 bits, or dequantised "
+                       "once: the same numbers, faster, larger (default auto: dequantised where memory has room)")
+    train.add_argument("--compile", choices=["auto", "on", "off"], help="compile the decoder layers (default auto: on GPUs of "
+                       f"capability 8 and up, in runs of {COMPILE_FROM:,} examples and more)")
     train.add_argument("--micro-batch", type=at_least(1), help="rows computed at once, a divisor of the batch size "
                        "(default: as many as fit)")
     train.add_argument("--keep-best", action="store_true", help="end with the checkpoint of the least validation error, not "
@@ -1572,7 +1699,8 @@ def main(argv=None) -> None:
             train_model(config, args.hf_user, args.log_wandb, args.seed, args.run_name, not args.no_4bit,
                         args.resume, args.dry_run, args.micro_batch, epochs=args.epochs, max_steps=args.max_steps, batch_size=args.batch_size,
                         learning_rate=args.learning_rate, lora_r=args.lora_r, save_steps=args.save_steps,
-                        precision=args.precision, keep_best=args.keep_best or None)
+                        precision=args.precision, keep_best=args.keep_best or None,
+                        base_weights=args.base_weights, compile=args.compile)
         elif args.export:
             export_model(config, args.export, args.hf_user, args.run_name, args.revision)
         elif args.input or args.text is not None:
