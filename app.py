@@ -676,8 +676,11 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     trainer.compiled = asked == "on" or asked == "auto" and packed and not checkpointing and (
         trainer.steps * recipe["batch_size"] >= COMPILE_FROM)
     if trainer.compiled:  # layer by layer: all are alike, so that the first one's code serves all
+        # A small batch's kernels are launched more slowly than they run, so whole layers are (CUDA graphs). Not where
+        # gradients are accumulated: each micro-batch would be a graph of its own.
+        mode = "reduce-overhead" if micro_batch == recipe["batch_size"] <= 64 and torch.cuda.is_available() else None
         for layer in trainer.model.get_base_model().get_decoder().layers:
-            layer.compile()
+            layer.compile(mode=mode)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes them bf16: small updates round to nothing, T4s fail (TRL issue 4901)
             parameter.data = parameter.data.float()
@@ -875,6 +878,8 @@ def price_items(config, hf_user=None, run_name=None, revision=None, compare_base
 
     if output and Path(output).suffix.lower() not in (".csv", ".jsonl"):
         raise UserError(f"--output {output}: the ending is unknown; give a .csv or .jsonl file.")
+    if output and (not Path(output).parent.is_dir() or source and Path(output).resolve() == Path(source).resolve()):
+        raise UserError(f"--output {output}: would overwrite the input, or its folder isn't there. Give another file.")
     run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
     path, data = base_path(config), record.get("data", {})
     rows, dropped = own_rows(source, text, load_tokenizer(path), data.get("cutoff") or DEFAULT_CUTOFF)
@@ -884,7 +889,7 @@ def price_items(config, hf_user=None, run_name=None, revision=None, compare_base
     table = [{"line": row["line"], "title": row["title"], "guess": round(answer["guess"], 2), "low": answer["low"],
               "high": answer["high"], "price": truth_of(row) if row["completion"] else None} for row, answer in zip(rows, answers)]
     for row in table[:SHOWN_ITEMS]:
-        print(f"${row['guess']:>7.2f}  (80 %: ${row['low']:.0f} to ${row['high']:.0f})  {row['title'][:80]}")
+        print(f"${row['guess']:>7.2f}  (80 %: ${row['low']:.0f} to ${row['high']:.0f})  {' '.join(row['title'].split())[:80]}")
     if len(table) > SHOWN_ITEMS:
         print(f"… and {len(table) - SHOWN_ITEMS:,} more" + " (--output FILE writes them all)" * (not output))
     if output:
@@ -912,14 +917,14 @@ def ask_models(path, adapter, record, rows, decode, compare_base=False):
     if used + dequantised_bytes(model) < 0.8 * there:
         model = dequantise(model)
 
-    def answers_of(model):
+    def answers_of(model, name):
         read = price_reader(model, tokenizer)
-        return ask(lambda batch: decodings(*read(batch), batch, decode), rows, read.batch_size)
+        return ask(lambda batch: decodings(*read(batch), batch, decode), rows, read.batch_size, name)
 
-    base = answers_of(model)[0] if adapter and compare_base else None
-    answers, seconds = answers_of(load_adapter(model, adapter) if adapter else model)
+    base = answers_of(model, "the base")[0] if adapter and compare_base else None
+    answers, seconds = answers_of(load_adapter(model, adapter) if adapter else model, "the run" if adapter else "the base")
     if len(rows) > 1:
-        print(f"{len(rows):,} items in {seconds:,.1f} s, {len(rows) / seconds:,.1f} a second")
+        print(f"Answers to {len(rows):,} items in {seconds:,.1f} s, {len(rows) / seconds:,.1f} a second")
     return answers, seconds, base
 
 
@@ -937,10 +942,13 @@ def export_model(config, folder, hf_user=None, run_name=None, revision=None):
     model = (load_adapter(model, adapter) if adapter else model).to(torch.bfloat16)
     with replacing(folder) as new:
         model.save_pretrained(new)
+        for weights in new.glob("*.safetensors"):
+            weights.chmod(0o644)  # written for its owner only; servers run as somebody else
         load_tokenizer(path).save_pretrained(new)
         ModelCard(f"---\nlibrary_name: transformers\ntags: [price]\n---\n# {config.project_name}-{run_name}\n\nEstimates a product's price in dollars from its description: "
                   f"{config.base_model}, quantised as in training, dequantised to bf16, with the run's LoRA adapter merged "
-                  f"into it.\n\n{PROMPT_FORM}\n").save(new / "README.md")
+                  f"into it.\n\n{PROMPT_FORM} Generated greedily, the next tokens are the likeliest number, which is less accurate "
+                  "than the median of the next tokens' distribution.\n").save(new / "README.md")
     print(f"Exported: {folder}, bf16")
 
 
@@ -951,6 +959,8 @@ def earlier_guesses(config, name, rows):
     from util import title_of, truth_of
 
     file, again = config.run_folder(name) / "eval" / "predictions.csv", f"`python app.py eval --run-name {name} --size {len(rows)}`"
+    if not config.is_finished(name) and name != "base":
+        raise UserError(f"--compare {name}: no such finished run in {config.output_dir}. There are: {', '.join(local_runs(config))}.")
     if not file.exists():
         raise UserError(f"--compare {name}: not judged yet. Run {again} first.")
     with open(file, encoding="utf-8", newline="") as lines:
@@ -1370,6 +1380,7 @@ def make_trainer_class():
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             self.check_step()
+            torch.compiler.cudagraph_mark_step_begin()
             ids, ends = inputs["input_ids"], inputs.get("cu_seq_lens_q")
             loss = super().training_step(model, inputs, num_items_in_batch)
             self.seen = [*self.seen, (loss, ids, ends)]
@@ -1676,6 +1687,8 @@ def main(argv=None) -> None:
         parser.error("--revision names a commit on the Hub, which --local and --demo leave alone")
     if args.stage == "eval" and args.output and not args.input and args.text is None:
         parser.error("--output: needs --input or --text, whose guesses it takes; a judged run's are in its folder")
+    if args.stage == "eval" and args.compare and (args.input or args.export or args.text is not None):
+        parser.error("--compare: goes with a judged test split, not with --input, --text or --export")
     base_model = args.base_model or (DEMO_BASE_MODEL if args.demo else DEFAULT_BASE_MODEL)
     if args.stage == "eval" and args.run_name != "base" or args.stage == "train" and args.resume is not None:
         base_model = args.base_model  # None: the run's own

@@ -333,8 +333,8 @@ def own_rows(source, text, tokenizer, cutoff):
     dropped = {}
     if source:
         items, dropped = read_catalogue(source, to_price=True)
-    elif problem := text_problem(text, "the description"):
-        raise UserError(f"--text: {problem}.")
+    elif text_problem(text, "text"):
+        raise UserError("--text: is empty or has half a character. Give a description, in quotes.")
     else:
         title = text.strip().splitlines()[0].removeprefix("Title:").strip()
         items = [Item(title, "", None, summary=five_lines(title, "", text), id=1)]

@@ -98,7 +98,7 @@ def metrics(guesses, truths):
 
 
 def headline(figures):
-    return f"Error: ${figures['mae']:,.2f} MSE: {figures['mse']:,.0f} r²: {figures['r2']:.1f}%"
+    return f"Error: ${figures['mae']:,.2f} MSE: {figures['mse']:,.0f} r²: {figures['r2']:.1f}%".replace("nan%", "–")
 
 
 def truth_of(row):
@@ -135,7 +135,7 @@ def evaluate(function, data, size=200, batch_size=None, folder=None, title=None)
     return judge(rows, answers, title, folder) | {"items_per_s": len(rows) / seconds, "seconds": seconds}
 
 
-def ask(function, rows, batch_size=None):
+def ask(function, rows, batch_size=None, name="the model"):
     """The answers of `function` to `rows`, in their order, and the seconds they took.
 
     Without `batch_size` the function is called with one row at a time, with it with a list of at most so many rows of
@@ -147,7 +147,7 @@ def ask(function, rows, batch_size=None):
     if batch_size:  # alike lengths together: less padding
         order = sorted(order, key=lambda i: len(rows[i]["prompt"]), reverse=True)
     answers, total, start = [None] * len(rows), 0.0, time.perf_counter()
-    with tqdm(total=len(rows), desc="evaluating", unit="item") as bar:
+    with tqdm(total=len(rows), desc=f"asking {name}", unit="item") as bar:
         for first in range(0, len(rows), batch_size or 1):
             chosen = order[first : first + (batch_size or 1)]
             batch = [rows[i] for i in chosen]
@@ -413,14 +413,14 @@ def compare(results):
 
 def number(value, digits=2):
     """A figure for people, '–' for none: r² has no meaning for a single item."""
-    return "–" if value is None or isinstance(value, float) and math.isnan(value) else f"{value:,.{digits}f}"
+    return "–" if value is None or isinstance(value, float) and math.isnan(value) else f"{value:,.{digits}f}".replace("-", "−")
 
 
 def write_report(folder, results):
     """Writes report.html: all figures and charts of an evaluation in one file that needs nothing beside it."""
     def table(heads, rows):
         cells = [[f"<td>{html.escape(str(cell))}</td>" for cell in row] for row in rows]
-        return ("<table><tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"
+        return (f"<table{' class=figures' * bool(heads[0])}><tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"
                 + "".join(f"<tr>{''.join(row)}</tr>" for row in cells) + "</table>")
 
     def errors(rows, *also):
@@ -430,7 +430,8 @@ def write_report(folder, results):
     charts = {"comparison": "Mean absolute errors with their 95 % intervals", "scatter": "Each item's guess over its true price",
               "running_error": "The error as items are added", "reliability": "Whether the intervals keep what they promise"}
     parts = [f"<h1>{html.escape(results['title'])}</h1><p class=big>off by <b>${results['mae']:,.2f}</b> ± "
-             f"{results['mae_ci95']:,.2f} on average, {results['n']:,} items, r² {number(results['r2'], 1)} %</p>",
+             f"{results['mae_ci95']:,.2f} on average, {results['n']:,} items, r² {number(results['r2'], 1)} %; base model "
+             f"{html.escape(str(results['base_model']))}</p>",
              table(("mean absolute error", "n", "$", "± 95 %", "r² %"), errors(compared(results), "r2")),
              *(f"<p>{html.escape(line)}</p>" for line in notes(results))]
     for name, caption in charts.items():
@@ -439,10 +440,10 @@ def write_report(folder, results):
             parts.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{image}"><figcaption>{caption}</figcaption></figure>')
     for head, key in (("category", "by_category"), ("true price", "by_price")):
         if results[key]:
-            parts.append(f"<h2>By {head}</h2>" + table((head, "n", "$", "± 95 %"), errors(results[key].items())))
-    parts.append("<h2>The ten worst</h2>" + table(("item", "true price, $", "guess, $", "80 % interval, $"), [
-        (row["title"], number(row["truth"]), number(row["guess"]), f"{row['low']:.0f} to {row['high']:.0f}" if "low" in row else "–")
-        for row in results["worst"]]))
+            parts.append(f"<h2>Mean absolute error by {head}</h2>" + table((head, "n", "$", "± 95 %"), errors(results[key].items())))
+    parts.append("<h2>The ten worst</h2>" + table(("item", "true price, $", "guess, $", "error, $", "80 % interval, $"), [
+        (row["title"], *(number(row[name]) for name in ("truth", "guess", "error")),
+         f"{row['low']:.0f} to {row['high']:.0f}" if "low" in row else "–") for row in results["worst"]]))
     parts.append("<h2>How it was measured</h2>" + table(("", ""), [
         ("date", results["date"]), ("base model", results["base_model"]), ("answers", f"{results['decode']}: {DECODINGS[results['decode']]}"),
         ("data", f"{results['data']['source']}, test split of {results['data']['rows']:,} rows"), ("device", results["device"]),
@@ -451,7 +452,7 @@ def write_report(folder, results):
     style = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.5rem}h2{margin-top:2.5rem;font-size:1.2rem}.big{font-size:1.3rem}img{max-width:100%}figure{margin:2rem 0}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .9rem .25rem 0;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
-td:nth-child(n+2){font-variant-numeric:tabular-nums}figcaption{color:#555}"""
+.figures td:nth-child(n+2),.figures th:nth-child(n+2){font-variant-numeric:tabular-nums;text-align:right}figcaption{color:#555}"""
     Path(folder, "report.html").write_text(
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{html.escape(results['title'])}</title><style>{style}</style>{''.join(parts)}</html>", encoding="utf-8")

@@ -110,6 +110,31 @@ def test_gradients_after_an_evaluation_equal_the_dequantised_models(trainer):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
 
 
+def test_training_without_padding_has_the_padded_losses(tiny_base, splits, packed_attention, tmp_path):
+    recipe, histories = RECIPES["lite"] | {"batch_size": 8, "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "lora_dropout": 0}, []
+    for attention in ("sdpa", "packed"):
+        model = load_base(tiny_base)
+        model.config._attn_implementation_internal = attention
+        trainer = build_trainer(model, load_tokenizer(tiny_base), splits, recipe, tmp_path / attention, 1, False)
+        assert trainer.args.padding_free == (attention == "packed")
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert attention == "sdpa" or batch["input_ids"].shape[1] % 256 == 0 and len(batch["cu_seq_lens_q"]) == 8 + 2
+        model.config._attn_implementation_internal = attention
+        trainer.evaluate = lambda *_, **__: {"eval_mae": 0.0}
+        trainer.train()
+        histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert histories[1] == pytest.approx(histories[0], abs=1e-4) and len(histories[0]) == 4
+
+
+def test_the_dequantised_base_gives_the_same_training(run, call, prepared):
+    for weights in ("nf4", "bf16-from-nf4"):
+        said = call("train", *prepared, "--run-name", weights, "--base-weights", weights, *TRAIN)
+        assert "float32 from nf4 (--base-weights)" in said if weights != "nf4" else "nf4 (--base-weights)" in said
+    one, other = (read(run.folder / f"outputs/price-{name}/run.json")["history"] for name in ("nf4", "bf16-from-nf4"))
+    assert [entry.get("loss", 0) for entry in one] == pytest.approx([entry.get("loss", 0) for entry in other], abs=1e-4)
+    assert "from nf4: dequantised once, memory has room" in call("train", *prepared, "--dry-run")
+
+
 def test_one_seed_gives_one_adapter_bit_for_bit(run, call, prepared, trained):
     for name, seed in (("again", "42"), ("other", "43")):
         call("train", *prepared, "--run-name", name, "--seed", seed, *TRAIN)
