@@ -51,7 +51,7 @@ RECIPES = {  # lite and full are the course's
     "full": dict(epochs=3, max_steps=None, batch_size=256, learning_rate=1e-4, lora_r=256, lora_dropout=0.1,
                  targets=ALL_LINEAR, val_size=1000, logging_steps=10, save_steps=200, precision="auto"),
     "demo": dict(epochs=1, max_steps=80, batch_size=4, learning_rate=1.5e-3, lora_r=16, lora_dropout=0.0,
-                 targets=ALL_LINEAR, val_size=8, logging_steps=10, save_steps=40, precision="auto"),
+                 targets=ALL_LINEAR, val_size=6, logging_steps=10, save_steps=40, precision="auto"),
 }
 PUSH_WAITS = 5, 20  # seconds between the tries of a push; the client itself tries five times each
 KEPT_CHECKPOINTS = 10
