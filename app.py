@@ -1404,7 +1404,8 @@ def make_trainer_class():
             if not what:
                 return
             file = Path(self.args.output_dir, "bad_step.json")
-            rows = [row for _, ids, ends in seen for row in (ids if ends is None else ids[0].split(ends.diff().tolist()))]
+            rows = [row for loss, ids, ends in seen if what == "gradient" or not loss.isfinite()
+                    for row in (ids if ends is None else ids[0].split(ends.diff().tolist())[:-1])]  # the last: filling
             write_json(file, {"step": step, "what": what, "learning_rate": rate,
                               "rows": self.processing_class.batch_decode(rows, skip_special_tokens=True)})
             raise UserError(f"step {step:,}: the {what} is not finite, at learning rate {rate:.1e}; the step's rows are in "
