@@ -976,8 +976,8 @@ def log_evaluation(config, run_name, folder, results):
 
     check_wandb()
     with start_wandb(config, run_name) as run:
-        run.log({f"eval/{name}": value for name, value in results.items() if isinstance(value, (int, float))}
-                | {f"eval/{chart.stem}": wandb.Image(str(chart)) for chart in folder.glob("*.png")})
+        run.log({f"test/{name}": value for name, value in results.items() if isinstance(value, (int, float))}
+                | {f"test/{chart.stem}": wandb.Image(str(chart)) for chart in folder.glob("*.png")})
 
 
 def spell_numbers(tokenizer):

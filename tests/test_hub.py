@@ -321,7 +321,7 @@ def test_wandb_gets_config_losses_and_figures_in_one_run(run, prepared, tmp_path
     runs = [record.run for record in found if record.WhichOneof("record_type") == "run"]
     assert {(one.project, one.display_name, one.run_id) for one in runs} == {("price", "logged", "price-logged")}
     logged = {item.key or item.nested_key[0] for record in found for item in record.history.item}
-    assert {"train/loss", "train/learning_rate", "eval/loss", "eval/mae", "eval/mae_ci95", "eval/scatter"} <= logged
+    assert {"train/loss", "train/learning_rate", "eval/loss", "eval/mae", "test/mae", "test/mae_ci95", "test/scatter"} <= logged
     settings = {item.key or item.nested_key[0] for record in found for part in (record.run.config, record.config)
                 for item in part.update}
     assert {"learning_rate", "seed", "max_steps", "peft_config"} <= settings
