@@ -31,9 +31,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Optional
 
-from items import (PREFIX, QUESTION, SPLITS, UserError, build_prompts, demo_items, describe, item_splits, load_prompts, own_rows,
-                   price_problem, read_catalogue, read_json, replacing, restore, save_prompts, split_by_title, text_problem,
-                   write_json)
+from items import (PREFIX, QUESTION, SPLITS, UserError, build_prompts, demo_items, describe, item_splits, load_prompts, load_tokens,
+                   own_rows, price_problem, read_catalogue, read_json, replacing, restore, save_prompts, split_by_title, text_problem,
+                   tokenise, tokenizer_identity, write_json)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -440,10 +440,11 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
         lambda: config.local or login_huggingface(hf_dataset_user, write=True), lambda: base_path(config),
         lambda: gather_items(config, source))
     print(f"Items: {about['source']}")
-    prompts, counts = build_prompts(splits, load_tokenizer(path), cutoff)
+    tokenizer = load_tokenizer(path)
+    prompts, tokens, counts = build_prompts(splits, tokenizer, cutoff)
 
     found = {"mode": config.mode, "cutoff": cutoff, "seed": config.seed, "base_model": config.base_model,
-             "kept": {name: len(prompts[name]) for name in SPLITS}, "dropped": dropped,
+             "tokens_of": [fingerprint(prompts), tokenizer_identity(tokenizer)], "kept": {name: len(prompts[name]) for name in SPLITS}, "dropped": dropped,
              "cut": {name: sum(counts[name]["cut"]) for name in SPLITS}} | about
     kept, lost = sum(found["kept"].values()), sum(map(len, dropped.values()))
     print(f"Rows: {kept:,} kept ({', '.join(f'{n:,} {name}' for name, n in found['kept'].items())}), {lost:,} dropped"
@@ -454,6 +455,7 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
     before = read_json(restore(config.dataset_folder) / "prepare.json").get("source", found["source"])
     with replacing(config.dataset_folder) as folder:
         save_prompts(folder, prompts)
+        type(tokens)({name: tokens[name] for name in SPLITS[:2]}).save_to_disk(folder / "tokens")
         chart = data_chart(counts["train"]["price"], counts["train"]["tokens"], cutoff, found["source"])
         show(chart, folder, "prepare.png")
         write_json(folder / "prepare.json", found)
@@ -538,6 +540,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     record |= found | {"wandb": log_wandb or record.get("wandb", False)}
 
     started, tokenizer = time.time(), load_tokenizer(path)
+    tokens = load_tokens(found["data"]["place"], splits, tokenizer, found["data"]["fingerprint"])
     longest, stopper = longest_row(splits["train"], tokenizer), make_stopper()
     pusher = checkpoint_pusher(record["hub"]) if record["hub"] else None
 
@@ -547,7 +550,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
         fit = choose_micro_batch(model, recipe, longest, micro_batch)
         record["base_weights"] = why = choose_weights(model, recipe, longest, micro_batch, fit)
         model = dequantise(model) if "from" in why else model
-        trainer = build_trainer(model, tokenizer, splits, recipe, folder, record["seed"], log_wandb, *fit)
+        trainer = build_trainer(model, tokenizer, splits, recipe, folder, record["seed"], log_wandb, *fit, tokens)
         for callback in filter(None, (stopper, pusher)):
             trainer.add_callback(callback)
         return trainer
@@ -599,7 +602,7 @@ def preflight(config, record, hf_user, log_wandb, micro_batch):
         lambda: check_micro_batch(recipe, micro_batch))
     about = read_json(Path(place, "prepare.json")) if Path(place).exists() else {"source": place, "hub": place}
     return splits, path, {
-        "data": {"source": about.get("source", place), "hub": about.get("hub"), "fingerprint": fingerprint(splits),
+        "data": {"place": place, "source": about.get("source", place), "hub": about.get("hub"), "fingerprint": fingerprint(splits),
                  "cutoff": about.get("cutoff"), "constants": constant_guesses(splits["train"])},
         "base_identity": base_identity(path), "hub": None if config.local else f"{account}/{folder.name}"}
 
@@ -632,9 +635,11 @@ def refuse_changes(record, found, overrides):
         raise UserError(f"--resume {record['run']}: {'; '.join(changed)}. Go on with what it began with, or start a new run.")
 
 
-def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=False, micro_batch=None, checkpointing=False):
-    """The SFTTrainer of a recipe: prompt/completion rows, loss on completions only, adapters in fp32, batches in
-    micro-batches of so many rows (None: the whole batch) with gradients accumulated."""
+def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=False, micro_batch=None, checkpointing=False,
+                  tokens=None):
+    """The SFTTrainer of a recipe: prompt/completion rows, tokenised if `tokens` aren't given, loss on completions only,
+    adapters in fp32, batches in micro-batches of so many rows (None: the whole batch) with gradients accumulated."""
+    import pyarrow.compute
     import torch
     import trl.trainer.utils
     from peft import LoraConfig
@@ -646,12 +651,14 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     trl.trainer.utils._use_triton = lambda device: True
     precision, micro_batch = choose_precision(recipe["precision"])[0], micro_batch or recipe["batch_size"]
     packed, multiple = model.config._attn_implementation == "packed", 256 if micro_batch <= 64 else 1024
-    validation = splits["val"].select(range(min(recipe["val_size"], len(splits["val"]))))
+    tokens = tokens or {name: tokenise(splits[name], tokenizer, name) for name in SPLITS[:2]}
+    longest = pyarrow.compute.max(pyarrow.compute.list_value_length(tokens["train"].data.column("input_ids"))).as_py()
+    validation = range(min(recipe["val_size"], len(splits["val"])))
     trainer = make_trainer_class()(
         model=model,
         processing_class=tokenizer,
-        train_dataset=splits["train"],
-        eval_dataset=validation,
+        train_dataset=tokens["train"],
+        eval_dataset=tokens["val"].select(validation),
         peft_config=LoraConfig(r=recipe["lora_r"], lora_alpha=2 * recipe["lora_r"], target_modules=recipe["targets"],
                                lora_dropout=recipe["lora_dropout"], bias="none", task_type="CAUSAL_LM"),
         args=SFTConfig(
@@ -667,11 +674,10 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
             logging_steps=recipe["logging_steps"], eval_strategy="steps", eval_steps=recipe["save_steps"],
             save_strategy="steps", save_steps=recipe["save_steps"], save_total_limit=KEPT_CHECKPOINTS,
             load_best_model_at_end=recipe.get("keep_best", False), metric_for_best_model="mae", greater_is_better=False))
-    trainer.validation, trainer.read = list(validation), price_reader(trainer.model, tokenizer)
+    trainer.validation, trainer.read = list(splits["val"].select(validation)), price_reader(trainer.model, tokenizer)
     trainer.steps = recipe["max_steps"] or recipe["epochs"] * math.ceil(len(trainer.train_dataset) / recipe["batch_size"])
     if packed:
-        longest = max(multiple, *map(len, trainer.train_dataset["input_ids"]))
-        trainer.data_collator = few_shapes(trainer.data_collator, longest)
+        trainer.data_collator = few_shapes(trainer.data_collator, max(multiple, longest))
     asked = recipe.get("compile", "auto")
     trainer.compiled = asked == "on" or asked == "auto" and packed and not checkpointing and (
         trainer.steps * recipe["batch_size"] >= COMPILE_FROM)
@@ -777,6 +783,7 @@ def smaller_micro_batch(trainer):
     """The next smaller divisor of the batch, for a trainer that ran out of memory. Raises UserError below one row."""
     import torch
 
+    torch.compiler.reset()  # its graphs keep memory of their own
     torch.cuda.empty_cache()
     micro, batch = trainer.args.train_batch_size, trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
     if micro == 1:

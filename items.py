@@ -121,22 +121,49 @@ def item_splits(train, val, test, to_row, val_name="val"):
 def build_prompts(splits, tokenizer, cutoff):
     """Prompts for the items of a DatasetDict (train, val, test) with the columns `summary` and `price`.
 
-    Prices are rounded in train and val only. Returns the DatasetDict of exactly `prompt` and `completion`, and the
-    columns counted on the way: {split: {"cut": [bool], "tokens": [prompt + completion], "price": [dollars]}}.
+    Prices are rounded in train and val only. Returns the DatasetDict of exactly `prompt` and `completion`, the same rows
+    tokenised, and the columns counted on the way: {split: {"cut": [bool], "tokens": [prompt + completion], "price": [dollars]}}.
     """
-    def convert(batch, do_round):
-        columns = make_prompts(batch, tokenizer, cutoff, do_round)
-        whole = [prompt + completion for prompt, completion in zip(columns["prompt"], columns["completion"])]
-        return columns | {"tokens": [len(ids) for ids in tokenizer(whole, add_special_tokens=False)["input_ids"]]}
+    import pyarrow.compute
 
-    prompts, counts = type(splits)(), {}
+    prompts, tokens, counts, extra = type(splits)(), type(splits)(), {}, tokenizer.num_special_tokens_to_add() + 1
     for name in SPLITS:
         rows = splits[name].select_columns(["summary", "price"])
-        rows = rows.map(convert, batched=True, fn_kwargs={"do_round": name != "test"}, desc=f"prompts of {name}",
+        rows = rows.map(make_prompts, batched=True, desc=f"prompts of {name}",
+                        fn_kwargs={"tokenizer": tokenizer, "max_tokens": cutoff, "do_round": name != "test"},
                         new_fingerprint=f"{rows._fingerprint}-{cutoff}")  # hashing a tokenizer takes seconds
-        counts[name] = {column: rows[column] for column in ("cut", "tokens", "price")}
         prompts[name] = rows.select_columns(["prompt", "completion"])
-    return prompts, counts
+        tokens[name] = tokenise(prompts[name], tokenizer, name)
+        lengths = pyarrow.compute.list_value_length(tokens[name].data.column("input_ids"))
+        counts[name] = {"cut": rows["cut"], "price": rows["price"],
+                        "tokens": pyarrow.compute.subtract(lengths, extra).to_pylist()}
+    return prompts, tokens, counts
+
+
+def tokenise(prompts, tokenizer, name):
+    """Rows of prompt and completion as training reads them: `input_ids` of both and the end of text, `labels` the same
+    but −100 in the prompt."""
+    start = len(tokenizer.encode(PREFIX, add_special_tokens=False))
+    lengths = {}  # tokens of a completion, as it stands behind its prompt
+
+    def convert(batch):
+        new = list({*batch["completion"]} - lengths.keys())
+        said = tokenizer([PREFIX + completion for completion in new], add_special_tokens=False)["input_ids"] if new else []
+        lengths.update(zip(new, (len(ids) - start + 1 for ids in said)))
+        whole = [prompt + completion + tokenizer.eos_token for prompt, completion in zip(batch["prompt"], batch["completion"])]
+        ids = tokenizer(whole)["input_ids"]
+        said = [lengths[completion] for completion in batch["completion"]]
+        return {"input_ids": ids, "labels": [[-100] * (len(row) - n) + row[-n:] for row, n in zip(ids, said)]}
+
+    return prompts.map(convert, batched=True, remove_columns=["prompt", "completion"], desc=f"tokens of {name}",
+                       new_fingerprint=f"{prompts._fingerprint}-{tokenizer_identity(tokenizer)}")
+
+
+def tokenizer_identity(tokenizer):
+    """A hash that tells tokenizers apart."""
+    from hashlib import sha256
+
+    return sha256(f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token}".encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,6 +217,19 @@ def save_prompts(folder, prompts):
 
     for name in SPLITS:
         pyarrow.parquet.write_table(prompts[name].with_format("arrow")[:], Path(folder) / f"{name}.parquet")
+
+
+def load_tokens(folder, splits, tokenizer, fingerprint):
+    """What `tokenise` made of train and val, a DatasetDict: from `folder`, memory-mapped, if prepare left it there for the
+    same rows and tokenizer; else made now."""
+    from datasets import DatasetDict, load_from_disk
+
+    if read_json(Path(folder, "prepare.json")).get("tokens_of") == [fingerprint, tokenizer_identity(tokenizer)]:
+        try:
+            return load_from_disk(Path(folder, "tokens"))
+        except (OSError, ValueError):  # taken away or torn: they can be made again
+            pass
+    return DatasetDict({name: tokenise(splits[name], tokenizer, name) for name in SPLITS[:2]})
 
 
 def load_prompts(folder):

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -9,8 +10,8 @@ from collections import Counter
 import pytest
 
 from conftest import ROOT, write_catalogue
-from items import (DEMO_KINDS, Item, UserError, build_prompts, demo_items, item_splits, load_prompts, make_prompts,
-                   read_catalogue, replacing, restore, save_prompts, split_by_title, write_json)
+from items import (DEMO_KINDS, Item, UserError, build_prompts, demo_items, item_splits, load_prompts, load_tokens, make_prompts,
+                   read_catalogue, replacing, restore, save_prompts, split_by_title, tokenise, tokenizer_identity, write_json)
 
 SUMMARY = "Title: Walnut desk\nCategory: Furniture\nBrand: Cedar\nDescription: Solid and dependable.\nDetails: 48 inches"
 
@@ -89,7 +90,7 @@ def test_batches_agree_with_one_by_one(tokenizer):
 
 def test_prompts_of_splits_round_train_and_val_only(smol_tokenizer):
     items = [item(10.25 + i) for i in range(3)]
-    prompts, counts = build_prompts(item_splits(items, items, items, vars), smol_tokenizer, 110)
+    prompts, _, counts = build_prompts(item_splits(items, items, items, vars), smol_tokenizer, 110)
     assert prompts["train"]["completion"] == prompts["val"]["completion"] == ["10.00", "11.00", "12.00"]
     assert prompts["test"]["completion"] == ["10.25", "11.25", "12.25"]
     assert prompts["test"].column_names == ["prompt", "completion"]
@@ -206,7 +207,7 @@ def test_small_catalogues_fill_every_split_or_say_why():
 
 def test_parquet_gives_back_the_prompts(tmp_path, smol_tokenizer):
     items = demo_items(30, 0)
-    prompts, _ = build_prompts(item_splits(items[:20], items[20:25], items[25:], vars), smol_tokenizer, 110)
+    prompts, *_ = build_prompts(item_splits(items[:20], items[20:25], items[25:], vars), smol_tokenizer, 110)
     save_prompts(tmp_path, prompts)
     loaded = load_prompts(tmp_path)
     assert {name: list(split) for name, split in loaded.items()} == {name: list(split) for name, split in prompts.items()}
@@ -292,3 +293,24 @@ def test_demo_items_depend_on_the_seed_only_and_imply_their_price():
 def test_write_catalogue_is_usable(tmp_path):
     items, dropped = read_catalogue(write_catalogue(tmp_path / "own.jsonl", 30))
     assert len(items) + sum(map(len, dropped.values())) == 30
+
+
+def test_rows_are_tokenised_as_training_needs_them(tokenizer):
+    rows = build_prompts(item_splits(*[demo_items(40, 1)] * 3, vars), tokenizer, 30)[0]["train"]
+    for row, source in zip(tokenise(rows, tokenizer, "train"), rows):
+        assert row["input_ids"] == tokenizer.encode(source["prompt"] + source["completion"] + tokenizer.eos_token)
+        said = [label for label in row["labels"] if label != -100]
+        assert tokenizer.decode(said) == source["completion"] + tokenizer.eos_token
+        assert row["labels"] == [-100] * (len(row["input_ids"]) - len(said)) + said
+        assert row["input_ids"][-len(said):] == said
+
+
+def test_stored_tokens_are_used_for_the_same_rows_and_tokenizer_only(smol_tokenizer, tmp_path):
+    prompts, tokens, _ = build_prompts(item_splits(*[demo_items(20, 1)] * 3, vars), smol_tokenizer, 30)
+    tokens["train"] = tokens["train"].select([3, 4])  # to be told from tokens made now
+    type(tokens)({name: tokens[name] for name in ("train", "val")}).save_to_disk(tmp_path / "tokens")
+    write_json(tmp_path / "prepare.json", {"tokens_of": ["rows", tokenizer_identity(smol_tokenizer)]})
+    assert len(load_tokens(tmp_path, prompts, smol_tokenizer, "rows")["train"]) == 2
+    assert len(load_tokens(tmp_path, prompts, smol_tokenizer, "other rows")["train"]) == 20
+    shutil.rmtree(tmp_path / "tokens/train")
+    assert len(load_tokens(tmp_path, prompts, smol_tokenizer, "rows")["train"]) == 20

@@ -32,17 +32,17 @@ def test_prepare_says_what_it_found(run, prepared):
     folder = run.folder / "outputs/datasets/items_prompts_lite"
     found = read(folder / "prepare.json")
     assert sum(found["kept"].values()) + sum(map(len, found["dropped"].values())) == 80
-    assert sorted(os.listdir(folder)) == ["prepare.json", "prepare.png", "test.parquet", "train.parquet", "val.parquet"]
+    assert sorted(os.listdir(folder)) == ["prepare.json", "prepare.png", "test.parquet", "tokens", "train.parquet", "val.parquet"]
 
 
 def test_prepare_again_replaces_and_a_failed_one_leaves_the_old(run, prepared, tmp_path):
     folder = run.folder / "outputs/datasets/items_prompts_lite"
-    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"title": "A", "text": "a", "price": 0}')
     done = run("prepare", *prepared, "--source", str(bad), code=1)
     assert done.stderr.strip().splitlines()[-1].startswith(f"app.py prepare: {bad}: none of 1 rows is usable")
-    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
 def test_the_base_is_nf4_with_double_quantisation_and_only_adapters_train(trainer):
