@@ -13,6 +13,7 @@ Hugging Face Hub. `--lite` fits a free Colab T4, the default (full) wants an A10
 Environment: HF_TOKEN (where the Hub is used), WANDB_API_KEY (optional, for --log-wandb).
 """
 import argparse
+import functools
 import gc
 import json
 import logging
@@ -541,16 +542,16 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
 
     started, tokenizer = time.time(), load_tokenizer(path)
     tokens = load_tokens(found["data"]["place"], splits, tokenizer, found["data"]["fingerprint"])
-    longest, stopper = longest_row(splits["train"], tokenizer), make_stopper()
+    lengths, stopper = row_lengths(tokens["train"]), make_stopper()
     pusher = checkpoint_pusher(record["hub"]) if record["hub"] else None
 
     def build(micro_batch):
         gc.collect()  # the trainer that ran out of memory
         model = load_base(path, record["use_4bit"], recipe["precision"])
-        fit = choose_micro_batch(model, recipe, longest, micro_batch)
-        record["base_weights"] = why = choose_weights(model, recipe, longest, micro_batch, fit)
+        fit = choose_micro_batch(model, recipe, lengths, micro_batch)
+        record["base_weights"] = why = choose_weights(model, recipe, lengths, micro_batch, fit)
         model = dequantise(model) if "from" in why else model
-        trainer = build_trainer(model, tokenizer, splits, recipe, folder, record["seed"], log_wandb, *fit, tokens)
+        trainer = build_trainer(model, tokenizer, splits, recipe, folder, record["seed"], log_wandb, tokens, *fit)
         for callback in filter(None, (stopper, pusher)):
             trainer.add_callback(callback)
         return trainer
@@ -635,11 +636,10 @@ def refuse_changes(record, found, overrides):
         raise UserError(f"--resume {record['run']}: {'; '.join(changed)}. Go on with what it began with, or start a new run.")
 
 
-def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=False, micro_batch=None, checkpointing=False,
-                  tokens=None):
+def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=False, tokens=None, micro_batch=None,
+                  checkpointing=False, compiled=False):
     """The SFTTrainer of a recipe: prompt/completion rows, tokenised if `tokens` aren't given, loss on completions only,
     adapters in fp32, batches in micro-batches of so many rows (None: the whole batch) with gradients accumulated."""
-    import pyarrow.compute
     import torch
     import trl.trainer.utils
     from peft import LoraConfig
@@ -650,9 +650,8 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     # on a CPU that takes half of each step. Can go when TRL scores labels only there, too.
     trl.trainer.utils._use_triton = lambda device: True
     precision, micro_batch = choose_precision(recipe["precision"])[0], micro_batch or recipe["batch_size"]
-    packed, multiple = model.config._attn_implementation == "packed", 256 if micro_batch <= 64 else 1024
+    packed, multiple = is_packed(model), 256 if micro_batch <= 64 else 1024
     tokens = tokens or {name: tokenise(splits[name], tokenizer, name) for name in SPLITS[:2]}
-    longest = pyarrow.compute.max(pyarrow.compute.list_value_length(tokens["train"].data.column("input_ids"))).as_py()
     validation = range(min(recipe["val_size"], len(splits["val"])))
     trainer = make_trainer_class()(
         model=model,
@@ -669,24 +668,24 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
             optim="adamw_torch_fused",  # paged_adamw_32bit can't resume: bitsandbytes issue 782
             learning_rate=recipe["learning_rate"], lr_scheduler_type="cosine", warmup_steps=0.01, weight_decay=0.001,
             max_grad_norm=0.3, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not torch.cuda.is_available(),
-            activation_checkpointing=checkpointing, padding_free=packed, pad_to_multiple_of=multiple if packed else None, max_length=None, seed=seed, data_seed=seed, logging_first_step=True,
-            logging_nan_inf_filter=False,  # it waits for the GPU, and such steps end the run anyway
+            activation_checkpointing=checkpointing, padding_free=packed, pad_to_multiple_of=multiple if packed else None,
+            max_length=None, seed=seed, data_seed=seed, logging_first_step=True,
+            # Nothing may wait for the GPU in each step, or it stands idle while the next step is prepared
+            logging_nan_inf_filter=False, accelerator_config={"non_blocking": True},
             logging_steps=recipe["logging_steps"], eval_strategy="steps", eval_steps=recipe["save_steps"],
             save_strategy="steps", save_steps=recipe["save_steps"], save_total_limit=KEPT_CHECKPOINTS,
             load_best_model_at_end=recipe.get("keep_best", False), metric_for_best_model="mae", greater_is_better=False))
     trainer.validation, trainer.read = list(splits["val"].select(validation)), price_reader(trainer.model, tokenizer)
-    trainer.steps = recipe["max_steps"] or recipe["epochs"] * math.ceil(len(trainer.train_dataset) / recipe["batch_size"])
+    trainer.compiled = compiled
     if packed:
-        trainer.data_collator = few_shapes(trainer.data_collator, max(multiple, longest))
-    asked = recipe.get("compile", "auto")
-    trainer.compiled = asked == "on" or asked == "auto" and packed and not checkpointing and (
-        trainer.steps * recipe["batch_size"] >= COMPILE_FROM)
-    if trainer.compiled:  # layer by layer: all are alike, so that the first one's code serves all
+        trainer.data_collator = few_shapes(trainer.data_collator, max(multiple, int(row_lengths(tokens["train"]).max())))
+    if compiled:  # layer by layer: all are alike, so that the first one's code serves all
         # A small batch's kernels are launched more slowly than they run, so whole layers are (CUDA graphs). Not where
-        # gradients are accumulated: each micro-batch would be a graph of its own.
-        mode = "reduce-overhead" if micro_batch == recipe["batch_size"] <= 64 and torch.cuda.is_available() else None
+        # gradients are accumulated: each micro-batch would be a graph of its own. Dropout as without compiling: its own
+        # kernels draw random numbers faster than those that inductor would write.
+        graphs = micro_batch == recipe["batch_size"] <= 64 and torch.cuda.is_available()
         for layer in trainer.model.get_base_model().get_decoder().layers:
-            layer.compile(mode=mode)
+            layer.compile(options={"fallback_random": True, "triton.cudagraphs": graphs})
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes them bf16: small updates round to nothing, T4s fail (TRL issue 4901)
             parameter.data = parameter.data.float()
@@ -731,16 +730,12 @@ def few_shapes(collate, longest):
 
 def make_plan(trainer, recipe, weights):
     """What is about to happen, and why, as {name: text} for the screen and run.json."""
-    import pyarrow.compute
-
-    model, args = trainer.model, trainer.args
-    lengths = pyarrow.compute.list_value_length(trainer.train_dataset.data.column("input_ids"))
-    mean, longest = pyarrow.compute.mean(lengths).as_py(), pyarrow.compute.max(lengths).as_py()
-    rows, batch, micro = len(trainer.train_dataset), recipe["batch_size"], args.train_batch_size
-    steps = trainer.steps
+    model, args, lengths = trainer.model, trainer.args, row_lengths(trainer.train_dataset)
+    rows, batch, micro, steps = len(lengths), recipe["batch_size"], args.train_batch_size, count_steps(recipe, len(lengths))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     precision, why = choose_precision(recipe["precision"])
-    needed, there = estimate_memory(model.get_base_model(), recipe, longest, micro, args.activation_checkpointing), memory()[1]
+    needed = estimate_memory(model.get_base_model(), recipe, lengths, micro, args.activation_checkpointing, trainer.compiled)
+    there = memory()[1]
     return {
         "Device": describe_device(),
         "Precision": f"{precision} ({why}); adapters and optimiser in fp32",
@@ -750,7 +745,7 @@ def make_plan(trainer, recipe, weights):
         "Micro-batch": f"{micro}, × {batch // micro} accumulated = {batch}, activation checkpointing "
                        f"{'on' if args.activation_checkpointing else 'off'}",
         "Speed": f"{'no padding' if args.padding_free else 'rows padded'}, layers {'' if trainer.compiled else 'not '}compiled",
-        "Tokens": f"{steps * batch * mean:,.0f}: {batch} × {mean:.0f} a step, {longest} in the longest row",
+        "Tokens": f"{steps * batch * lengths.mean():,.0f}: {batch} × {lengths.mean():.0f} a step, {lengths.max()} in the longest row",
         "Memory": f"about {needed / 2**30:.1f} GiB at the peak, {there / 2**30:.1f} GiB there"
                   + (" — may not fit; a smaller --base-model or --lora-r needs less" if needed > there else ""),
     }
@@ -925,14 +920,26 @@ def ask_models(path, adapter, record, rows, decode, compare_base=False):
         model = dequantise(model)
 
     def answers_of(model, name):
-        read = price_reader(model, tokenizer)
-        return ask(lambda batch: decodings(*read(batch), batch, decode), rows, read.batch_size, name)
+        read = price_reader(fuse_norms(model), tokenizer)
+        return ask(lambda batch: decodings(*read(batch), batch, decode), rows, read.batch_size, name, read.at_once)
 
     base = answers_of(model, "the base")[0] if adapter and compare_base else None
     answers, seconds = answers_of(load_adapter(model, adapter) if adapter else model, "the run" if adapter else "the base")
     if len(rows) > 1:
         print(f"Answers to {len(rows):,} items in {seconds:,.1f} s, {len(rows) / seconds:,.1f} a second")
     return answers, seconds, base
+
+
+def fuse_norms(model):
+    """Has PyTorch compute each RMS norm in one kernel; transformers' code takes six, together a fifth of the time of an
+    evaluation. Can go when transformers calls it itself. Returns the model."""
+    import torch
+
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):  # Llama's, Qwen's, Mistral's …; Gemma's is another norm
+            module.forward = functools.partial(torch.nn.functional.rms_norm, normalized_shape=module.weight.shape,
+                                               weight=module.weight, eps=module.variance_epsilon)
+    return model
 
 
 def export_model(config, folder, hf_user=None, run_name=None, revision=None):
@@ -1050,14 +1057,14 @@ def price_reader(model, tokenizer):
                 "cu_seq_lens_q": ends.int(), "cu_seq_lens_k": ends.int(), "max_length_q": max(lengths), "max_length_k": max(lengths),
                 "logits_to_keep": (last + torch.arange(max(said, 1))).clamp(max=len(ids) - 1).flatten()}
 
-    is_packed = not nodes and model.config._attn_implementation == "packed"
+    in_one_row = not nodes and is_packed(model)
 
     def read(rows, with_loss=False):
         prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
         texts = [tokenizer.encode(row["completion"] + tokenizer.eos_token, add_special_tokens=False) if with_loss else []
                  for row in rows]
         size, said = len(rows), max(map(len, texts))
-        inputs = (as_one_row if is_packed else as_tree)(prompts, texts, said)
+        inputs = (as_one_row if in_one_row else as_tree)(prompts, texts, said)
         inputs = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
         with torch.no_grad():
             logits = model(**inputs, use_cache=False).logits
@@ -1082,6 +1089,7 @@ def price_reader(model, tokenizer):
     row_bytes = 10 * (4 + len(nodes)) * model.config.vocab_size  # its logits, twice in fp32 and once in 16 bit
     most = EVAL_BATCH if torch.cuda.is_available() else 8  # on a CPU larger batches only make the bar jump
     read.batch_size = max(1, min(most, memory()[1] // 8 // row_bytes))
+    read.at_once = 1 + torch.cuda.is_available()  # while the GPU computes one batch, the next is prepared
     return read
 
 
@@ -1354,7 +1362,7 @@ def make_trainer_class():
     from trl import SFTTrainer
 
     class PriceTrainer(SFTTrainer):
-        seen, last_step = [], None
+        seen, taken = [], []  # this step's micro-batches; the steps whose numbers have not been looked at
 
         def evaluate(self, *_, **__):
             """The validation loss, per token of the completions, and the mean absolute error in dollars of the median
@@ -1386,7 +1394,6 @@ def make_trainer_class():
             return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
 
         def training_step(self, model, inputs, num_items_in_batch=None):
-            self.check_step()
             torch.compiler.cudagraph_mark_step_begin()
             ids, ends = inputs["input_ids"], inputs.get("cu_seq_lens_q")
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -1395,16 +1402,22 @@ def make_trainer_class():
 
         def _clip_grad_norm(self, model):
             norm = super()._clip_grad_norm(model)
-            self.last_step = (self.state.global_step + 1, self.lr_scheduler.get_last_lr()[0], norm, self.seen)
+            self.taken = [*self.taken, (self.state.global_step + 1, self.lr_scheduler.get_last_lr()[0], norm, self.seen)]
             self.seen = []
             return norm
 
-        def check_step(self):
-            """Raises UserError if the last step's numbers aren't finite. Called before the next one and before a save: to ask
-            at once would be to wait for the GPU."""
-            if not self.last_step:
-                return
-            (step, rate, norm, seen), self.last_step = self.last_step, None
+        def _maybe_log_save_evaluate(self, *arguments, **options):
+            if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+                self.check_steps()
+            super()._maybe_log_save_evaluate(*arguments, **options)
+
+        def check_steps(self):
+            """Raises UserError if a step's numbers aren't finite. Called where they are looked at anyway, before anything is
+            logged or saved: to ask in each step would be to wait for the GPU."""
+            while self.taken:
+                self.check_step(*self.taken.pop(0))
+
+        def check_step(self, step, rate, norm, seen):
             # with fp16 the scaler leaves out steps whose gradients are not finite
             what = ("loss" if not torch.stack([loss for loss, *_ in seen]).isfinite().all() else
                     "gradient" if not self.args.fp16 and not norm.isfinite() else None)
@@ -1419,7 +1432,7 @@ def make_trainer_class():
                             f"{file}. Older checkpoints are whole. Mend those rows, or start again with a lower --learning-rate.")
 
         def _save_checkpoint(self, model, trial):
-            self.check_step()
+            self.check_steps()
             self.state.stateful_callbacks["unlogged"] = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
             super()._save_checkpoint(model, trial)
 
@@ -1475,14 +1488,19 @@ def room_on_disk(folder, again):
 # Memory
 
 
-def longest_row(split, tokenizer):
-    """Tokens of the longest row, or nearly: of the 200 rows with the most letters, the completion's end included."""
+def row_lengths(tokens):
+    """Tokens in each row of a tokenised split, a numpy array."""
     import pyarrow.compute
 
-    table = split.data.table
-    letters = pyarrow.compute.add(*(pyarrow.compute.utf8_length(table[name]) for name in ("prompt", "completion")))
-    rows = table.take(pyarrow.compute.select_k_unstable(letters, 200, [("", "descending")])).to_pylist()
-    return 1 + max(map(len, tokenizer([row["prompt"] + row["completion"] for row in rows])["input_ids"]))
+    return pyarrow.compute.list_value_length(tokens.data.column("input_ids")).to_numpy()
+
+
+def count_steps(recipe, rows):
+    return recipe["max_steps"] or recipe["epochs"] * math.ceil(rows / recipe["batch_size"])
+
+
+def is_packed(model):
+    return model.config._attn_implementation == "packed"
 
 
 def check_micro_batch(recipe, micro_batch):
@@ -1491,7 +1509,7 @@ def check_micro_batch(recipe, micro_batch):
         raise UserError(f"--micro-batch {micro_batch}: {recipe['batch_size']} rows a step can't be divided by it.")
 
 
-def choose_weights(model, recipe, longest, micro_batch, fit):
+def choose_weights(model, recipe, lengths, micro_batch, fit):
     """How the base's weights are held, and why: as they are, or dequantised once where the micro-batch that `fit` still
     does. The numbers are the same; expanding them in each layer of each step takes time."""
     bits = "nf4" if getattr(model, "is_loaded_in_4bit", False) else "8 bit"
@@ -1499,25 +1517,27 @@ def choose_weights(model, recipe, longest, micro_batch, fit):
     asked = recipe.get("base_weights", "auto")
     if asked != "auto":
         return f"{expanded if asked != 'nf4' else bits} (--base-weights)"
-    if choose_micro_batch(model, recipe, longest, micro_batch, dequantised_bytes(model)) == fit:
+    if choose_micro_batch(model, recipe, lengths, micro_batch, dequantised_bytes(model)) == fit:
         return f"{expanded}: dequantised once, memory has room for the {size}"
     return f"{bits}: memory has no room for the {size} dequantised"
 
 
-def choose_micro_batch(model, recipe, longest, micro_batch=None, more=0):
-    """(rows computed at once, whether with activation checkpointing), so that memory should suffice with a tenth to spare,
-    and `more` bytes.
+def choose_micro_batch(model, recipe, lengths, micro_batch=None, more=0):
+    """(rows computed at once, whether with activation checkpointing, whether compiled), so that memory should suffice with a
+    tenth to spare, and `more` bytes.
 
     The most rows that fit without checkpointing, which costs a third of the speed; with it where fewer than four would.
     """
-    there, batch = memory()[1], recipe["batch_size"]
+    there, batch, asked = memory()[1], recipe["batch_size"], recipe.get("compile", "auto")
+    pays = is_packed(model) and count_steps(recipe, len(lengths)) * batch >= COMPILE_FROM
     sizes = [micro_batch] if micro_batch else [n for n in range(batch, 0, -1) if batch % n == 0]
     for checkpointing in (False, True):
+        compiled = asked == "on" or asked == "auto" and pays and not checkpointing
         for micro in sizes:
             if (checkpointing or micro_batch or micro >= min(4, batch)) and (
-                    1.1 * estimate_memory(model, recipe, longest, micro, checkpointing) + more < there):
-                return micro, checkpointing
-    return sizes[-1], True
+                    1.1 * estimate_memory(model, recipe, lengths, micro, checkpointing, compiled) + more < there):
+                return micro, checkpointing, compiled
+    return sizes[-1], True, asked == "on"
 
 
 def adapter_size(model, recipe):
@@ -1526,18 +1546,22 @@ def adapter_size(model, recipe):
                for name, layer in model.named_modules() if name.split(".")[-1] in recipe["targets"])
 
 
-def estimate_memory(model, recipe, longest, micro_batch, checkpointing):
-    """Bytes at the peak of a training step: the base, weights, gradients and both Adam moments of the adapters,
-    activations.
+def estimate_memory(model, recipe, lengths, micro_batch, checkpointing, compiled=False):
+    """Bytes at the peak of a training step on rows of such `lengths`: the base, weights, gradients and both Adam moments of
+    the adapters, activations.
 
-    Each layer keeps about 8 hidden-size and 3 MLP-size values a token, and 5 bytes for each input value of an adapter.
-    With checkpointing only a layer's input is kept, and one layer at a time in full.
+    Each layer keeps about 8 hidden-size and 3 MLP-size values a token, and 5 bytes for each input value of an adapter;
+    compiled, which computes some of them again, 7 and 2 values, and 3 bytes where there is dropout. With checkpointing
+    only a layer's input is kept, and one layer at a time in full.
     """
-    shape, tokens = model.config, micro_batch * longest
+    shape, tokens = model.config, micro_batch * lengths.max()
+    if is_packed(model):  # without padding; three standard deviations above what is to be expected
+        tokens = min(tokens, micro_batch * lengths.mean() + 3 * math.sqrt(micro_batch) * lengths.std())
     adapter_inputs = sum(shape.intermediate_size if name == "down_proj" else shape.hidden_size
                          for name in recipe["targets"])
     value = model.get_input_embeddings().weight.element_size()
-    layer = tokens * (value * (8 * shape.hidden_size + 3 * shape.intermediate_size) + 5 * adapter_inputs)
+    hidden, mlp, kept = (7, 2, 3 * (recipe["lora_dropout"] > 0)) if compiled else (8, 3, 5)
+    layer = tokens * (value * (hidden * shape.hidden_size + mlp * shape.intermediate_size) + kept * adapter_inputs)
     inputs = tokens * value * shape.hidden_size
     activations = layer + shape.num_hidden_layers * inputs if checkpointing else layer * shape.num_hidden_layers
     weights = sum(p.nbytes for name, p in model.named_parameters() if "lora_" not in name)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 
+import numpy
 import pytest
 
 import app
@@ -302,16 +303,16 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on_from_the_last_step(who
 
 
 def test_the_micro_batch_fits_the_memory_and_checkpointing_comes_only_where_it_must(build, monkeypatch):
-    model, recipe = build().model.get_base_model(), app.RECIPES["lite"]
-    need = {(micro, checkpointing): app.estimate_memory(model, recipe, 128, micro, checkpointing)
+    model, recipe, lengths = build().model.get_base_model(), app.RECIPES["lite"], numpy.array([100, 128])
+    need = {(micro, checkpointing): app.estimate_memory(model, recipe, lengths, micro, checkpointing)
             for micro in (1, 2, 4, 8, 16, 32) for checkpointing in (False, True)}
     assert all(need[micro, True] < need[micro, False] for micro in (1, 2, 4, 8, 16, 32))
     for memory, expected in ((need[32, False], (32, False)), (need[16, False], (16, False)), (need[4, False], (4, False)),
                              (need[32, True], (32, True)), (need[1, True], (1, True)), (0, (1, True))):
         monkeypatch.setattr(app, "memory", lambda: (0, 1.11 * memory, 0))
-        assert app.choose_micro_batch(model, recipe, 128) == expected or need[32, True] > need[4, False]
+        assert app.choose_micro_batch(model, recipe, lengths)[:2] == expected or need[32, True] > need[4, False]
     monkeypatch.setattr(app, "memory", lambda: (0, 1.11 * need[8, True], 0))
-    assert app.choose_micro_batch(model, recipe, 128, micro_batch=8) == (8, True)
+    assert app.choose_micro_batch(model, recipe, lengths, micro_batch=8) == (8, True, False)
 
 
 @pytest.mark.parametrize("arguments, said", [
