@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Optional
 
 from items import (PREFIX, QUESTION, SPLITS, UserError, build_prompts, demo_items, describe, item_splits, load_prompts, load_tokens,
-                   own_rows, price_problem, read_catalogue, read_json, replacing, restore, save_prompts, split_by_title, text_problem,
-                   tokenise, tokenizer_identity, write_json)
+                   own_rows, price_problem, read_catalogue, read_json, replacing, restore, row_lengths, save_prompts, split_by_title,
+                   text_problem, tokenise, tokenizer_identity, write_json)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -446,7 +446,7 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
 
     found = {"mode": config.mode, "cutoff": cutoff, "seed": config.seed, "base_model": config.base_model,
              "tokens_of": [fingerprint(prompts), tokenizer_identity(tokenizer)], "kept": {name: len(prompts[name]) for name in SPLITS}, "dropped": dropped,
-             "cut": {name: sum(counts[name]["cut"]) for name in SPLITS}} | about
+             "cut": {name: int(counts[name]["cut"].sum()) for name in SPLITS}} | about
     kept, lost = sum(found["kept"].values()), sum(map(len, dropped.values()))
     print(f"Rows: {kept:,} kept ({', '.join(f'{n:,} {name}' for name, n in found['kept'].items())}), {lost:,} dropped"
           + (f": {describe(dropped)}" if dropped else ""))
@@ -671,7 +671,7 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
             activation_checkpointing=checkpointing, padding_free=packed, pad_to_multiple_of=multiple if packed else None,
             max_length=None, seed=seed, data_seed=seed, logging_first_step=True,
             # Nothing may wait for the GPU in each step, or it stands idle while the next step is prepared
-            logging_nan_inf_filter=False, accelerator_config={"non_blocking": True},
+            logging_nan_inf_filter=False, accelerator_config={"non_blocking": torch.cuda.is_available()},
             logging_steps=recipe["logging_steps"], eval_strategy="steps", eval_steps=recipe["save_steps"],
             save_strategy="steps", save_steps=recipe["save_steps"], save_total_limit=KEPT_CHECKPOINTS,
             load_best_model_at_end=recipe.get("keep_best", False), metric_for_best_model="mae", greater_is_better=False))
@@ -1095,10 +1095,10 @@ def price_reader(model, tokenizer):
 
 def constant_guesses(train):
     """What a model that never reads would say, in dollars: the training prices' mean and median."""
-    import statistics
+    import numpy
 
-    prices = [float(price) for price in train["completion"]]
-    return {"constant_mean": statistics.fmean(prices), "constant_median": statistics.median(prices)}
+    prices = numpy.array(train["completion"][:], dtype=float)
+    return {"constant_mean": float(prices.mean()), "constant_median": float(numpy.median(prices))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1152,10 +1152,16 @@ def fingerprint(splits):
     """A hash of every prompt and completion, in order: equal data have equal fingerprints, wherever they are stored."""
     from hashlib import sha256
 
+    import pyarrow.compute
+
     digest = sha256()
     for name in SPLITS:
-        for batch in splits[name].select_columns(["prompt", "completion"]).iter(1000):
-            digest.update(json.dumps([name, batch["prompt"], batch["completion"]]).encode())
+        for column in ("prompt", "completion"):
+            digest.update(f"{name} {column}".encode())
+            for table in splits[name].select_columns([column]).with_format("arrow").iter(10_000):
+                texts = table[column].combine_chunks()
+                digest.update(pyarrow.compute.binary_length(texts).cast("int64").to_numpy())
+                digest.update("".join(texts.to_pylist()).encode())
     return digest.hexdigest()[:16]
 
 
@@ -1486,13 +1492,6 @@ def room_on_disk(folder, again):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
-
-
-def row_lengths(tokens):
-    """Tokens in each row of a tokenised split, a numpy array."""
-    import pyarrow.compute
-
-    return pyarrow.compute.list_value_length(tokens.data.column("input_ids")).to_numpy()
 
 
 def count_steps(recipe, rows):

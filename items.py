@@ -37,23 +37,27 @@ class UserError(Exception):
 # Items and prompts
 
 
-def make_prompts(batch, tokenizer, max_tokens, do_round):
-    """Prompts and completions of many items at once, as columns: a function for `Dataset.map(batched=True)`.
+def encode(texts, tokenizer, special=True):
+    """The token ids of texts, lists. The tokenizer's own call gives the same in twice the time: it also makes masks."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation(), backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=special)]
 
-    `batch` has the columns `summary` and `price` (dollars). A summary of more than `max_tokens` tokens, special ones
-    not counted, is cut to its first `max_tokens`, decoded and right-stripped. With `do_round` the completion is the
-    price to the nearest dollar (half to even, as Python rounds), otherwise the price as it is. Returns the columns
-    `prompt`, `completion` and `cut` (whether the summary was too long).
-    """
-    tokens = tokenizer(batch["summary"], add_special_tokens=False)["input_ids"]
-    cut = [len(ids) > max_tokens for ids in tokens]
-    summaries = [tokenizer.decode(ids[:max_tokens]).rstrip() if is_cut else summary
-                 for summary, ids, is_cut in zip(batch["summary"], tokens, cut)]
-    return {
-        "prompt": [f"{QUESTION}\n\n{summary}\n\n{PREFIX}" for summary in summaries],
-        "completion": [f"{round(price)}.00" if do_round else str(price) for price in batch["price"]],
-        "cut": cut,
-    }
+
+def cut(summaries, tokenizer, max_tokens):
+    """The summaries; those of more than `max_tokens` tokens, special ones not counted, are cut to their first
+    `max_tokens`, decoded and right-stripped."""
+    return [tokenizer.decode(ids[:max_tokens]).rstrip() if len(ids) > max_tokens else summary
+            for summary, ids in zip(summaries, encode(summaries, tokenizer, special=False))]
+
+
+def prompt_of(summary):
+    return f"{QUESTION}\n\n{summary}\n\n{PREFIX}"
+
+
+def completion_of(price, do_round):
+    """The price to the nearest dollar (half to even, as Python rounds), or as it is."""
+    return f"{round(price)}.00" if do_round else str(price)
 
 
 @dataclass
@@ -78,9 +82,9 @@ class Item:
         return len(tokenizer.encode(self.summary, add_special_tokens=False))
 
     def make_prompts(self, tokenizer, max_tokens, do_round):
-        """Sets `prompt` and `completion`, by the same rule as the batched `make_prompts`."""
-        columns = make_prompts({"summary": [self.summary], "price": [self.price]}, tokenizer, max_tokens, do_round)
-        self.prompt, self.completion = columns["prompt"][0], columns["completion"][0]
+        """Sets `prompt`, with the summary cut to `max_tokens` tokens, and `completion`."""
+        self.prompt = prompt_of(*cut([self.summary], tokenizer, max_tokens))
+        self.completion = completion_of(self.price, do_round)
 
     def count_prompt_tokens(self, tokenizer):
         """Tokens of prompt and completion together, special ones not counted."""
@@ -122,41 +126,78 @@ def build_prompts(splits, tokenizer, cutoff):
     """Prompts for the items of a DatasetDict (train, val, test) with the columns `summary` and `price`.
 
     Prices are rounded in train and val only. Returns the DatasetDict of exactly `prompt` and `completion`, the same rows
-    tokenised, and the columns counted on the way: {split: {"cut": [bool], "tokens": [prompt + completion], "price": [dollars]}}.
+    as `tokenise` makes them, and the columns counted on the way, numpy arrays: {split: {"cut": whether the summary was too
+    long, "tokens": of prompt and completion, "price": in dollars}}.
     """
-    import pyarrow.compute
+    import pyarrow
 
-    prompts, tokens, counts, extra = type(splits)(), type(splits)(), {}, tokenizer.num_special_tokens_to_add() + 1
+    around = len(encode([prompt_of("")], tokenizer)[0])  # what a prompt adds to its summary's tokens, but for a few
+
+    def convert(table, do_round):
+        summaries, prices = table["summary"].to_pylist(), table["price"].to_pylist()
+        completions = [completion_of(price, do_round) for price in prices]
+        prompts = [prompt_of(summary) for summary in summaries]
+        ids = encode_rows(prompts, completions, tokenizer)
+        is_cut = [False] * len(ids)
+        near = [i for i, row in enumerate(ids) if len(row) > cutoff + around - 8]  # all others are tokenised once only
+        for i, kept in zip(near, cut([summaries[i] for i in near], tokenizer, cutoff)):
+            if kept != summaries[i]:
+                prompts[i], is_cut[i] = prompt_of(kept), True
+                ids[i], = encode_rows([prompts[i]], [completions[i]], tokenizer)
+        return pyarrow.table({"prompt": prompts, "completion": completions, "price": prices, "cut": is_cut}
+                             | token_columns(ids, completions, tokenizer))
+
+    prompts, tokens, counts = type(splits)(), type(splits)(), {}
+    extra, identity = tokenizer.num_special_tokens_to_add() + 1, tokenizer_identity(tokenizer)
     for name in SPLITS:
-        rows = splits[name].select_columns(["summary", "price"])
-        rows = rows.map(make_prompts, batched=True, desc=f"prompts of {name}",
-                        fn_kwargs={"tokenizer": tokenizer, "max_tokens": cutoff, "do_round": name != "test"},
-                        new_fingerprint=f"{rows._fingerprint}-{cutoff}")  # hashing a tokenizer takes seconds
-        prompts[name] = rows.select_columns(["prompt", "completion"])
-        tokens[name] = tokenise(prompts[name], tokenizer, name)
-        lengths = pyarrow.compute.list_value_length(tokens[name].data.column("input_ids"))
-        counts[name] = {"cut": rows["cut"], "price": rows["price"],
-                        "tokens": pyarrow.compute.subtract(lengths, extra).to_pylist()}
+        rows = splits[name].select_columns(["summary", "price"]).with_format("arrow")
+        rows = rows.map(convert, batched=True, desc=f"prompts of {name}", fn_kwargs={"do_round": name != "test"},
+                        remove_columns="summary",
+                        new_fingerprint=f"{rows._fingerprint}-{cutoff}-{identity}").with_format(None)
+        prompts[name], tokens[name] = rows.select_columns(["prompt", "completion"]), rows.select_columns(["input_ids", "labels"])
+        counts[name] = {"tokens": row_lengths(rows) - extra} | {
+            column: rows.data.column(column).to_numpy() for column in ("cut", "price")}
     return prompts, tokens, counts
 
 
 def tokenise(prompts, tokenizer, name):
     """Rows of prompt and completion as training reads them: `input_ids` of both and the end of text, `labels` the same
     but −100 in the prompt."""
-    start = len(tokenizer.encode(PREFIX, add_special_tokens=False))
-    lengths = {}  # tokens of a completion, as it stands behind its prompt
+    import pyarrow
 
-    def convert(batch):
-        new = list({*batch["completion"]} - lengths.keys())
-        said = tokenizer([PREFIX + completion for completion in new], add_special_tokens=False)["input_ids"] if new else []
-        lengths.update(zip(new, (len(ids) - start + 1 for ids in said)))
-        whole = [prompt + completion + tokenizer.eos_token for prompt, completion in zip(batch["prompt"], batch["completion"])]
-        ids = tokenizer(whole)["input_ids"]
-        said = [lengths[completion] for completion in batch["completion"]]
-        return {"input_ids": ids, "labels": [[-100] * (len(row) - n) + row[-n:] for row, n in zip(ids, said)]}
+    def convert(table):
+        rows = table["prompt"].to_pylist(), table["completion"].to_pylist()
+        return pyarrow.table(token_columns(encode_rows(*rows, tokenizer), rows[1], tokenizer))
 
-    return prompts.map(convert, batched=True, remove_columns=["prompt", "completion"], desc=f"tokens of {name}",
-                       new_fingerprint=f"{prompts._fingerprint}-{tokenizer_identity(tokenizer)}")
+    return prompts.with_format("arrow").map(
+        convert, batched=True, remove_columns=prompts.column_names, desc=f"tokens of {name}",
+        new_fingerprint=f"{prompts._fingerprint}-{tokenizer_identity(tokenizer)}").with_format(None)
+
+
+def encode_rows(prompts, completions, tokenizer):
+    """The token ids of each prompt with its completion and the end of text, lists."""
+    return encode([prompt + completion + tokenizer.eos_token for prompt, completion in zip(prompts, completions)], tokenizer)
+
+
+def token_columns(ids, completions, tokenizer):
+    """`input_ids` and `labels` of rows with such token ids, Arrow columns."""
+    import numpy
+    import pyarrow
+
+    start, texts = len(encode([PREFIX], tokenizer, special=False)[0]), list({*completions})
+    said = dict(zip(texts, (len(row) - start for row in encode([PREFIX + text + tokenizer.eos_token for text in texts], tokenizer, special=False))))
+    lengths = numpy.array(list(map(len, ids)))
+    ends, values = lengths.cumsum(), numpy.concatenate(ids).astype(numpy.int32)
+    in_prompt = numpy.arange(len(values)) < (ends - [said[completion] for completion in completions]).repeat(lengths)
+    return {name: pyarrow.ListArray.from_arrays(numpy.append(0, ends).astype(numpy.int32), column)
+            for name, column in (("input_ids", values), ("labels", numpy.where(in_prompt, numpy.int32(-100), values)))}
+
+
+def row_lengths(tokens):
+    """Tokens in each row of a tokenised split, a numpy array."""
+    import pyarrow.compute
+
+    return pyarrow.compute.list_value_length(tokens.data.column("input_ids")).to_numpy()
 
 
 def tokenizer_identity(tokenizer):
@@ -213,10 +254,8 @@ def read_json(path):
 
 def save_prompts(folder, prompts):
     """Writes a DatasetDict of prompts into `folder` as train.parquet, val.parquet and test.parquet."""
-    import pyarrow.parquet
-
     for name in SPLITS:
-        pyarrow.parquet.write_table(prompts[name].with_format("arrow")[:], Path(folder) / f"{name}.parquet")
+        prompts[name].to_parquet(Path(folder) / f"{name}.parquet", batch_size=50_000)
 
 
 def load_tokens(folder, splits, tokenizer, fingerprint):
@@ -318,7 +357,7 @@ def price_problem(price):
 def text_problem(value, name):
     if not isinstance(value, str) or not value.strip():
         return f"{name} is empty or not text"
-    return f"{name} has half a character" if any("\ud800" <= letter <= "\udfff" for letter in value) else None
+    return f"{name} has half a character" if re.search("[\ud800-\udfff]", value) else None
 
 
 def five_lines(title, category, text):
@@ -378,10 +417,10 @@ def own_rows(source, text, tokenizer, cutoff):
     else:
         title = text.strip().splitlines()[0].removeprefix("Title:").strip()
         items = [Item(title, "", None, summary=five_lines(title, "", text), id=1)]
-    columns = make_prompts({"summary": [item.summary for item in items], "price": [item.price for item in items]},
-                           tokenizer, cutoff, do_round=False)
-    return [{"prompt": prompt, "completion": "" if item.price is None else completion, "line": item.id, "title": item.title}
-            for item, prompt, completion in zip(items, columns["prompt"], columns["completion"])], dropped
+    for item in items:
+        item.make_prompts(tokenizer, cutoff, do_round=False)
+    return [{"prompt": item.prompt, "completion": "" if item.price is None else item.completion, "line": item.id,
+             "title": item.title} for item in items], dropped
 
 
 def describe(dropped, most=5):

@@ -14,10 +14,13 @@ import argparse
 import json
 import os
 import random
+import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -25,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import app
-from items import QUESTION
+from items import QUESTION, Item, demo_items
 
 FLOP_PER_TOKEN = 2 * 2.82e9  # of one forward pass: two for each parameter that isn't an embedding
 SHAPE = dict(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
@@ -140,27 +143,45 @@ def bench_eval(config, folder, arguments):
            percent_of_limit=100 * FLOP_PER_TOKEN * 98 * second / rate if rate else None)
 
 
+def descriptions(n, seed):
+    """n descriptions in the course's form, of some 90 tokens to Llama 3, with their prices."""
+    for i in range(n):
+        one, *others = demo_items(3, seed * n + i)
+        more = " ".join(f"Goes well with the {other.title} of {other.category}, {i % 9973:x}." for other in others)
+        yield {"summary": one.summary.replace("\nDetails", f" Comes with a manual, its cables and a warranty. {more}\nDetails"), "price": one.price}
+
+
 def bench_prepare(config, folder, arguments):
+    """Published items of a name, as they come from the Hub: here the name is that of a folder."""
     import resource
 
-    from items import Item
+    from datasets import Dataset
 
-    source = folder / "items.jsonl"
-    with open(source, "w", encoding="utf-8") as file:
-        for i, row in enumerate(rows(arguments.size, 0)):
-            text = row["prompt"].split("\n\n")[1]
-            file.write(json.dumps({"title": f"{text[:30]} {i}", "text": text, "price": 1 + i % 990}) + "\n")
-    start = time.time()
-    app.prepare_prompts(config, app.DEFAULT_CUTOFF, source=str(source))
-    taken, tokenizer = time.time() - start, app.load_tokenizer(config.base_model)
-    items = [Item("", "", 10.0, summary=row["prompt"]) for row in rows(2000, 1)]
+    data, name = folder / "bench" / config.dataset_name.replace("prompts_", ""), {"train": arguments.size, "validation": 1000, "test": 1000}
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir(parents=True)
+    for seed, (split, n) in enumerate(name.items()):
+        Dataset.from_generator(descriptions, gen_kwargs={"n": n, "seed": seed}, cache_dir=str(folder)).to_parquet(data / f"{split}.parquet")
+    os.chdir(folder)
+    peak, stop = [0], threading.Event()
+
+    def watch():  # memory of its own; pages of mapped files are the system's to take back
+        while not stop.wait(0.05):
+            text = Path("/proc/self/status").read_text("utf-8")
+            peak[0] = max(peak[0], int(re.search(r"RssAnon:\s+(\d+)", text)[1]) * 1024)
+
+    tokenizer = app.load_tokenizer(config.base_model)
+    items = [Item("", "", row["price"], summary=row["summary"]) for row in descriptions(2000, 9)]
     start = time.time()
     for item in items:
         item.make_prompts(tokenizer, app.DEFAULT_CUTOFF, True)
-        item.count_prompt_tokens(tokenizer)
-    one_by_one = len(items) / (time.time() - start)
-    report(folder, f"prepare {arguments.size:,} items", items_per_s=arguments.size / taken, one_by_one_items_per_s=one_by_one,
-           peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    one_by_one, start = len(items) / (time.time() - start), time.time()
+    threading.Thread(target=watch, daemon=True).start()
+    app.prepare_prompts(config, app.DEFAULT_CUTOFF)
+    taken = time.time() - start
+    stop.set()
+    report(folder, f"prepare {arguments.size:,} items", items_per_s=arguments.size / taken, seconds=taken, one_by_one_items_per_s=one_by_one,
+           peak_gib=peak[0] / 2**30, with_mapped_files_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 def main():
@@ -168,6 +189,7 @@ def main():
     parser.add_argument("what", choices=["train", "eval", "prepare"])
     parser.add_argument("--full", action="store_true", help="the full recipe instead of lite's")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to try the benchmark itself on a CPU")
+    parser.add_argument("--base", type=Path, help="a folder with another base model, or for `prepare` a tokenizer only")
     parser.add_argument("--size", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=45)
     parser.add_argument("--batch-size", type=int)
@@ -179,9 +201,9 @@ def main():
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "bench"))
     parser.add_argument("--peers", type=Path, help="a script that times what one would use instead")
     arguments = parser.parse_args()
-    base = arguments.folder / ("tiny" if arguments.tiny else "3b")
-    build_base(base, TINY if arguments.tiny else SHAPE)
-    config = app.RunConfig(str(base), "bench", None, not arguments.full, local=True, output_dir=str(arguments.folder / "outputs"))
+    base = arguments.base or arguments.folder / ("tiny" if arguments.tiny else "3b")
+    arguments.base or build_base(base, TINY if arguments.tiny else SHAPE)
+    config = app.RunConfig(str(base), "bench", "bench" if arguments.what == "prepare" else None, not arguments.full, local=True, output_dir=str(arguments.folder / "outputs"))
     globals()[f"bench_{arguments.what}"](config, arguments.folder, arguments)
     if arguments.peers and arguments.what != "prepare":
         batch, r, targets = ("256", "256", "all") if arguments.full else ("32", "32", "attn")

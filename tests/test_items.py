@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from conftest import ROOT, write_catalogue
-from items import (DEMO_KINDS, Item, UserError, build_prompts, demo_items, item_splits, load_prompts, load_tokens, make_prompts,
+from items import (DEMO_KINDS, Item, UserError, build_prompts, demo_items, item_splits, load_prompts, load_tokens,
                    read_catalogue, replacing, restore, save_prompts, split_by_title, tokenise, tokenizer_identity, write_json)
 
 SUMMARY = "Title: Walnut desk\nCategory: Furniture\nBrand: Cedar\nDescription: Solid and dependable.\nDetails: 48 inches"
@@ -80,12 +80,16 @@ def test_the_prompt_is_a_prefix_of_prompt_and_completion_in_tokens(tokenizer):
 
 
 def test_batches_agree_with_one_by_one(tokenizer):
-    items = demo_items(50, seed=3)
-    columns = make_prompts({"summary": [i.summary for i in items], "price": [i.price for i in items]}, tokenizer, 25, True)
-    for i, one in enumerate(items):
-        one.make_prompts(tokenizer, 25, True)
-        assert (one.prompt, one.completion) == (columns["prompt"][i], columns["completion"][i])
-        assert columns["cut"][i] == (one.count_tokens(tokenizer) > 25)
+    items = demo_items(300, seed=3)
+    items[5].summary = " two spaces and a line after\n\n"
+    lengths = sorted(one.count_tokens(tokenizer) for one in items)
+    for limit in (5, lengths[100], lengths[-2]):
+        prompts, tokens, counts = build_prompts(item_splits(items, items[:1], items[:1], vars), tokenizer, limit)
+        for i, one in enumerate(items):
+            one.make_prompts(tokenizer, limit, True)
+            assert prompts["train"][i] == one.to_datapoint()
+            assert counts["train"]["cut"][i] == (one.count_tokens(tokenizer) > limit)
+            assert tokens["train"][i]["input_ids"] == tokenizer.encode(one.prompt + one.completion + tokenizer.eos_token)
 
 
 def test_prompts_of_splits_round_train_and_val_only(smol_tokenizer):
