@@ -28,7 +28,7 @@ import warnings
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Optional
 
@@ -98,7 +98,9 @@ class RunConfig:
     def resume_command(self, run_name):
         """What a user types to go on with a run, or to push what its folder has."""
         named = {"--output-dir": (self.output_dir, "outputs"), "--project-name": (self.project_name, DEFAULT_PROJECT_NAME)}
-        return f"`python app.py train --resume {run_name}" + "".join(
+        here = os.environ.get("LOCAL_WORLD_SIZE", 1)
+        launcher = f"torchrun --nproc-per-node {here}" if processes()[0] > 1 else "python"
+        return f"`{launcher} app.py train --resume {run_name}" + "".join(
             f" {flag} {shlex.quote(value)}" for flag, (value, usual) in named.items() if value != usual) + "`"
 
     def is_finished(self, run_name):
@@ -186,6 +188,75 @@ def push(name, upload, later=None):
             return print(f"Pushed: {name}")
 
 
+def is_first():
+    return processes()[1] == 0
+
+
+def processes():
+    """(how many processes a launcher started, which of them this is): torchrun and accelerate say so in the environment."""
+    return int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+
+
+def join_processes(stage):
+    """Lets the processes that a launcher started talk to each other, and gives each its GPU. Without a launcher there is one
+    process, with one GPU; says what to do where there are more."""
+    import torch
+
+    on_gpu, here = torch.cuda.is_available(), torch.cuda.device_count()
+    if processes()[0] > 1:
+        from accelerate import PartialState
+
+        options = {"backend": "cuda:nccl,cpu:gloo"} if on_gpu else {}  # gloo for what the processes agree on
+        PartialState(cpu=not on_gpu, timeout=timedelta(hours=2), **options)  # the first may have much to download
+        print(f"Processes: {processes()[0]}, each with its {'GPU' if on_gpu else 'share of the CPU'}")
+    elif here > 1:
+        print(f"GPUs: one of {here}. All of them: `torchrun --nproc-per-node {here} app.py {stage} …`")
+        # SFTTrainer refuses more than one a process
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
+def agree(value):
+    """The first process's value, in all processes."""
+    import torch
+
+    values = [value]
+    if processes()[0] > 1:
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
+@contextmanager
+def first_goes_first():
+    """What is done within is done by the first process, then by the others, which find its downloads and files. They end
+    with it where it raises a UserError, and leave it to the first to say so."""
+    rank, failed = processes()[1], 0
+    if rank and (failed := agree(None)):
+        raise SystemExit(failed)
+    try:
+        yield
+    except UserError as error:
+        failed = error.code
+        raise
+    finally:
+        rank or agree(failed)
+
+
+def ask_together(function, rows, batch_size, name=None, at_once=1):
+    """`util.ask`, its batches computed by all processes in turns and known to all of them."""
+    import torch
+
+    from util import ask
+
+    many, rank = processes()
+    answers, seconds = ask(function, rows, batch_size, name, at_once, part=(rank, many))
+    if many > 1:
+        found = [None] * many
+        torch.distributed.all_gather_object(found, (answers, seconds))
+        answers = [next(one for one in given if one is not None) for given in zip(*(part for part, _ in found))]
+        seconds = max(taken for _, taken in found)
+    return answers, seconds
+
+
 def detect_bf16_support() -> bool:
     """Whether the GPU computes in bf16 (capability 8 and up: A100, not T4). False without a GPU."""
     import torch
@@ -199,7 +270,7 @@ def check_writable(config):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: can't be written to ({error.strerror}). Give another --output-dir.") from error
 
@@ -207,17 +278,21 @@ def check_writable(config):
 def check_disk(path, recipe, folder):
     """Raises UserError where the checkpoints that a run of the base at `path` is yet to keep in `folder`, each with both
     Adam moments and the tokenizer (20 MB), don't fit on the disk. Returns `path`."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    needed, free = (12 * adapter_size(model, recipe) + 2e7) * (KEPT_CHECKPOINTS + 1), shutil.disk_usage(folder.parent).free
+    needed, free = (12 * adapter_size(empty_model(path), recipe) + 2e7) * (KEPT_CHECKPOINTS + 1), shutil.disk_usage(folder.parent).free
     needed -= sum(file.stat().st_size for file in folder.glob("checkpoint-*/*"))
     if needed > free:
         raise UserError(f"{folder.parent}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for "
                         f"{KEPT_CHECKPOINTS} checkpoints. Make room or give another --output-dir.")
     return path
+
+
+def empty_model(path):
+    """The base model at `path` without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
 
 
 def check_wandb():
@@ -272,10 +347,11 @@ def choose_precision(asked="auto"):
     return ("bf16", f"{capability} ≥ 8") if detect_bf16_support() else ("fp16", f"{capability} < 8, which lacks bf16")
 
 
-def build_quant_config(use_4bit: bool, use_bf16: bool, dtype=None):
+def build_quant_config(use_4bit: bool, use_bf16: bool, dtype=None, storage=None):
     """The BitsAndBytesConfig of the base: 4-bit nf4 with double quantisation (QLoRA, arXiv 2305.14314), or 8-bit.
 
-    It computes in `dtype`; without one in bf16 or, for GPUs that lack it, in fp16.
+    It computes in `dtype`; without one in bf16 or, for GPUs that lack it, in fp16. `storage` is the type in which the 4-bit
+    weights are kept; to be split among processes they need one of floating-point numbers.
     """
     import torch
     from transformers import BitsAndBytesConfig
@@ -283,6 +359,7 @@ def build_quant_config(use_4bit: bool, use_bf16: bool, dtype=None):
     if not use_4bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_quant_storage=storage,
                               bnb_4bit_compute_dtype=dtype or (torch.bfloat16 if use_bf16 else torch.float16))
 
 
@@ -380,8 +457,8 @@ def choose_attention(precision):
     return "packed"
 
 
-def load_base(path, use_4bit=True, precision="auto"):
-    """The quantised base model, on the GPU where there is one."""
+def load_base(path, use_4bit=True, precision="auto", sharded=False):
+    """The quantised base model, on the GPU where there is one; one to be `sharded` stays in the machine's memory until it is."""
     import bitsandbytes
     import torch
     from transformers import AutoModelForCausalLM
@@ -390,8 +467,10 @@ def load_base(path, use_4bit=True, precision="auto"):
     dtype = getattr(torch, DTYPES[precision])
     with hub_errors(path):
         model = AutoModelForCausalLM.from_pretrained(
-            path, quantization_config=build_quant_config(use_4bit, precision == "bf16", dtype), dtype=dtype,
-            device_map={"": 0 if torch.cuda.is_available() else "cpu"}, attn_implementation=choose_attention(precision))
+            path, dtype=dtype, attn_implementation=choose_attention(precision),
+            quantization_config=build_quant_config(use_4bit, precision == "bf16", dtype, dtype if sharded else None),
+            device_map={"": torch.cuda.current_device() if torch.cuda.is_available() and not sharded else "cpu"})
+    model.sharded = sharded
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 the first forward without gradients repacks the weight into a form that passes
@@ -399,6 +478,25 @@ def load_base(path, use_4bit=True, precision="auto"):
             # differentiable or undone in training.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def shard_base(model, device):
+    """Splits the frozen weights of the decoder's layers among the processes by FSDP2: each gathers a layer's from the others
+    while it computes with it. What is left whole, adapters among it, moves to the `device`."""
+    import bitsandbytes
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    decoder = model.get_base_model().get_decoder()
+    for layer in decoder.layers:
+        fully_shard(layer, ignored_params={p for p in layer.parameters() if p.requires_grad})
+    fully_shard(decoder, ignored_params={p for p in decoder.parameters() if not isinstance(p, DTensor)})
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(device)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.quant_state.to(device)
 
 
 def dequantise(model):
@@ -516,40 +614,45 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     """QLoRA through TRL's SFTTrainer: the quantised base stays as it is, LoRA adapters learn from completions only.
 
     `overrides` replace entries of the mode's recipe (`epochs`, `max_steps`, `batch_size`, `learning_rate`, `lora_r`,
-    `save_steps`, `precision`, `keep_best`, `base_weights`, `compile`) where they are not None, `seed` the config's. `resume`
+    `save_steps`, `precision`, `keep_best`, `base_weights`, `compile`, `shard`) where they are not None, `seed` the config's. `resume`
     goes on with a run, '' with the newest unfinished one, under its own recipe. `micro_batch` rows are computed at once, by default as many as fit. Leaves adapter, tokenizer,
     run.json, model card and a loss chart in the run's folder and puts them on the Hub as `{hf_user}/{project}-{run}`,
     private, unless the run is local; the newest checkpoint goes there meanwhile. `dry_run` stops at the plan. Returns
     the run's folder. Raises UserError with code 3 where only the Hub is lacking at the end, SystemExit after a signal.
     """
+    join_processes("train")
     check_writable(config)
     if resume is None:
         config = config if seed is None else replace(config, seed=seed)
-        record = new_record(config, run_name, use_4bit, overrides)
+        record = new_record(config, agree(run_name or default_run_name(config)), use_4bit, overrides)
     else:
-        record = find_resumable(config, resume, hf_user)
+        with first_goes_first():
+            record = find_resumable(config, resume, hf_user)
         config = replace(config, lite_mode=record["mode"] == "lite", demo_mode=record["mode"] == "demo",
                          base_model=config.base_model or record["base_model"],
                          local=config.local or not record.get("hub", True))
     folder, recipe, again = config.run_folder(record["run"]), record["recipe"], config.resume_command(record["run"])
     if config.is_finished(record["run"]):
         print(f"{record['run']} is finished")
-        return push_run(folder, record["hub"], again) if record["hub"] and not config.local else folder
-    splits, path, found = preflight(config, record, hf_user, log_wandb, micro_batch)
-    if resume is not None:
-        refuse_changes(record, found, overrides | {"seed": seed})
+        return push_run(folder, record["hub"], again) if record["hub"] and not config.local and is_first() else folder
+    with first_goes_first():
+        splits, path, found = preflight(config, record, hf_user, log_wandb, micro_batch)
+        if resume is not None:
+            refuse_changes(record, found, overrides | {"seed": seed})
+        started, tokenizer = time.time(), load_tokenizer(path)
+        tokens = load_tokens(found["data"]["place"], splits, tokenizer, found["data"]["fingerprint"])
     record |= found | {"wandb": log_wandb or record.get("wandb", False)}
-
-    started, tokenizer = time.time(), load_tokenizer(path)
-    tokens = load_tokens(found["data"]["place"], splits, tokenizer, found["data"]["fingerprint"])
+    if record.setdefault("processes", processes()[0]) != processes()[0]:  # a micro-batch chosen for another number means nothing
+        record |= {"processes": processes()[0], "micro_batch": None}
     lengths, stopper = row_lengths(tokens["train"]), make_stopper()
-    pusher = checkpoint_pusher(record["hub"]) if record["hub"] else None
+    pusher = checkpoint_pusher(record["hub"]) if record["hub"] and is_first() else None
 
     def build(micro_batch):
         gc.collect()  # the trainer that ran out of memory
-        model = load_base(path, record["use_4bit"], recipe["precision"])
-        fit = choose_micro_batch(model, recipe, lengths, micro_batch)
-        record["base_weights"] = why = choose_weights(model, recipe, lengths, micro_batch, fit)
+        sharded = choose_sharding(path, recipe)
+        model = load_base(path, record["use_4bit"], recipe["precision"], sharded)
+        fit = agree(choose_micro_batch(model, recipe, lengths, micro_batch))
+        record["base_weights"] = why = agree(choose_weights(model, recipe, lengths, micro_batch, fit))
         model = dequantise(model) if "from" in why else model
         trainer = build_trainer(model, tokenizer, splits, recipe, folder, record["seed"], log_wandb, tokens, *fit)
         for callback in filter(None, (stopper, pusher)):
@@ -560,16 +663,16 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     record |= {"micro_batch": trainer.args.train_batch_size, "plan": make_plan(trainer, recipe, record["base_weights"])}
     print("\n".join(f"{name + ':':<14}{text}" for name, text in record["plan"].items()))
     if dry_run:
-        if not any(folder.iterdir()):
+        if is_first() and not any(folder.iterdir()):
             folder.rmdir()  # the trainer made it
         newest_checkpoint(folder)
         return print("Dry run: nothing trained, nothing written")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "run.json", record)
-    if log_wandb:
-        start_wandb(config, record["run"])
+    if is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "run.json", record)
+        log_wandb and start_wandb(config, record["run"])
     ready = time.time()
-    with room_on_disk(folder, again):
+    with clear_endings(folder, again):
         while not run_trainer(trainer, folder):
             record["micro_batch"], trainer = smaller_micro_batch(trainer), None
             trainer = build(record["micro_batch"])
@@ -580,6 +683,8 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
         record |= {"steps": trainer.state.global_step, "history": history(trainer),
                    "seconds": {"load": round(ready - started, 1), "train": round(time.time() - ready, 1)},
                    "peak_memory_bytes": memory()[2]}
+        if not is_first():
+            return folder
         save_run(trainer, folder, record)
     print(f"Trained to step {record['steps']:,} in {record['seconds']['train']:,.0f} s; the adapter is in {folder}")
     if pusher:
@@ -600,7 +705,7 @@ def preflight(config, record, hf_user, log_wandb, micro_batch):
         lambda: find_prompts(config, record.get("data", {}).get("hub")),
         lambda: check_disk(base_path(config), recipe, folder),
         lambda: log_wandb and check_wandb(), lambda: choose_precision(recipe["precision"]),
-        lambda: check_micro_batch(recipe, micro_batch))
+        lambda: check_batch(recipe, micro_batch))
     about = read_json(Path(place, "prepare.json")) if Path(place).exists() else {"source": place, "hub": place}
     return splits, path, {
         "data": {"place": place, "source": about.get("source", place), "hub": about.get("hub"), "fingerprint": fingerprint(splits),
@@ -608,12 +713,16 @@ def preflight(config, record, hf_user, log_wandb, micro_batch):
         "base_identity": base_identity(path), "hub": None if config.local else f"{account}/{folder.name}"}
 
 
+def default_run_name(config):
+    return datetime.now().strftime("%Y-%m-%d_%H.%M.%S") + f"-{config.mode}" * (config.mode != "full")
+
+
 def new_record(config, run_name, use_4bit, overrides):
     """What run.json says of a run before it starts: its settings, from the recipe and what overrides it."""
-    recipe = {"keep_best": False, "base_weights": "auto", "compile": "auto"} | RECIPES[config.mode] | {name: value for name, value in overrides.items() if value is not None}
+    recipe = {"keep_best": False, "base_weights": "auto", "compile": "auto", "shard": "auto"} | RECIPES[config.mode]
+    recipe |= {name: value for name, value in overrides.items() if value is not None}
     if overrides.get("epochs") and not overrides.get("max_steps"):
         recipe["max_steps"] = None  # whole epochs were asked for
-    run_name = run_name or datetime.now().strftime("%Y-%m-%d_%H.%M.%S") + f"-{config.mode}" * (config.mode != "full")
     if run_name == "base":
         raise UserError("--run-name base: that is what `eval` calls the untouched base. Give another name.")
     if (config.run_folder(run_name) / "run.json").exists():
@@ -649,7 +758,8 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     # Without Triton TRL scores every position, for the sake of compilers that want fixed shapes (add_fused_lm_head);
     # on a CPU that takes half of each step. Can go when TRL scores labels only there, too.
     trl.trainer.utils._use_triton = lambda device: True
-    precision, micro_batch = choose_precision(recipe["precision"])[0], micro_batch or recipe["batch_size"]
+    precision, batch = choose_precision(recipe["precision"])[0], recipe["batch_size"] // processes()[0]
+    micro_batch = micro_batch or batch
     packed, multiple = is_packed(model), 256 if micro_batch <= 64 else 1024
     tokens = tokens or {name: tokenise(splits[name], tokenizer, name) for name in SPLITS[:2]}
     validation = range(min(recipe["val_size"], len(splits["val"])))
@@ -661,10 +771,11 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
         peft_config=LoraConfig(r=recipe["lora_r"], lora_alpha=2 * recipe["lora_r"], target_modules=recipe["targets"],
                                lora_dropout=recipe["lora_dropout"], bias="none", task_type="CAUSAL_LM"),
         args=SFTConfig(
-            output_dir=str(folder), report_to="wandb" if log_wandb else "none",
+            output_dir=str(folder), report_to="wandb" if log_wandb and is_first() else "none",
             num_train_epochs=recipe["epochs"], max_steps=recipe["max_steps"] or -1,
             per_device_train_batch_size=micro_batch, per_device_eval_batch_size=micro_batch,
-            gradient_accumulation_steps=recipe["batch_size"] // micro_batch,
+            gradient_accumulation_steps=batch // micro_batch,
+            ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
             optim="adamw_torch_fused",  # paged_adamw_32bit can't resume: bitsandbytes issue 782
             learning_rate=recipe["learning_rate"], lr_scheduler_type="cosine", warmup_steps=0.01, weight_decay=0.001,
             max_grad_norm=0.3, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not torch.cuda.is_available(),
@@ -683,7 +794,7 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
         # A small batch's kernels are launched more slowly than they run, so whole layers are (CUDA graphs). Not where
         # gradients are accumulated: each micro-batch would be a graph of its own. Dropout as without compiling: its own
         # kernels draw random numbers faster than those that inductor would write.
-        graphs = micro_batch == recipe["batch_size"] <= 64 and torch.cuda.is_available()
+        graphs = micro_batch == batch <= 64 and torch.cuda.is_available()
         for layer in trainer.model.get_base_model().get_decoder().layers:
             layer.compile(options={"fallback_random": True, "triton.cudagraphs": graphs})
     for parameter in trainer.model.parameters():
@@ -701,7 +812,7 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
         def on_train_begin(self, args, state, control, **options):
             super().on_train_begin(args, state, control, **options)
             if unlogged := state.stateful_callbacks.get("unlogged"):  # or the next loss logged would be of fewer steps
-                trainer._tr_loss += unlogged["loss"]
+                trainer._tr_loss += unlogged["losses"][processes()[1] % len(unlogged["losses"])]
                 trainer._globalstep_last_logged = unlogged["since"]
 
     trainer.remove_callback(ProgressCallback)
@@ -731,7 +842,7 @@ def few_shapes(collate, longest):
 def make_plan(trainer, recipe, weights):
     """What is about to happen, and why, as {name: text} for the screen and run.json."""
     model, args, lengths = trainer.model, trainer.args, row_lengths(trainer.train_dataset)
-    rows, batch, micro, steps = len(lengths), recipe["batch_size"], args.train_batch_size, count_steps(recipe, len(lengths))
+    many, rows, batch, micro, steps = processes()[0], len(lengths), recipe["batch_size"], args.train_batch_size, count_steps(recipe, len(lengths))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     precision, why = choose_precision(recipe["precision"])
     needed = estimate_memory(model.get_base_model(), recipe, lengths, micro, args.activation_checkpointing, trainer.compiled)
@@ -739,10 +850,11 @@ def make_plan(trainer, recipe, weights):
     return {
         "Device": describe_device(),
         "Precision": f"{precision} ({why}); adapters and optimiser in fp32",
-        "Base": f"{type(model.get_base_model()).__name__}, {weights}",
+        "Base": f"{type(model.get_base_model()).__name__}, {weights}"
+                + f", split among the {many} processes" * model.get_base_model().sharded,
         "Trainable": f"{trainable:,} parameters (LoRA r {recipe['lora_r']} on {', '.join(recipe['targets'])})",
         "Steps": f"{steps:,} of {batch} rows: {steps * batch / rows:.2f} epochs of {rows:,} rows",
-        "Micro-batch": f"{micro}, × {batch // micro} accumulated = {batch}, activation checkpointing "
+        "Micro-batch": f"{micro}, × {args.gradient_accumulation_steps} accumulated × {many} processes = {batch}, activation checkpointing "
                        f"{'on' if args.activation_checkpointing else 'off'}",
         "Speed": f"{'no padding' if args.padding_free else 'rows padded'}, layers {'' if trainer.compiled else 'not '}compiled",
         "Tokens": f"{steps * batch * lengths.mean():,.0f}: {batch} × {lengths.mean():.0f} a step, {lengths.max()} in the longest row",
@@ -756,7 +868,7 @@ def run_trainer(trainer, folder):
     import torch
     from transformers import TrainerState
 
-    checkpoint, state = newest_checkpoint(folder), TrainerState()
+    checkpoint, state = agree(newest_checkpoint(folder)), TrainerState()
     if checkpoint:
         state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
     if checkpoint and state.global_step >= state.max_steps:  # or Trainer would do one step more
@@ -766,7 +878,10 @@ def run_trainer(trainer, folder):
         return True
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
+        if processes()[0] > 1:  # the others are in the middle of the step
+            raise UserError(f"Out of memory at step {trainer.state.global_step + 1:,}. Go on from the last checkpoint with a "
+                            f"--micro-batch below {trainer.args.train_batch_size}.") from error
         trainer.model.zero_grad()
         if trainer.state.global_step:
             trainer._save_checkpoint(trainer.model, None)
@@ -827,9 +942,12 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
     """
     from util import bars, compare, judge, metrics, paired_difference, show, truth_of, write_report
 
+    join_processes("eval")
     check_writable(config)
-    run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
-    splits, place = find_prompts(config, record.get("data", {}).get("hub"))
+    with first_goes_first():
+        run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
+        splits, place = find_prompts(config, record.get("data", {}).get("hub"))
+        path = base_path(config)
     if record and record["data"]["fingerprint"] != fingerprint(splits):
         print("Note: these are not the data that the run was trained on; its test items may have been in training")
     found = {"source": place} | read_json(Path(place, "prepare.json"))
@@ -837,7 +955,9 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
     rows = list(test.select(range(min(size or len(test), len(test)))))
     others = dict(zip(earlier, check_all(*(lambda name=name: earlier_guesses(config, name, rows) for name in earlier))))
 
-    answers, seconds, base = ask_models(base_path(config), adapter, record, rows, decode, compare_base)
+    answers, seconds, base = ask_models(path, adapter, record, rows, decode, compare_base)
+    if not is_first():
+        return None
     truths, target = [truth_of(row) for row in rows], config.run_folder(run_name) / "eval"
     with replacing(target) as folder:
         title = f"{config.project_name}-{run_name} on {found['source']}"
@@ -882,12 +1002,16 @@ def price_items(config, hf_user=None, run_name=None, revision=None, compare_base
         raise UserError(f"--output {output}: the ending is unknown; give a .csv or .jsonl file.")
     if output and (not Path(output).parent.is_dir() or source and Path(output).resolve() == Path(source).resolve()):
         raise UserError(f"--output {output}: would overwrite the input, or its folder isn't there. Give another file.")
-    run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
-    path, data = base_path(config), record.get("data", {})
+    join_processes("eval")
+    with first_goes_first():
+        run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
+        path, data = base_path(config), record.get("data", {})
     rows, dropped = own_rows(source, text, load_tokenizer(path), data.get("cutoff") or DEFAULT_CUTOFF)
     if dropped:
         print(f"Rows: {len(rows):,} priced, {sum(map(len, dropped.values())):,} left out: {describe(dropped)}")
     answers, _, base = ask_models(path, adapter, record, rows, decode, compare_base)
+    if not is_first():
+        return None
     table = [{"line": row["line"], "title": row["title"], "guess": round(answer["guess"], 2), "low": answer["low"],
               "high": answer["high"], "price": truth_of(row) if row["completion"] else None} for row, answer in zip(rows, answers)]
     for row in table[:SHOWN_ITEMS]:
@@ -912,7 +1036,7 @@ def price_items(config, hf_user=None, run_name=None, revision=None, compare_base
 def ask_models(path, adapter, record, rows, decode, compare_base=False):
     """(`decodings` of the rows by the run whose adapter is in the folder `adapter`, seconds, those by the untouched base
     where asked for). Base and adapter are dequantised and merged where memory allows, which is faster."""
-    from util import ask, decodings
+    from util import decodings
 
     model, tokenizer = load_base(path, record.get("use_4bit", True)), load_tokenizer(path)
     used, there, _ = memory()
@@ -921,7 +1045,7 @@ def ask_models(path, adapter, record, rows, decode, compare_base=False):
 
     def answers_of(model, name):
         read = price_reader(fuse_norms(model), tokenizer)
-        return ask(lambda batch: decodings(*read(batch), batch, decode), rows, read.batch_size, name, read.at_once)
+        return ask_together(lambda batch: decodings(*read(batch), batch, decode), rows, read.batch_size, name, read.at_once)
 
     base = answers_of(model, "the base")[0] if adapter and compare_base else None
     answers, seconds = answers_of(load_adapter(model, adapter) if adapter else model, "the run" if adapter else "the base")
@@ -1004,7 +1128,7 @@ def spell_numbers(tokenizer):
 
 def price_reader(model, tokenizer):
     """A function from rows to the model's probabilities of $0 … $999, an array of rows × 1,000, and the numbers that greedy
-    generation would spell, from one forward pass; `with_loss` also the losses of the completions' tokens, a list.
+    generation would spell, from one forward pass; `with_loss` also the losses of each completion's tokens, lists.
 
     Behind each prompt stand all beginnings of numbers, as a tree: a token sees the prompt and its own ancestors only,
     so the logits at each are those that the model would have after that beginning. A number's probability is the
@@ -1079,7 +1203,7 @@ def price_reader(model, tokenizer):
             if with_loss:
                 targets = torch.tensor([text + [-100] * (said - len(text)) for text in texts], device=logits.device)
                 losses = torch.nn.functional.cross_entropy(logits[:, :said].float().flatten(0, 1), targets.flatten(), reduction="none")
-                losses = losses[targets.flatten() != -100].tolist()
+                losses = [row[: len(text)] for row, text in zip(losses.view(size, said).tolist(), texts)]
             zero, one = torch.zeros_like(logs[:, 0, :1]), torch.ones_like(logs[:, 0, :1])  # what -1 stands for
             along = torch.cat([logs.flatten(1), zero], 1)[:, steps].sum(-1)
             no_more = torch.cat([1 - logs.exp().sum(-1), one], 1)[:, ends].clamp(min=0)
@@ -1249,7 +1373,8 @@ def checkpoint_problem(path):
     kill leaves some out, a power cut leaves some torn."""
     from safetensors import SafetensorError, safe_open
 
-    for name in ("adapter_config.json", ADAPTER_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+    states = sorted(file.name for file in path.glob("rng_state*.pth")) or ["rng_state.pth"]  # one for each process
+    for name in ("adapter_config.json", ADAPTER_FILE, "optimizer.pt", "scheduler.pt", *states, "trainer_state.json"):
         try:
             if name.endswith(".json"):
                 json.loads((path / name).read_text("utf-8"))
@@ -1375,16 +1500,15 @@ def make_trainer_class():
             price, both from the same forward pass: the error costs next to nothing."""
             from util import decodings, metrics, truth_of
 
-            losses, guesses, truths = [], [], []
-            rows, size = sorted(self.validation, key=lambda row: len(row["prompt"])), self.read.batch_size
+            def read(batch):
+                *found, losses = self.read(batch, with_loss=True)
+                return list(zip(losses, decodings(*found, batch)))
+
             self.model.eval()
             with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):  # many shapes, few batches
-                for first in range(0, len(rows), size):
-                    batch = rows[first : first + size]
-                    *read, found = self.read(batch, with_loss=True)
-                    losses += found
-                    guesses += [answer["median"] for answer in decodings(*read, batch)]
-                    truths += map(truth_of, batch)
+                answers, _ = ask_together(read, self.validation, self.read.batch_size)
+            losses = [loss for row, _ in answers for loss in row]
+            guesses, truths = [answer["median"] for _, answer in answers], [truth_of(row) for row in self.validation]
             found = {"eval_loss": sum(losses) / len(losses), "eval_mae": metrics(guesses, truths)["mae"]}
             self.log(found)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
@@ -1437,9 +1561,24 @@ def make_trainer_class():
             raise UserError(f"step {step:,}: the {what} is not finite, at learning rate {rate:.1e}; the step's rows are in "
                             f"{file}. Older checkpoints are whole. Mend those rows, or start again with a lower --learning-rate.")
 
+        def _wrap_model(self, model, training=True, dataloader=None):
+            if not self.model.get_base_model().sharded or model is not self.model or not training:
+                return super()._wrap_model(model, training, dataloader)
+            shard_base(model, self.args.device)
+            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+            # Only adapters are the same everywhere; accelerate refuses to look at a model with sharded weights
+            torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                model, [name for name, p in model.named_parameters() if not p.requires_grad])
+            return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+        def _save_rng_state(self, output_dir):
+            super()._save_rng_state(output_dir)
+            self.accelerator.wait_for_everyone()  # each process writes its own; a checkpoint's last file means that all are there
+
         def _save_checkpoint(self, model, trial):
             self.check_steps()
-            self.state.stateful_callbacks["unlogged"] = {"loss": self._tr_loss.item(), "since": self._globalstep_last_logged}
+            losses = self.accelerator.gather(self._tr_loss).flatten().tolist()  # each process's
+            self.state.stateful_callbacks["unlogged"] = {"losses": losses, "since": self._globalstep_last_logged}
             super()._save_checkpoint(model, trial)
 
         def create_model_card(self, *_, **__):  # TRL writes one with each checkpoint; ours comes with the adapter
@@ -1451,10 +1590,11 @@ def make_trainer_class():
 def make_stopper():
     """A callback that ends training after the step in which SIGINT or SIGTERM comes, with a checkpoint. A second signal
     ends the program at once. `number` tells which signal came."""
+    import torch
     from transformers import TrainerCallback
 
     class Stopper(TrainerCallback):
-        number, before = None, None
+        number, before, since = None, None, 0.0
 
         def on_train_begin(self, args, state, control, **_):
             self.before = self.before or {number: signal.getsignal(number) for number in SIGNALS}
@@ -1462,12 +1602,16 @@ def make_stopper():
                 signal.signal(number, self.note)
 
         def note(self, number, _):
-            if self.number:
+            if self.number and (processes()[0] == 1 or time.time() > self.since + 5):  # a launcher sends what it gets, too
                 os._exit(128 + number)
-            self.number = number
+            self.number, self.since = self.number or number, self.since or time.time()
             os.write(2, b"\nSaving after this step, then stopping; once more to stop at once\n")  # print isn't reentrant
 
         def on_step_end(self, args, state, control, **_):
+            if processes()[0] > 1:  # all stop after the same step
+                number = torch.tensor(self.number or 0)
+                torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+                self.number = int(number) or None
             if self.number:
                 control.should_save = control.should_training_stop = True
 
@@ -1480,14 +1624,18 @@ def make_stopper():
 
 
 @contextmanager
-def room_on_disk(folder, again):
-    """Turns what writing to a full disk raises, which differs from library to library, into one line."""
+def clear_endings(folder, again):
+    """Turns what libraries raise at a full disk and at the loss of another process into one line."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        if isinstance(error, UserError) or "No space left" not in str(error) and shutil.disk_usage(folder).free >= 2**20:
-            raise
-        raise UserError(f"{folder}: the disk is full. Older checkpoints are whole: make room, then go on by {again}.") from error
+        if "No space left" in str(error) or shutil.disk_usage(folder).free < 2**20:
+            raise UserError(f"{folder}: the disk is full. Older checkpoints are whole: make room, then go on by {again}.") from error
+        if processes()[0] > 1 and any(name in str(error) for name in ("closed by peer", "gloo", "NCCL")):
+            raise UserError(f"Another process was lost. Go on from the last checkpoint by {again}.") from error
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1502,10 +1650,25 @@ def is_packed(model):
     return model.config._attn_implementation == "packed"
 
 
-def check_micro_batch(recipe, micro_batch):
-    """Raises UserError where a batch can't be made of such micro-batches."""
-    if micro_batch and recipe["batch_size"] % micro_batch:
-        raise UserError(f"--micro-batch {micro_batch}: {recipe['batch_size']} rows a step can't be divided by it.")
+def check_batch(recipe, micro_batch):
+    """Raises UserError where a batch can't be divided among the processes, or made of such micro-batches."""
+    batch, many = recipe["batch_size"], processes()[0]
+    if batch % many:
+        raise UserError(f"--batch-size {batch}: can't be divided among {many} processes. Take a multiple of {many}, or other processes.")
+    if micro_batch and batch // many % micro_batch:
+        raise UserError(f"--micro-batch {micro_batch}: {batch // many} rows a step can't be divided by it.")
+    if recipe.get("shard") == "full" and many == 1:
+        raise UserError("--shard full: there is one process. Start several: `torchrun --nproc-per-node 2 app.py train …`")
+
+
+def choose_sharding(path, recipe):
+    """Whether the base is split among the processes, because asked for or because in 4 bits it wouldn't fit one's memory."""
+    asked = recipe.get("shard", "auto")
+    if asked != "auto" or processes()[0] == 1:
+        return asked == "full"
+    size = sum(p.numel() * (0.53 if p.ndim > 1 and "embed" not in name and "head" not in name else 2)
+               for name, p in empty_model(path).named_parameters())
+    return agree(size > 0.7 * memory()[1])
 
 
 def choose_weights(model, recipe, lengths, micro_batch, fit):
@@ -1516,6 +1679,8 @@ def choose_weights(model, recipe, lengths, micro_batch, fit):
     asked = recipe.get("base_weights", "auto")
     if asked != "auto":
         return f"{expanded if asked != 'nf4' else bits} (--base-weights)"
+    if model.sharded:
+        return f"{bits}, {model.dtype} storage"
     if choose_micro_batch(model, recipe, lengths, micro_batch, dequantised_bytes(model)) == fit:
         return f"{expanded}: dequantised once, memory has room for the {size}"
     return f"{bits}: memory has no room for the {size} dequantised"
@@ -1527,8 +1692,8 @@ def choose_micro_batch(model, recipe, lengths, micro_batch=None, more=0):
 
     The most rows that fit without checkpointing, which costs a third of the speed; with it where fewer than four would.
     """
-    there, batch, asked = memory()[1], recipe["batch_size"], recipe.get("compile", "auto")
-    pays = is_packed(model) and count_steps(recipe, len(lengths)) * batch >= COMPILE_FROM
+    there, batch, asked = memory()[1], recipe["batch_size"] // processes()[0], recipe.get("compile", "auto")
+    pays = is_packed(model) and not model.sharded and count_steps(recipe, len(lengths)) * batch >= COMPILE_FROM
     sizes = [micro_batch] if micro_batch else [n for n in range(batch, 0, -1) if batch % n == 0]
     for checkpointing in (False, True):
         compiled = asked == "on" or asked == "auto" and pays and not checkpointing
@@ -1563,7 +1728,8 @@ def estimate_memory(model, recipe, lengths, micro_batch, checkpointing, compiled
     layer = tokens * (value * (hidden * shape.hidden_size + mlp * shape.intermediate_size) + kept * adapter_inputs)
     inputs = tokens * value * shape.hidden_size
     activations = layer + shape.num_hidden_layers * inputs if checkpointing else layer * shape.num_hidden_layers
-    weights = sum(p.nbytes for name, p in model.named_parameters() if "lora_" not in name)
+    shares = processes()[0] if model.sharded else 1
+    weights = sum(p.nbytes / (shares if ".layers." in name else 1) for name, p in model.named_parameters() if "lora_" not in name)
     return weights + 16 * adapter_size(model, recipe) + activations
 
 
@@ -1669,6 +1835,8 @@ def build_parser() -> argparse.ArgumentParser:
                        "once: the same numbers, faster, larger (default auto: dequantised where memory has room)")
     train.add_argument("--compile", choices=["auto", "on", "off"], help="compile the decoder layers (default auto: on GPUs of "
                        f"capability 8 and up, in runs of {COMPILE_FROM:,} examples and more)")
+    train.add_argument("--shard", choices=["auto", "off", "full"], help="with several processes: split the base's weights among them "
+                       "(default auto: where they don't fit one GPU)")
     train.add_argument("--micro-batch", type=at_least(1), help="rows computed at once, a divisor of the batch size "
                        "(default: as many as fit)")
     train.add_argument("--keep-best", action="store_true", help="end with the checkpoint of the least validation error, not "
@@ -1736,6 +1904,10 @@ def main(argv=None) -> None:
         sys.modules.setdefault("wandb", None)  # not installed, as far as TRL is concerned: it imports it unasked
     for number in SIGNALS:
         signal.signal(number, leave)
+    if not is_first():  # one process talks, and prepares
+        if args.stage == "prepare":
+            return
+        sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
     try:
         if args.stage == "prepare":
             prepare_prompts(config, args.cutoff, args.hf_dataset_user, args.source)
@@ -1744,7 +1916,7 @@ def main(argv=None) -> None:
                         args.resume, args.dry_run, args.micro_batch, epochs=args.epochs, max_steps=args.max_steps, batch_size=args.batch_size,
                         learning_rate=args.learning_rate, lora_r=args.lora_r, save_steps=args.save_steps,
                         precision=args.precision, keep_best=args.keep_best or None,
-                        base_weights=args.base_weights, compile=args.compile)
+                        base_weights=args.base_weights, compile=args.compile, shard=args.shard)
         elif args.export:
             export_model(config, args.export, args.hf_user, args.run_name, args.revision)
         elif args.input or args.text is not None:

@@ -6,6 +6,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -36,6 +37,25 @@ def stage(arguments, folder, hook, options):
     if hook:
         globals()[hook](*options)
     app.main(arguments)
+
+
+def start_two(arguments, folder, hook=None, *options, rank=None):
+    """Two processes as a launcher starts them, the `hook` in the one with this `rank`, or in both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(arguments, folder, "launched", k, port, *((hook, *options) if hook and rank in (None, k) else ())) for k in (0, 1)]
+
+
+def launched(rank, port, hook=None, *options):
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if hook:
+        globals()[hook](*options)
+
+
+def without_dropout():
+    app.RECIPES["lite"]["lora_dropout"] = 0.0
 
 
 def add_callback(**methods):
