@@ -61,7 +61,7 @@ def rows(n, seed):
     """n rows of prompt and completion with 102 tokens on average, at most 127."""
     rng = random.Random(seed)
     for _ in range(n):
-        text = " ".join(f"w{rng.randrange(100_000)}" for _ in range(max(15, min(108, int(rng.gauss(85, 18))))))
+        text = " ".join(f"w{rng.randrange(100_000)}" for _ in range(max(15, min(109, int(rng.gauss(87, 18))))))
         yield {"prompt": f"{QUESTION}\n\n{text}\n\nPrice is $", "completion": f"{rng.randrange(1, 1000)}.00"}
 
 
@@ -198,12 +198,17 @@ def main():
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--base-weights", choices=["auto", "nf4", "bf16-from-nf4"])
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="on")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="as if the GPU had so much")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "bench"))
     parser.add_argument("--peers", type=Path, help="a script that times what one would use instead")
     arguments = parser.parse_args()
     base = arguments.base or arguments.folder / ("tiny" if arguments.tiny else "3b")
     arguments.base or build_base(base, TINY if arguments.tiny else SHAPE)
     config = app.RunConfig(str(base), "bench", "bench" if arguments.what == "prepare" else None, not arguments.full, local=True, output_dir=str(arguments.folder / "outputs"))
+    if arguments.memory:
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(arguments.memory * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     globals()[f"bench_{arguments.what}"](config, arguments.folder, arguments)
     if arguments.peers and arguments.what != "prepare":
         batch, r, targets = ("256", "256", "all") if arguments.full else ("32", "32", "attn")
