@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -57,6 +57,7 @@ RECIPES = {  # lite and full are the course's
 PUSH_WAITS = 5, 20  # seconds between the tries of a push; the client itself tries five times each
 KEPT_CHECKPOINTS = 10
 DEMO_ROWS = 2400
+MOST_ROWS = 128  # computed at once: more are no faster
 COMPILE_FROM = 16_000  # examples: below, compiling takes longer than it saves
 DEFAULT_CUTOFF = 110  # tokens of a description: prompt and completion are at most 128 then
 SHOWN_ITEMS = 20  # of the user's own, on the screen
@@ -1694,7 +1695,7 @@ def choose_micro_batch(model, recipe, lengths, micro_batch=None, more=0):
     """
     there, batch, asked = memory()[1], recipe["batch_size"] // processes()[0], recipe.get("compile", "auto")
     pays = is_packed(model) and not model.sharded and count_steps(recipe, len(lengths)) * batch >= COMPILE_FROM
-    sizes = [micro_batch] if micro_batch else [n for n in range(batch, 0, -1) if batch % n == 0]
+    sizes = [micro_batch] if micro_batch else [n for n in range(min(batch, MOST_ROWS), 0, -1) if batch % n == 0]
     for checkpointing in (False, True):
         compiled = asked == "on" or asked == "auto" and pays and not checkpointing
         for micro in sizes:
@@ -1867,9 +1868,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def leave(number, _):
-    """Ends the program when it gets a signal, with the code that shells expect."""
+    """Ends the program when it gets a signal, with the code that shells expect. At once: what an exception meets on its way
+    out may swallow it, and what is written is whole at any time."""
     os.write(2, b"\napp.py: stopped\n")
-    raise SystemExit(128 + number)
+    with suppress(RuntimeError, ValueError):  # in the middle of a print
+        sys.stdout.flush()
+    os._exit(128 + number)
 
 
 def main(argv=None) -> None:

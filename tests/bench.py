@@ -5,6 +5,7 @@
     python tests/bench.py train --batch-size 256 --base-weights nf4 --steps 30
     python tests/bench.py eval --size 2000
     python tests/bench.py prepare --size 100000
+    torchrun --nproc-per-node 2 tests/bench.py train   # after the same without torchrun, which makes the data
     python tests/bench.py train --peers peers.py       # the peers' figures from the same call, where that script is
 
 Prints a table and appends one line of JSON a figure to bench.jsonl in --folder. Rows have 102 tokens on average. A
@@ -70,10 +71,13 @@ def write_dataset(folder, size):
 
     from items import save_prompts, write_json
 
+    source = f"{size:,} random rows"
+    if app.read_json(folder / "prepare.json").get("source") == source:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     save_prompts(folder, DatasetDict({name: Dataset.from_list([*rows(n, seed)]) for seed, (name, n) in enumerate(
         (("train", size), ("val", 500), ("test", size)))}))
-    write_json(folder / "prepare.json", {"source": f"{size:,} random rows"})
+    write_json(folder / "prepare.json", {"source": source})
 
 
 def matrix_rate():
@@ -94,6 +98,7 @@ def matrix_rate():
 
 
 def report(folder, what, **figures):
+    what += f" on {app.processes()[0]} GPUs" * (app.processes()[0] > 1)
     with open(folder / "bench.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"what": what, "device": app.describe_device(), "versions": app.versions(),
                                "date": time.strftime("%Y-%m-%d")} | figures) + "\n")
@@ -104,10 +109,13 @@ def report(folder, what, **figures):
 def bench_train(config, folder, arguments):
     from transformers import TrainerCallback
 
-    marks, start, steps = [], time.time(), arguments.steps
+    marks, at_rest, start, steps = [], [], time.time(), arguments.steps
     build = app.build_trainer
 
     class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            at_rest or at_rest.append(app.memory()[0])
+
         def on_step_end(self, args, state, control, **_):
             marks.append(time.time())
 
@@ -123,24 +131,30 @@ def bench_train(config, folder, arguments):
         recipe["lora_dropout"] = arguments.dropout
     batch = arguments.batch_size or recipe["batch_size"]
     write_dataset(config.dataset_folder, min(steps * batch, 12_000))
-    run = f"bench-{time.time():.0f}"
+    run = f"bench-{time.time():.0f}-{os.getpid()}"
     app.train_model(config, run_name=run, max_steps=steps, batch_size=arguments.batch_size, lora_r=arguments.lora_r,
                     micro_batch=arguments.micro_batch, base_weights=arguments.base_weights, compile=arguments.compile,
-                    save_steps=10 * steps)
+                    shard=arguments.shard, save_steps=10 * steps)
+    if not app.is_first():
+        return
     record = app.read_json(config.run_folder(run) / "run.json")
     taken = statistics.median(after - before for before, after in zip(marks[steps // 3 - 1:], marks[steps // 3:]))
     rate, used = matrix_rate(), 4 / 2 * FLOP_PER_TOKEN * 102 * batch / taken  # backward: as much again, the base is frozen
     report(folder, f"train {config.mode} batch {batch} r {record['recipe']['lora_r']} {record['base_weights'].split(':')[0]}",
-           step_ms=1000 * taken, examples_per_s=batch / taken, percent_of_limit=100 * used / rate if rate else None,
-           peak_gib=record["peak_memory_bytes"] / 2**30, first_step_s=marks[0] - start, micro_batch=record["micro_batch"])
+           step_ms=1000 * taken, examples_per_s=batch / taken, percent_of_limit=100 * used / rate / app.processes()[0] if rate else None,
+           peak_gib=record["peak_memory_bytes"] / 2**30, at_rest_gib=at_rest[0] / 2**30,
+           first_step_s=marks[0] - start, micro_batch=record["micro_batch"])
 
 
 def bench_eval(config, folder, arguments):
     write_dataset(config.dataset_folder, arguments.size)
-    first, second = (app.evaluate_model(config, run_name="base", size=arguments.size)["items_per_s"] for _ in range(2))
+    results = [app.evaluate_model(config, run_name="base", size=arguments.size) for _ in range(2)]
+    if not app.is_first():
+        return
+    first, second = (found["items_per_s"] for found in results)
     rate = matrix_rate()
     report(folder, f"eval {arguments.size:,} items", items_per_s=second, the_first_time=first,
-           percent_of_limit=100 * FLOP_PER_TOKEN * 98 * second / rate if rate else None)
+           percent_of_limit=100 * FLOP_PER_TOKEN * 98 * second / rate / app.processes()[0] if rate else None)
 
 
 def descriptions(n, seed):
@@ -197,6 +211,7 @@ def main():
     parser.add_argument("--lora-r", type=int)
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--base-weights", choices=["auto", "nf4", "bf16-from-nf4"])
+    parser.add_argument("--shard", choices=["auto", "off", "full"])
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="on")
     parser.add_argument("--memory", type=float, metavar="GIB", help="as if the GPU had so much")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "bench"))
