@@ -761,7 +761,9 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     trl.trainer.utils._use_triton = lambda device: True
     precision, batch = choose_precision(recipe["precision"])[0], recipe["batch_size"] // processes()[0]
     micro_batch = micro_batch or batch
-    packed, multiple = is_packed(model), 256 if micro_batch <= 64 else 1024
+    # A small batch's kernels are launched more slowly than they run, so whole layers are (CUDA graphs). Not where gradients
+    # are accumulated: each micro-batch would be a graph of its own.
+    graphs = compiled and micro_batch == batch <= 64 and torch.cuda.is_available()
     tokens = tokens or {name: tokenise(splits[name], tokenizer, name) for name in SPLITS[:2]}
     validation = range(min(recipe["val_size"], len(splits["val"])))
     trainer = make_trainer_class()(
@@ -769,6 +771,7 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
         processing_class=tokenizer,
         train_dataset=tokens["train"],
         eval_dataset=tokens["val"].select(validation),
+        data_collator=pack(micro_batch, row_lengths(tokens["train"]), graphs) if is_packed(model) else None,
         peft_config=LoraConfig(r=recipe["lora_r"], lora_alpha=2 * recipe["lora_r"], target_modules=recipe["targets"],
                                lora_dropout=recipe["lora_dropout"], bias="none", task_type="CAUSAL_LM"),
         args=SFTConfig(
@@ -780,8 +783,8 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
             optim="adamw_torch_fused",  # paged_adamw_32bit can't resume: bitsandbytes issue 782
             learning_rate=recipe["learning_rate"], lr_scheduler_type="cosine", warmup_steps=0.01, weight_decay=0.001,
             max_grad_norm=0.3, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not torch.cuda.is_available(),
-            activation_checkpointing=checkpointing, padding_free=packed, pad_to_multiple_of=multiple if packed else None,
-            max_length=None, seed=seed, data_seed=seed, logging_first_step=True,
+            activation_checkpointing=checkpointing, max_length=None, seed=seed, data_seed=seed,
+            logging_first_step=True,
             # Nothing may wait for the GPU in each step, or it stands idle while the next step is prepared
             logging_nan_inf_filter=False, accelerator_config={"non_blocking": torch.cuda.is_available()},
             logging_steps=recipe["logging_steps"], eval_strategy="steps", eval_steps=recipe["save_steps"],
@@ -789,15 +792,11 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
             load_best_model_at_end=recipe.get("keep_best", False), metric_for_best_model="mae", greater_is_better=False))
     trainer.validation, trainer.read = list(splits["val"].select(validation)), price_reader(trainer.model, tokenizer)
     trainer.compiled = compiled
-    if packed:
-        trainer.data_collator = few_shapes(trainer.data_collator, max(multiple, int(row_lengths(tokens["train"]).max())))
     if compiled:  # layer by layer: all are alike, so that the first one's code serves all
-        # A small batch's kernels are launched more slowly than they run, so whole layers are (CUDA graphs). Not where
-        # gradients are accumulated: each micro-batch would be a graph of its own. Dropout as without compiling: its own
-        # kernels draw random numbers faster than those that inductor would write.
-        graphs = micro_batch == batch <= 64 and torch.cuda.is_available()
-        for layer in trainer.model.get_base_model().get_decoder().layers:
-            layer.compile(options={"fallback_random": True, "triton.cudagraphs": graphs})
+        base = trainer.model.get_base_model()
+        base.enable_input_require_grads()  # the first layer's input, too, or it would be unlike the others
+        for layer in base.get_decoder().layers:  # dropout as without compiling: inductor's own is slower
+            layer.compile(dynamic=True, options={"fallback_random": True, "triton.cudagraphs": graphs})
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes them bf16: small updates round to nothing, T4s fail (TRL issue 4901)
             parameter.data = parameter.data.float()
@@ -821,23 +820,32 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     return trainer
 
 
-def few_shapes(collate, longest):
-    """Padding-free batches in as few shapes as can be, so that compiled layers serve them all: the tokens that fill a
-    row up to a round number are one more sequence, instead of one each, and `longest` stands for every batch's longest.
+def pack(micro_batch, lengths, one_shape):
+    """A collator of rows into one, without padding, with what the model would else look up on the GPU, and wait for: where
+    each row ends, where labels are, and a mask that isn't needed.
 
-    What the model would look up on the GPU, and wait for, is added here: where labels are, and a mask that isn't needed.
+    Filled up with more such sequences to a multiple of 64 tokens, or for `one_shape` to a size that nearly all batches of
+    rows with such `lengths` stay below, so that a layer is recorded once.
     """
     import torch
 
-    def collate_alike(rows):
-        batch = collate(rows)
-        del batch["seq_idx"]  # for models with convolutions
-        ends, labels = batch["cu_seq_lens_q"], batch["labels"][0]
-        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = torch.cat([ends[: len(rows) + 1], ends[-1:]])
-        return batch | {"max_length_q": longest, "max_length_k": longest, "attention_mask": torch.zeros(1, 1, 1, 1),
-                        "logits_to_keep": (labels != -100).nonzero().flatten() - 1}
+    longest, spare = int(lengths.max()), 8
+    least = one_shape * (micro_batch * lengths.mean() + 2.5 * math.sqrt(micro_batch) * lengths.std())
 
-    return collate_alike
+    def collate(rows):
+        sizes = [len(row["input_ids"]) for row in rows]
+        total, sequences, step = sum(sizes), micro_batch + spare, 256 if one_shape else 64
+        filling = min(math.ceil(max(total, least) / step) * step - total, (sequences - len(rows)) * longest)
+        full, rest = divmod(filling, longest)
+        sizes += [longest] * full + [rest]
+        labels = torch.tensor([label for row in rows for label in row["labels"]] + [-100] * filling)
+        ends = torch.tensor([0, *sizes, *[0] * (sequences - len(sizes))]).cumsum(0, dtype=torch.int32)
+        return {"input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]] + [0] * filling]), "labels": labels[None],
+                "position_ids": torch.cat([torch.arange(size) for size in sizes])[None], "attention_mask": torch.zeros(1, 1, 1, 1),
+                "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest,
+                "logits_to_keep": (labels != -100).nonzero().flatten() - 1}
+
+    return collate
 
 
 def make_plan(trainer, recipe, weights):
@@ -857,7 +865,7 @@ def make_plan(trainer, recipe, weights):
         "Steps": f"{steps:,} of {batch} rows: {steps * batch / rows:.2f} epochs of {rows:,} rows",
         "Micro-batch": f"{micro}, × {args.gradient_accumulation_steps} accumulated × {many} processes = {batch}, activation checkpointing "
                        f"{'on' if args.activation_checkpointing else 'off'}",
-        "Speed": f"{'no padding' if args.padding_free else 'rows padded'}, layers {'' if trainer.compiled else 'not '}compiled",
+        "Speed": f"{'no padding' if is_packed(model) else 'rows padded'}, layers {'' if trainer.compiled else 'not '}compiled",
         "Tokens": f"{steps * batch * lengths.mean():,.0f}: {batch} × {lengths.mean():.0f} a step, {lengths.max()} in the longest row",
         "Memory": f"about {needed / 2**30:.1f} GiB at the peak, {there / 2**30:.1f} GiB there"
                   + (" — may not fit; a smaller --base-model or --lora-r needs less" if needed > there else ""),
@@ -1556,7 +1564,7 @@ def make_trainer_class():
                 return
             file = Path(self.args.output_dir, "bad_step.json")
             rows = [row for loss, ids, ends in seen if what == "gradient" or not loss.isfinite()
-                    for row in (ids if ends is None else ids[0].split(ends.diff().tolist())[:-1])]  # the last: filling
+                    for row in (ids if ends is None else ids[0].split(ends.diff().tolist())) if row.any()]  # zeros: filling
             write_json(file, {"step": step, "what": what, "learning_rate": rate,
                               "rows": self.processing_class.batch_decode(rows, skip_special_tokens=True)})
             raise UserError(f"step {step:,}: the {what} is not finite, at learning rate {rate:.1e}; the step's rows are in "
