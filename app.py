@@ -1221,7 +1221,7 @@ def price_reader(model, tokenizer):
 
     row_bytes = 10 * (4 + len(nodes)) * model.config.vocab_size  # its logits, twice in fp32 and once in 16 bit
     most = EVAL_BATCH if torch.cuda.is_available() else 8  # on a CPU larger batches only make the bar jump
-    read.batch_size = max(1, min(most, memory()[1] // 8 // row_bytes))
+    read.batch_size = agree(max(1, min(most, memory()[1] // 8 // row_bytes)))
     read.at_once = 1 + torch.cuda.is_available()  # while the GPU computes one batch, the next is prepared
     return read
 
@@ -1530,7 +1530,7 @@ def make_trainer_class():
             labels = inputs.pop("labels")[0]
             targets = labels.gather(0, inputs["logits_to_keep"] + 1)
             logits = model(**inputs, use_cache=False).logits[0].float()
-            return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+            return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch * processes()[0]  # gradients are averaged
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             torch.compiler.cudagraph_mark_step_begin()
@@ -1917,7 +1917,7 @@ def main(argv=None) -> None:
     for number in SIGNALS:
         signal.signal(number, leave)
     if not is_first():  # one process talks, and prepares
-        if args.stage == "prepare":
+        if args.stage == "prepare" or args.stage == "eval" and args.export:
             return
         sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
     try:
