@@ -211,7 +211,7 @@ def join_processes(stage):
         PartialState(cpu=not on_gpu, timeout=timedelta(hours=2), **options)  # the first may have much to download
         print(f"Processes: {processes()[0]}, each with its {'GPU' if on_gpu else 'share of the CPU'}")
     elif here > 1:
-        print(f"GPUs: one of {here}. All of them: `torchrun --nproc-per-node {here} app.py {stage} …`")
+        print(f"GPUs: one of {here}. All of them: `torchrun --nproc-per-node {here} -- app.py {stage} …`")
         # SFTTrainer refuses more than one a process
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
