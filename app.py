@@ -800,6 +800,9 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes them bf16: small updates round to nothing, T4s fail (TRL issue 4901)
             parameter.data = parameter.data.float()
+    for module in trainer.model.modules():
+        if hasattr(module, "lora_A"):  # autocast gives each product its type; PEFT would have dropout work on 32 bits before
+            module.cast_input_dtype_enabled = False
 
     class Progress(ProgressCallback):
         def on_log(self, args, state, control, logs=None, **_):
