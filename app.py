@@ -772,8 +772,8 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
         train_dataset=tokens["train"],
         eval_dataset=tokens["val"].select(validation),
         data_collator=pack(micro_batch, row_lengths(tokens["train"]), graphs) if is_packed(model) else None,
-        peft_config=LoraConfig(r=recipe["lora_r"], lora_alpha=2 * recipe["lora_r"], target_modules=recipe["targets"],
-                               lora_dropout=recipe["lora_dropout"], bias="none", task_type="CAUSAL_LM"),
+        peft_config=lean(LoraConfig(r=recipe["lora_r"], lora_alpha=2 * recipe["lora_r"], target_modules=recipe["targets"],
+                                    lora_dropout=recipe["lora_dropout"], bias="none", task_type="CAUSAL_LM")),
         args=SFTConfig(
             output_dir=str(folder), report_to="wandb" if log_wandb and is_first() else "none",
             num_train_epochs=recipe["epochs"], max_steps=recipe["max_steps"] or -1,
@@ -792,17 +792,15 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
             load_best_model_at_end=recipe.get("keep_best", False), metric_for_best_model="mae", greater_is_better=False))
     trainer.validation, trainer.read = list(splits["val"].select(validation)), price_reader(trainer.model, tokenizer)
     trainer.compiled = compiled
-    if compiled:  # layer by layer: all are alike, so that the first one's code serves all
+    if compiled:  # layer by layer: all are alike, so that one's code serves the others
+        torch._dynamo.config.optimize_ddp = False  # it would cut layers up, and copy their weights in each step
         base = trainer.model.get_base_model()
-        base.enable_input_require_grads()  # the first layer's input, too, or it would be unlike the others
+        graphs or base.enable_input_require_grads()  # the first layer's input, too, or it would be unlike the others
         for layer in base.get_decoder().layers:  # dropout as without compiling: inductor's own is slower
-            layer.compile(dynamic=True, options={"fallback_random": True, "triton.cudagraphs": graphs})
+            layer.compile(dynamic=None if graphs else True, options={"fallback_random": True, "triton.cudagraphs": graphs})
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes them bf16: small updates round to nothing, T4s fail (TRL issue 4901)
             parameter.data = parameter.data.float()
-    for module in trainer.model.modules():
-        if hasattr(module, "lora_A"):  # autocast gives each product its type; PEFT would have dropout work on 32 bits before
-            module.cast_input_dtype_enabled = False
 
     class Progress(ProgressCallback):
         def on_log(self, args, state, control, logs=None, **_):
@@ -823,22 +821,41 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     return trainer
 
 
+def lean(config):
+    """Has PEFT train with LoRA layers that move fewer bytes: the scaling is applied to weights, not to each token's output
+    and that output's gradient, and types are left to autocast, before which PEFT would have dropout work on 32 bits.
+
+    Returns the LoraConfig. What is saved is as ever.
+    """
+    import torch
+    from peft.tuners.lora import Linear
+
+    class Lora(Linear):
+        def forward(self, x):
+            name = self.active_adapters[0]
+            narrow = torch.nn.functional.linear(self.lora_dropout[name](x), self.scaling[name] * self.lora_A[name].weight)
+            return self.base_layer(x) + self.lora_B[name](narrow)
+
+    config._register_custom_module({torch.nn.Linear: Lora})  # PEFT's way for layers of one's own; the quantised are Linear, too
+    return config
+
+
 def pack(micro_batch, lengths, one_shape):
     """A collator of rows into one, without padding, with what the model would else look up on the GPU, and wait for: where
     each row ends, where labels are, and a mask that isn't needed.
 
-    Filled up with more such sequences to a multiple of 64 tokens, or for `one_shape` to a size that nearly all batches of
-    rows with such `lengths` stay below, so that a layer is recorded once.
+    Filled up with more such sequences to a multiple of 64 tokens, or for `one_shape` to a size that all but one in thousands
+    of batches of rows with such `lengths` stay below, so that a layer is recorded once.
     """
     import torch
 
     longest, spare = int(lengths.max()), 8
-    least = one_shape * (micro_batch * lengths.mean() + 2.5 * math.sqrt(micro_batch) * lengths.std())
+    least = one_shape * (micro_batch * lengths.mean() + 3.5 * math.sqrt(micro_batch) * lengths.std())
 
     def collate(rows):
         sizes = [len(row["input_ids"]) for row in rows]
-        total, sequences, step = sum(sizes), micro_batch + spare, 256 if one_shape else 64
-        filling = min(math.ceil(max(total, least) / step) * step - total, (sequences - len(rows)) * longest)
+        total, sequences = sum(sizes), micro_batch + spare
+        filling = min(math.ceil(max(total, least) / 64) * 64 - total, (sequences - len(rows)) * longest)
         full, rest = divmod(filling, longest)
         sizes += [longest] * full + [rest]
         labels = torch.tensor([label for row in rows for label in row["labels"]] + [-100] * filling)
