@@ -666,8 +666,8 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
         log_wandb and start_wandb(config, record["run"])
     ready = time.time()
     with clear_endings(folder, again):
-        while not run_trainer(trainer, folder):
-            smaller, trainer = smaller_micro_batch(trainer), None
+        while smaller := run_trainer(trainer, folder):
+            trainer = None
             trainer = build(smaller)
             write_json(folder / "run.json", record)
         if stopper.number:
@@ -885,7 +885,8 @@ def make_plan(trainer, recipe, weights):
 
 
 def run_trainer(trainer, folder):
-    """Trains, from the newest whole checkpoint if there is one. Returns False if memory ran out; the last step is saved."""
+    """Trains, from the newest whole checkpoint if there is one. If memory runs out, saves the last step and returns the
+    micro-batch to go on with, the next smaller divisor of the batch; raises UserError below one row."""
     import torch
     from transformers import TrainerState
 
@@ -896,33 +897,25 @@ def run_trainer(trainer, folder):
         best = trainer.args.load_best_model_at_end and state.best_model_checkpoint
         trainer._load_from_checkpoint(folder / Path(best).name if best else checkpoint)
         trainer.state = state
-        return True
+        return None
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+        return None
     except torch.OutOfMemoryError as error:
+        step, micro = trainer.state.global_step, trainer.args.train_batch_size
         if processes()[0] > 1:  # the others are in the middle of the step
-            raise UserError(f"Out of memory at step {trainer.state.global_step + 1:,}. Go on from the last checkpoint with a "
-                            f"--micro-batch below {trainer.args.train_batch_size}.") from error
-        trainer.model.zero_grad()
-        if trainer.state.global_step:
-            trainer._save_checkpoint(trainer.model, None)
-        return False
-    return True
-
-
-def smaller_micro_batch(trainer):
-    """The next smaller divisor of the batch, for a trainer that ran out of memory. Raises UserError below one row."""
-    import torch
-
+            raise UserError(f"Out of memory at step {step + 1:,}. Go on from the last checkpoint with a --micro-batch below "
+                            f"{micro}.") from error
+        if micro == 1:
+            raise UserError("Out of memory with one row at a time. Take a smaller --base-model, --lora-r or --cutoff.") from error
+    trainer.model.zero_grad()
+    if step:
+        trainer._save_checkpoint(trainer.model, None)
     torch.compiler.reset()  # its graphs keep memory of their own
     torch.cuda.empty_cache()
-    micro, batch = trainer.args.train_batch_size, trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
-    if micro == 1:
-        raise UserError("Out of memory with one row at a time. Take a smaller --base-model, --lora-r or --cutoff.")
-    micro = max(n for n in range(1, micro) if batch % n == 0)
-    print(f"Out of memory at step {trainer.state.global_step + 1:,}: going on from step {trainer.state.global_step:,} with "
-          f"micro-batches of {micro}")
-    return micro
+    smaller = max(n for n in range(1, micro) if micro * trainer.args.gradient_accumulation_steps % n == 0)
+    print(f"Out of memory at step {step + 1:,}: going on from step {step:,} with micro-batches of {smaller}")
+    return smaller
 
 
 def history(trainer):
@@ -1566,22 +1559,20 @@ def make_trainer_class():
         def check_steps(self):
             """Raises UserError if a step's numbers aren't finite. Called where they are looked at anyway, before anything is
             logged or saved: to ask in each step would be to wait for the GPU."""
-            while self.taken:
-                self.check_step(*self.taken.pop(0))
-
-        def check_step(self, step, rate, norm, seen):
-            # with fp16 the scaler leaves out steps whose gradients are not finite
-            what = ("loss" if not torch.stack([loss for loss, *_ in seen]).isfinite().all() else
-                    "gradient" if not self.args.fp16 and not norm.isfinite() else None)
-            if not what:
-                return
-            file = Path(self.args.output_dir, f"bad_step{processes()[1] or ''}.json")
-            rows = [row for loss, ids, ends in seen if what == "gradient" or not loss.isfinite()
-                    for row in (ids if ends is None else ids[0].split(ends.diff().tolist())) if row.any()]  # zeros: filling
-            write_json(file, {"step": step, "what": what, "learning_rate": rate,
-                              "rows": self.processing_class.batch_decode(rows, skip_special_tokens=True)})
-            raise UserError(f"step {step:,}: the {what} is not finite, at learning rate {rate:.1e}; the step's rows are in "
-                            f"{file}. Older checkpoints are whole. Mend those rows, or start again with a lower --learning-rate.")
+            taken, self.taken = self.taken, []
+            for step, rate, norm, seen in taken:
+                # with fp16 the scaler leaves out steps whose gradients are not finite
+                what = ("loss" if not torch.stack([loss for loss, *_ in seen]).isfinite().all() else
+                        "gradient" if not self.args.fp16 and not norm.isfinite() else None)
+                if not what:
+                    continue
+                file = Path(self.args.output_dir, f"bad_step{processes()[1] or ''}.json")
+                rows = [row for loss, ids, ends in seen if what == "gradient" or not loss.isfinite()
+                        for row in (ids if ends is None else ids[0].split(ends.diff().tolist())) if row.any()]  # zeros: filling
+                write_json(file, {"step": step, "what": what, "learning_rate": rate,
+                                  "rows": self.processing_class.batch_decode(rows, skip_special_tokens=True)})
+                raise UserError(f"step {step:,}: the {what} is not finite, at learning rate {rate:.1e}; the step's rows are in "
+                                f"{file}. Older checkpoints are whole. Mend those rows, or start again with a lower --learning-rate.")
 
         def _wrap_model(self, model, training=True, dataloader=None):
             if not self.model.get_base_model().sharded or model is not self.model or not training:
@@ -1680,7 +1671,7 @@ def check_batch(recipe, micro_batch):
     if micro_batch and batch // many % micro_batch:
         raise UserError(f"--micro-batch {micro_batch}: {batch // many} rows a step can't be divided by it.")
     if recipe["shard"] == "full" and many == 1:
-        raise UserError("--shard full: there is one process. Start several: `torchrun --nproc-per-node 2 app.py train …`")
+        raise UserError("--shard full: there is one process. Start several: `torchrun --nproc-per-node 2 -- app.py train …`")
 
 
 def choose_sharding(path, recipe):
@@ -1874,9 +1865,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--decode", choices=["median", "mean", "greedy"], default="median", help="answer with the median or mean "
                           "of the model's price distribution, or with the likeliest number (default median)")
     evaluate.add_argument("--compare-base", action="store_true", help="judge the untouched base as well (on in the demo)")
-    evaluate.add_argument("--compare", nargs="+", default=(), type=plain_name, metavar="RUN", help="earlier local runs, judged on "
-                          "the same items, to compare with")
     instead = evaluate.add_mutually_exclusive_group()
+    instead.add_argument("--compare", nargs="+", default=(), type=plain_name, metavar="RUN", help="earlier local runs, judged on "
+                         "the same items, to compare with")
     instead.add_argument("--input", metavar="FILE", help="price your own items instead: JSONL, CSV or Parquet as for `prepare "
                          "--source`; with prices they are judged, too")
     instead.add_argument("--text", help="price the one item that this describes instead")
@@ -1910,8 +1901,6 @@ def main(argv=None) -> None:
         parser.error("--revision names a commit on the Hub, which --local and --demo leave alone")
     if args.stage == "eval" and args.output and not args.input and args.text is None:
         parser.error("--output: needs --input or --text, whose guesses it takes; a judged run's are in its folder")
-    if args.stage == "eval" and args.compare and (args.input or args.export or args.text is not None):
-        parser.error("--compare: goes with a judged test split, not with --input, --text or --export")
     base_model = args.base_model or (DEMO_BASE_MODEL if args.demo else DEFAULT_BASE_MODEL)
     if args.stage == "eval" and args.run_name != "base" or args.stage == "train" and args.resume is not None:
         base_model = args.base_model  # None: the run's own

@@ -298,19 +298,14 @@ def scatter(guesses, truths, figures, title):
 
 def running_error(guesses, truths, figures, title):
     """The mean absolute error of the first n items over n, with its 95 % band."""
+    import numpy
+
     figure, axes = new_figure(height=4.5)
-    means, bands, mean, squares = [], [], 0.0, 0.0
-    for n, (guess, truth) in enumerate(zip(guesses, truths), 1):  # Welford: never the root of a negative number
-        error = abs(guess - truth)
-        step = error - mean
-        mean += step / n
-        squares += step * (error - mean)
-        means.append(mean)
-        bands.append(1.96 * math.sqrt(squares / n) / math.sqrt(n))
-    count = range(1, len(means) + 1)
-    axes.fill_between(count, [m - b for m, b in zip(means, bands)], [m + b for m, b in zip(means, bands)],
-                      color="0.85", label="95 % interval")
-    axes.plot(count, means, color="black", label=f"\\${mean:,.2f} ± {bands[-1]:,.2f} after {len(means):,} items")
+    errors, count = abs(numpy.subtract(guesses, truths)), numpy.arange(1, len(truths) + 1)
+    means = errors.cumsum() / count
+    bands = 1.96 * (((errors**2).cumsum() / count - means**2).clip(0) / count) ** 0.5
+    axes.fill_between(count, means - bands, means + bands, color="0.85", label="95 % interval")
+    axes.plot(count, means, color="black", label=f"\\${means[-1]:,.2f} ± {bands[-1]:,.2f} after {len(means):,} items")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="items judged", ylabel="mean absolute error ($)", ylim=(0, None))
     set_title(axes, title, figures)

@@ -1,9 +1,11 @@
 """The command line: instant, and the same before and after the subcommand."""
+import json
 import subprocess
 import sys
 
 import pytest
 
+import app
 from app import build_parser
 from conftest import ROOT
 
@@ -52,3 +54,19 @@ def test_a_file_of_arguments_keeps_one_runs_settings(tmp_path):
     (tmp_path / "run.txt").write_text("train --lite  # the course's\n--learning-rate 2e-4\n\n--run-name 'my-run'\n")
     args = build_parser().parse_args([f"@{tmp_path / 'run.txt'}"])
     assert (args.stage, args.lite, args.learning_rate, args.run_name) == ("train", True, 2e-4, "my-run")
+
+
+def test_a_project_sees_its_own_runs_only(tmp_path):
+    for project, run in (("price", "one"), ("price-lab", "two")):
+        (tmp_path / f"{project}-{run}").mkdir()
+        (tmp_path / f"{project}-{run}/run.json").write_text(json.dumps({"run": run}), encoding="utf-8")
+    for project, run in (("price", "one"), ("price-lab", "two")):
+        assert [*app.local_runs(app.RunConfig(None, project, None, True, output_dir=str(tmp_path)))] == [run]
+
+
+def test_a_run_that_is_not_finished_is_called_so(capsys, tmp_path):
+    (tmp_path / "price-half").mkdir()
+    (tmp_path / "price-half/run.json").write_text(json.dumps({"run": "half", "mode": "lite"}), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        app.main(["eval", "--local", "--output-dir", str(tmp_path), "--run-name", "half"])
+    assert "If it isn't finished, go on by `python app.py train --resume half" in capsys.readouterr().err

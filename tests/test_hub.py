@@ -148,10 +148,39 @@ def test_a_lost_machine_goes_on_from_the_hub(online, hub, data, trained):
     record = json.loads(left["run.json"]) | {"hub": "alice/price-lost"}
     hub.put("models", "alice/price-lost", hub.files("models", "alice/price-lost") | {"run.json": json.dumps(record).encode()})
     shutil.rmtree(online.folder)
+    hub.fail("checkpoint-3/optimizer.pt", 403, times=None, delay=1)
+    assert "alice/price-lost" in online("train", *SHARED, "--resume", "lost", code=1).err
+    assert not (online.folder / "price-lost/run.json").exists()  # fetched half, it is no run: the next one fetches the rest
+    hub.up()
     said = online("train", *SHARED, "--resume", "lost")
     assert "Fetched: alice/price-lost" in said.out and "Going on from step 3" in said.out
     assert hub.files("models", "alice/price-lost")[app.ADAPTER_FILE] == (trained / app.ADAPTER_FILE).read_bytes()
     assert is_pushed(hub, "alice/price-lost", online.folder / "price-lost")
+
+
+def test_going_on_keeps_the_account_and_wandb(online, hub, data, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    online("train", *SHARED, "--local", "--run-name", "kept", *TRAIN)
+    folder = online.folder / "price-kept"
+    (folder / app.ADAPTER_FILE).unlink()
+    record = json.loads((folder / "run.json").read_text("utf-8")) | {"hub": "acme/price-kept", "wandb": True}
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    said = online("train", *SHARED, "--resume", "kept", code=1).err
+    assert "acme: HF_TOKEN is alice's and may not write there" in said and "WANDB_API_KEY is not set" in said
+
+
+def test_the_newest_and_the_best_checkpoint_are_on_the_hub(online, hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    folder, pusher = tmp_path / "price-best", app.checkpoint_pusher("alice/price-best")
+    for step in (2, 4, 6):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}/trainer_state.json").write_text("{}", encoding="utf-8")
+    (folder / "run.json").write_text("{}", encoding="utf-8")
+    for newest in ("checkpoint-4", "checkpoint-6"):
+        pusher.push(folder, newest, "checkpoint-2")
+    assert {path.split("/")[0] for path in hub.files("models", "alice/price-best")} - {".gitattributes"} == {
+        "run.json", "checkpoint-2", "checkpoint-6"}
 
 
 def test_dry_run_checks_everything_and_writes_nothing(online, hub, data):
