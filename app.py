@@ -279,7 +279,8 @@ def check_writable(config):
 def check_disk(path, recipe, folder):
     """Raises UserError where the checkpoints that a run of the base at `path` is yet to keep in `folder`, each with both
     Adam moments and the tokenizer (20 MB), don't fit on the disk. Returns `path`."""
-    needed, free = (12 * adapter_size(empty_model(path), recipe) + 2e7) * (KEPT_CHECKPOINTS + 1), shutil.disk_usage(folder.parent).free
+    free = shutil.disk_usage(folder.parent).free
+    needed = (12 * adapter_size(empty_model(path), recipe) + 2e7) * (KEPT_CHECKPOINTS + 1)
     needed -= sum(file.stat().st_size for file in folder.glob("checkpoint-*/*"))
     if needed > free:
         raise UserError(f"{folder.parent}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for "
@@ -531,7 +532,8 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
     prompts, tokens, counts = build_prompts(splits, tokenizer, cutoff)
 
     found = {"mode": config.mode, "cutoff": cutoff, "seed": config.seed, "base_model": config.base_model,
-             "tokens_of": [fingerprint(prompts), tokenizer_identity(tokenizer)], "kept": {name: len(prompts[name]) for name in SPLITS}, "dropped": dropped,
+             "tokens_of": [fingerprint(prompts), tokenizer_identity(tokenizer)],
+             "kept": {name: len(prompts[name]) for name in SPLITS}, "dropped": dropped,
              "cut": {name: int(counts[name]["cut"].sum()) for name in SPLITS}} | about
     kept, lost = sum(found["kept"].values()), sum(map(len, dropped.values()))
     print(f"Rows: {kept:,} kept ({', '.join(f'{n:,} {name}' for name, n in found['kept'].items())}), {lost:,} dropped"
@@ -602,11 +604,12 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     """QLoRA through TRL's SFTTrainer: the quantised base stays as it is, LoRA adapters learn from completions only.
 
     `overrides` replace entries of the mode's recipe (`epochs`, `max_steps`, `batch_size`, `learning_rate`, `lora_r`,
-    `save_steps`, `precision`, `keep_best`, `base_weights`, `compile`, `shard`) where they are not None, `seed` the config's. `resume`
-    goes on with a run, '' with the newest unfinished one, under its own recipe. `micro_batch` rows are computed at once, by default as many as fit. Leaves adapter, tokenizer,
-    run.json, model card and a loss chart in the run's folder and puts them on the Hub as `{hf_user}/{project}-{run}`,
-    private, unless the run is local; the newest checkpoint goes there meanwhile. `dry_run` stops at the plan. Returns
-    the run's folder. Raises UserError with code 3 where only the Hub is lacking at the end, SystemExit after a signal.
+    `save_steps`, `precision`, `keep_best`, `base_weights`, `compile`, `shard`) where they are not None, `seed` the
+    config's. `resume` goes on with a run, '' with the newest unfinished one, under its own recipe. `micro_batch` rows are
+    computed at once, by default as many as fit. Leaves adapter, tokenizer, run.json, model card and a loss chart in the
+    run's folder and puts them on the Hub as `{hf_user}/{project}-{run}`, private, unless the run is local; the newest
+    checkpoint goes there meanwhile. `dry_run` stops at the plan. Returns the run's folder. Raises UserError with code 3
+    where only the Hub is lacking at the end, SystemExit after a signal.
     """
     join_processes("train")
     check_writable(config)
@@ -701,8 +704,8 @@ def preflight(config, record, hf_user, log_wandb, micro_batch):
         lambda: check_batch(recipe, micro_batch))
     about = read_json(Path(place, "prepare.json")) if Path(place).exists() else {"source": place, "hub": place}
     return splits, path, {
-        "data": {"place": place, "source": about.get("source", place), "hub": about.get("hub"), "fingerprint": fingerprint(splits),
-                 "cutoff": about.get("cutoff"), "constants": constant_guesses(splits["train"])},
+        "data": {"place": place, "source": about.get("source", place), "hub": about.get("hub"), "cutoff": about.get("cutoff"),
+                 "fingerprint": fingerprint(splits), "constants": constant_guesses(splits["train"])},
         "base_identity": base_identity(path), "hub": None if config.local else f"{account}/{folder.name}"}
 
 
@@ -852,8 +855,9 @@ def pack(micro_batch, lengths, one_shape):
         sizes += [longest] * full + [rest]
         labels = torch.tensor([label for row in rows for label in row["labels"]] + [-100] * filling)
         ends = torch.tensor([0, *sizes, *[0] * (sequences - len(sizes))]).cumsum(0, dtype=torch.int32)
-        return {"input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]] + [0] * filling]), "labels": labels[None],
-                "position_ids": torch.cat([torch.arange(size) for size in sizes])[None], "attention_mask": torch.zeros(1, 1, 1, 1),
+        return {"input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]] + [0] * filling]),
+                "labels": labels[None], "position_ids": torch.cat([torch.arange(size) for size in sizes])[None],
+                "attention_mask": torch.zeros(1, 1, 1, 1),
                 "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest,
                 "logits_to_keep": (labels != -100).nonzero().flatten() - 1}
 
@@ -863,7 +867,8 @@ def pack(micro_batch, lengths, one_shape):
 def make_plan(trainer, recipe, weights):
     """What is about to happen, and why, as {name: text} for the screen and run.json."""
     model, args, lengths = trainer.model, trainer.args, row_lengths(trainer.train_dataset)
-    many, rows, batch, micro, steps = processes()[0], len(lengths), recipe["batch_size"], args.train_batch_size, count_steps(recipe, len(lengths))
+    many, rows, batch, micro = processes()[0], len(lengths), recipe["batch_size"], args.train_batch_size
+    steps = count_steps(recipe, rows)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     precision, why = choose_precision(recipe["precision"])
     needed = estimate_memory(model.get_base_model(), recipe, lengths, micro, args.activation_checkpointing, trainer.compiled)
@@ -875,10 +880,11 @@ def make_plan(trainer, recipe, weights):
                 + f", split among the {many} processes" * model.get_base_model().sharded,
         "Trainable": f"{trainable:,} parameters (LoRA r {recipe['lora_r']} on {', '.join(recipe['targets'])})",
         "Steps": f"{steps:,} of {batch} rows: {steps * batch / rows:.2f} epochs of {rows:,} rows",
-        "Micro-batch": f"{micro}, × {args.gradient_accumulation_steps} accumulated × {many} processes = {batch}, activation checkpointing "
-                       f"{'on' if args.activation_checkpointing else 'off'}",
+        "Micro-batch": f"{micro}, × {args.gradient_accumulation_steps} accumulated × {many} processes = {batch}, "
+                       f"activation checkpointing {'on' if args.activation_checkpointing else 'off'}",
         "Speed": f"{'no padding' if is_packed(model) else 'rows padded'}, layers {'' if trainer.compiled else 'not '}compiled",
-        "Tokens": f"{steps * batch * lengths.mean():,.0f}: {batch} × {lengths.mean():.0f} a step, {lengths.max()} in the longest row",
+        "Tokens": f"{steps * batch * lengths.mean():,.0f}: {batch} × {lengths.mean():.0f} a step, {lengths.max()} in the "
+                  "longest row",
         "Memory": f"about {needed / 2**30:.1f} GiB at the peak, {there / 2**30:.1f} GiB there"
                   + (" — may not fit; a smaller --base-model or --lora-r needs less" if needed > there else ""),
     }
@@ -1098,10 +1104,18 @@ def export_model(config, folder, hf_user=None, run_name=None, revision=None):
         for weights in new.glob("*.safetensors"):
             weights.chmod(0o644)  # written for its owner only; servers run as somebody else
         load_tokenizer(path).save_pretrained(new)
-        ModelCard(f"---\nlibrary_name: transformers\ntags: [price]\n---\n# {config.project_name}-{run_name}\n\nEstimates a product's price in dollars from its description: "
-                  f"{config.base_model}, quantised as in training, dequantised to bf16, with the run's LoRA adapter merged "
-                  f"into it.\n\n{PROMPT_FORM} Generated greedily, the next tokens are the likeliest number, which is less accurate "
-                  "than the median of the next tokens' distribution.\n").save(new / "README.md")
+        ModelCard(f"""---
+library_name: transformers
+tags: [price]
+---
+# {config.project_name}-{run_name}
+
+Estimates a product's price in dollars from its description: {config.base_model}, quantised as in training, dequantised to
+bf16, with the run's LoRA adapter merged into it.
+
+{PROMPT_FORM} Generated greedily, the next tokens are the likeliest number, which is less accurate than the median of the
+next tokens' distribution.
+""").save(new / "README.md")
     print(f"Exported: {folder}, bf16")
 
 
@@ -1109,9 +1123,11 @@ def earlier_guesses(config, name, rows):
     """The guesses, in dollars, of an earlier evaluation of the run `name`. Raises UserError unless it was on the same rows."""
     from util import title_of, truth_of
 
-    file, again = config.run_folder(name) / "eval" / "predictions.csv", f"`python app.py eval --run-name {name} --size {len(rows)}`"
+    file = config.run_folder(name) / "eval" / "predictions.csv"
+    again = f"`python app.py eval --run-name {name} --size {len(rows)}`"
     if not config.is_finished(name) and name != "base":
-        raise UserError(f"--compare {name}: no such finished run in {config.output_dir}. There are: {', '.join(local_runs(config))}.")
+        raise UserError(f"--compare {name}: no such finished run in {config.output_dir}. There are: "
+                        f"{', '.join(local_runs(config))}.")
     if not file.exists():
         raise UserError(f"--compare {name}: not judged yet. Run {again} first.")
     with open(file, encoding="utf-8", newline="") as lines:
@@ -1536,7 +1552,8 @@ def make_trainer_class():
             labels = inputs.pop("labels")[0]
             targets = labels.gather(0, inputs["logits_to_keep"] + 1)
             logits = model(**inputs, use_cache=False).logits[0].float()
-            return torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch * processes()[0]  # gradients are averaged
+            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
+            return loss * processes()[0]  # whose gradients are averaged
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             torch.compiler.cudagraph_mark_step_begin()
@@ -1667,7 +1684,8 @@ def check_batch(recipe, micro_batch):
     """Raises UserError where a batch can't be divided among the processes, or made of such micro-batches."""
     batch, many = recipe["batch_size"], processes()[0]
     if batch % many:
-        raise UserError(f"--batch-size {batch}: can't be divided among {many} processes. Take a multiple of {many}, or other processes.")
+        raise UserError(f"--batch-size {batch}: can't be divided among {many} processes. Take a multiple of {many}, or another "
+                        "number of processes.")
     if micro_batch and batch // many % micro_batch:
         raise UserError(f"--micro-batch {micro_batch}: {batch // many} rows a step can't be divided by it.")
     if recipe["shard"] == "full" and many == 1:
@@ -1904,8 +1922,8 @@ def main(argv=None) -> None:
     base_model = args.base_model or (DEMO_BASE_MODEL if args.demo else DEFAULT_BASE_MODEL)
     if args.stage == "eval" and args.run_name != "base" or args.stage == "train" and args.resume is not None:
         base_model = args.base_model  # None: the run's own
-    config = RunConfig(base_model, args.project_name,
-                       args.data_user, args.lite, args.demo, args.local or args.demo, args.output_dir, 42 if args.seed is None else args.seed)
+    config = RunConfig(base_model, args.project_name, args.data_user, args.lite, args.demo, args.local or args.demo,
+                       args.output_dir, 42 if args.seed is None else args.seed)
     if args.demo:
         os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore", FutureWarning)  # what pinned libraries tell each other is no news to a user

@@ -185,7 +185,8 @@ def token_columns(ids, completions, tokenizer):
     import pyarrow
 
     start, texts = len(encode([PREFIX], tokenizer, special=False)[0]), list({*completions})
-    said = dict(zip(texts, (len(row) - start for row in encode([PREFIX + text + tokenizer.eos_token for text in texts], tokenizer, special=False))))
+    spelled = encode([PREFIX + text + tokenizer.eos_token for text in texts], tokenizer, special=False)
+    said = dict(zip(texts, (len(row) - start for row in spelled)))
     lengths = numpy.array(list(map(len, ids)))
     ends, values = lengths.cumsum(), numpy.concatenate(ids).astype(numpy.int32)
     in_prompt = numpy.arange(len(values)) < (ends - [said[completion] for completion in completions]).repeat(lengths)
