@@ -612,13 +612,11 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     where only the Hub is lacking at the end, SystemExit after a signal.
     """
     join_processes("train")
-    check_writable(config)
-    if resume is None:
-        config = config if seed is None else replace(config, seed=seed)
-        record = new_record(config, agree(run_name or default_run_name(config)), use_4bit, overrides)
-    else:
-        with first_goes_first():
-            record = find_resumable(config, resume, hf_user)
+    config, run_name = replace(config, seed=config.seed if seed is None else seed), agree(run_name or default_run_name(config))
+    with first_goes_first():
+        check_writable(config)
+        record = new_record(config, run_name, use_4bit, overrides) if resume is None else find_resumable(config, resume, hf_user)
+    if resume is not None:
         config = replace(config, lite_mode=record["mode"] == "lite", demo_mode=record["mode"] == "demo",
                          base_model=config.base_model or record["base_model"],
                          local=config.local or not record.get("hub", True))
@@ -963,17 +961,16 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
     from util import bars, compare, judge, metrics, paired_difference, show, truth_of, write_report
 
     join_processes("eval")
-    check_writable(config)
     with first_goes_first():
+        check_writable(config)
         run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
         splits, place = find_prompts(config, record.get("data", {}).get("hub"))
-        path = base_path(config)
+        path, test = base_path(config), splits["test"]
+        rows = list(test.select(range(min(size or len(test), len(test)))))
+        others = dict(zip(earlier, check_all(*(lambda name=name: earlier_guesses(config, name, rows) for name in earlier))))
     if record and record["data"]["fingerprint"] != fingerprint(splits):
         print("Note: these are not the data that the run was trained on; its test items may have been in training")
     found = {"source": place} | read_json(Path(place, "prepare.json"))
-    test = splits["test"]
-    rows = list(test.select(range(min(size or len(test), len(test)))))
-    others = dict(zip(earlier, check_all(*(lambda name=name: earlier_guesses(config, name, rows) for name in earlier))))
 
     answers, seconds, base = ask_models(path, adapter, record, rows, decode, compare_base)
     if not is_first():
@@ -1026,7 +1023,7 @@ def price_items(config, hf_user=None, run_name=None, revision=None, compare_base
     with first_goes_first():
         run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
         path, data = base_path(config), record.get("data", {})
-    rows, dropped = own_rows(source, text, load_tokenizer(path), data.get("cutoff") or DEFAULT_CUTOFF)
+        rows, dropped = own_rows(source, text, load_tokenizer(path), data.get("cutoff") or DEFAULT_CUTOFF)
     if dropped:
         print(f"Rows: {len(rows):,} priced, {sum(map(len, dropped.values())):,} left out: {describe(dropped)}")
     answers, _, base = ask_models(path, adapter, record, rows, decode, compare_base)
@@ -1658,9 +1655,10 @@ def clear_endings(folder, again):
     """Turns what libraries raise at a full disk and at the loss of another process into one line."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
+        print(file=sys.stderr)  # the progress bar stands in this line
+        if isinstance(error, UserError):
+            raise
         if "No space left" in str(error) or shutil.disk_usage(folder).free < 2**20:
             raise UserError(f"{folder}: the disk is full. Older checkpoints are whole: make room, then go on by {again}.") from error
         if processes()[0] > 1 and any(name in str(error) for name in ("closed by peer", "gloo", "NCCL")):
