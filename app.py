@@ -103,8 +103,9 @@ class RunConfig:
     def resume_command(self, run_name):
         """What a user types to go on with a run, or to push what its folder has."""
         named = {"--output-dir": (self.output_dir, "outputs"), "--project-name": (self.project_name, DEFAULT_PROJECT_NAME)}
-        here = os.environ.get("LOCAL_WORLD_SIZE", 1)
-        launcher = f"torchrun --nproc-per-node {here} --" if processes()[0] > 1 else "python"
+        many, here = processes()[0], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        several = f"--nnodes {many // here} --rdzv-backend c10d --rdzv-endpoint … " * (many > here)
+        launcher = f"torchrun {several}--nproc-per-node {here} --" if many > 1 else "python"
         return f"`{launcher} app.py train --resume {run_name}" + "".join(
             f" {flag} {shlex.quote(value)}" for flag, (value, usual) in named.items() if value != usual) + "`"
 
@@ -214,7 +215,8 @@ def join_processes(stage):
         options = {"backend": "cuda:nccl,cpu:gloo"} if on_gpu else {}  # gloo for what the processes agree on
         PartialState(cpu=not on_gpu, timeout=timedelta(hours=2), **options)  # the first may have much to download
         # torchrun gives each a single thread, with which a base that is to be split takes minutes to quantise
-        torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        if on_gpu:
+            torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         print(f"Processes: {processes()[0]}, each with its {'GPU' if on_gpu else 'share of the CPU'}")
     elif here > 1:
         print(f"GPUs: one of {here}. All of them: `torchrun --nproc-per-node {here} -- app.py {stage} …`")
@@ -806,7 +808,8 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
         def on_train_begin(self, args, state, control, **options):
             super().on_train_begin(args, state, control, **options)
             if unlogged := state.stateful_callbacks.get("unlogged"):  # or the next loss logged would be of fewer steps
-                trainer._tr_loss += unlogged["losses"][processes()[1] % len(unlogged["losses"])]
+                losses, (many, rank) = unlogged["losses"], processes()
+                trainer._tr_loss += losses[rank] if len(losses) == many else sum(losses) / len(losses)
                 trainer._globalstep_last_logged = unlogged["since"]
 
     trainer.remove_callback(ProgressCallback)
@@ -1271,7 +1274,8 @@ def find_prompts(config, trained_on=None):
     elif trained_on:
         place, why = trained_on, "the run was trained on it"
     elif config.demo_mode:
-        raise UserError(f"{local}: there is no such dataset yet. Run `python app.py prepare --demo` first.")
+        raise UserError(f"{local}: there is no such dataset yet. Run `python app.py prepare --demo"
+                        + f" --output-dir {shlex.quote(config.output_dir)}" * (config.output_dir != "outputs") + "` first.")
     else:
         place, why = f"{DEFAULT_DATA_USER}/{config.dataset_name}", "the course's"
         if not config.local:
@@ -1338,7 +1342,8 @@ def find_run(config, run_name, hf_user, revision):
             raise UserError(f"{config.output_dir}: no finished run of project {config.project_name}{flag and ' in this mode'}. "
                             f"Run `python app.py train{flag}` first, or name one with --run-name.")
         run_name = newest[-1]
-    is_here = not revision and (config.is_finished(run_name) or config.local and run_name in local_runs(config))
+    without_hub = config.local or not get_env("HF_TOKEN")
+    is_here = not revision and (config.is_finished(run_name) or without_hub and run_name in local_runs(config))
     folder = config.run_folder(run_name) if is_here else fetch_run(config, run_name, hf_user, revision=revision)
     if not (folder / ADAPTER_FILE).exists():  # PEFT would go on to an adapter_model.bin, which may hold any code
         raise UserError(f"{run_name}: holds no {ADAPTER_FILE}. If it isn't finished, go on by {config.resume_command(run_name)}.")
@@ -1685,7 +1690,7 @@ def check_batch(recipe, micro_batch):
         raise UserError(f"--batch-size {batch}: can't be divided among {many} processes. Take a multiple of {many}, or another "
                         "number of processes.")
     if micro_batch and batch // many % micro_batch:
-        raise UserError(f"--micro-batch {micro_batch}: {batch // many} rows a step can't be divided by it.")
+        raise UserError(f"--micro-batch {micro_batch}: a process's {batch // many} rows a step can't be divided by it.")
     if recipe["shard"] == "full" and many == 1:
         raise UserError("--shard full: there is one process. Start several: `torchrun --nproc-per-node 2 -- app.py train …`")
 
@@ -1863,7 +1868,7 @@ def build_parser() -> argparse.ArgumentParser:
                        f"capability 8 and up, in runs of {COMPILE_FROM:,} examples and more)")
     train.add_argument("--shard", choices=["auto", "off", "full"], help="with several processes: split the base's weights among them "
                        "(default auto: where they don't fit one GPU)")
-    train.add_argument("--micro-batch", type=at_least(1), help="rows computed at once, a divisor of the batch size "
+    train.add_argument("--micro-batch", type=at_least(1), help="rows computed at once, a divisor of a process's share of the batch "
                        "(default: as many as fit)")
     train.add_argument("--keep-best", action="store_true", default=None, help="end with the checkpoint of the least validation error, not "
                        "with the last")
