@@ -1690,7 +1690,7 @@ def check_batch(recipe, micro_batch):
         raise UserError(f"--batch-size {batch}: can't be divided among {many} processes. Take a multiple of {many}, or another "
                         "number of processes.")
     if micro_batch and batch // many % micro_batch:
-        raise UserError(f"--micro-batch {micro_batch}: a process's {batch // many} rows a step can't be divided by it.")
+        raise UserError(f"--micro-batch {micro_batch}: {batch // many} rows a step{' and process' * (many > 1)} can't be divided by it.")
     if recipe["shard"] == "full" and many == 1:
         raise UserError("--shard full: there is one process. Start several: `torchrun --nproc-per-node 2 -- app.py train …`")
 

@@ -118,7 +118,7 @@ def test_two_processes_judge_as_one(two, tmp_path):
 
 @pytest.mark.parametrize("arguments, said", [
     (("--batch-size", "7"), "--batch-size 7: can't be divided among 2 processes"),
-    (("--micro-batch", "4"), "--micro-batch 4: a process's 6 rows a step can't be divided by it"),
+    (("--micro-batch", "4"), "--micro-batch 4: 6 rows a step and process can't be divided by it"),
     (("--run-name", "there"), "--run-name there: outputs/price-there exists already")])
 def test_what_two_processes_can_not_do_is_said_once(run, prepared, tmp_path, arguments, said):
     folder = copy_data(run.folder, tmp_path)
