@@ -109,6 +109,11 @@ class RunConfig:
         return f"`{launcher} app.py train --resume {run_name}" + "".join(
             f" {flag} {shlex.quote(value)}" for flag, (value, usual) in named.items() if value != usual) + "`"
 
+    @property
+    def without_hub(self):
+        """Whether no account on the Hub can be asked."""
+        return self.local or not get_env("HF_TOKEN")
+
     def is_finished(self, run_name):
         return (self.run_folder(run_name) / ADAPTER_FILE).exists()  # the file that a run writes last
 
@@ -495,6 +500,11 @@ def shard_base(model, device):
             module.quant_state.to(device)
 
 
+def dequantise(model):
+    """Expands the quantised weights to what they stand for, in the model's own precision. Returns the model."""
+    return model.dequantize(model.dtype)
+
+
 def dequantised_bytes(model):
     """What the weights of all linear layers take in the model's own precision."""
     return model.dtype.itemsize * sum(layer.in_features * layer.out_features for layer in model.modules()
@@ -649,7 +659,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
         model = load_base(path, record["use_4bit"], recipe["precision"], sharded)
         fit = agree(choose_micro_batch(model, recipe, lengths, micro_batch))
         record["base_weights"] = why = agree(choose_weights(model, recipe, lengths, micro_batch, fit))
-        model = model.dequantize(model.dtype) if "from" in why else model
+        model = dequantise(model) if "from" in why else model
         trainer = build_trainer(model, tokenizer, splits, recipe, folder, record["seed"], log_wandb, tokens, *fit)
         for callback in filter(None, (stopper, pusher)):
             trainer.add_callback(callback)
@@ -913,11 +923,11 @@ def run_trainer(trainer, folder):
         if processes()[0] > 1:  # the others are in the middle of the step
             raise UserError(f"Out of memory at step {step + 1:,}. Go on from the last checkpoint with a --micro-batch below "
                             f"{micro}.") from error
-        if micro == 1:
-            raise UserError("Out of memory with one row at a time. Take a smaller --base-model, --lora-r or --cutoff.") from error
     trainer.model.zero_grad()
     if step:
         trainer._save_checkpoint(trainer.model, None)
+    if micro == 1:
+        raise UserError("Out of memory with one row at a time. Take a smaller --base-model, --lora-r or --cutoff.")
     torch.compiler.reset()  # its graphs keep memory of their own
     torch.cuda.empty_cache()
     smaller = max(n for n in range(1, micro) if micro * trainer.args.gradient_accumulation_steps % n == 0)
@@ -1061,7 +1071,7 @@ def ask_models(path, adapter, record, rows, decode, compare_base=False):
     model, tokenizer = load_base(path, record.get("use_4bit", True)), load_tokenizer(path)
     used, there, _ = memory()
     if used + dequantised_bytes(model) < 0.8 * there:
-        model = model.dequantize(model.dtype)
+        model = dequantise(model)
 
     def answers_of(model, name):
         read = price_reader(fuse_norms(model), tokenizer)
@@ -1096,8 +1106,7 @@ def export_model(config, folder, hf_user=None, run_name=None, revision=None):
         raise UserError(f"--export {folder}: is there already. Give a new folder.")
     run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
     path = base_path(config)
-    model = load_base(path, record.get("use_4bit", True))
-    model = model.dequantize(model.dtype)
+    model = dequantise(load_base(path, record.get("use_4bit", True)))
     model = (load_adapter(model, adapter) if adapter else model).to(torch.bfloat16)
     with replacing(folder) as new:
         model.save_pretrained(new)
@@ -1342,8 +1351,7 @@ def find_run(config, run_name, hf_user, revision):
             raise UserError(f"{config.output_dir}: no finished run of project {config.project_name}{flag and ' in this mode'}. "
                             f"Run `python app.py train{flag}` first, or name one with --run-name.")
         run_name = newest[-1]
-    without_hub = config.local or not get_env("HF_TOKEN")
-    is_here = not revision and (config.is_finished(run_name) or without_hub and run_name in local_runs(config))
+    is_here = not revision and (config.is_finished(run_name) or config.without_hub and run_name in local_runs(config))
     folder = config.run_folder(run_name) if is_here else fetch_run(config, run_name, hf_user, revision=revision)
     if not (folder / ADAPTER_FILE).exists():  # PEFT would go on to an adapter_model.bin, which may hold any code
         raise UserError(f"{run_name}: holds no {ADAPTER_FILE}. If it isn't finished, go on by {config.resume_command(run_name)}.")
@@ -1372,7 +1380,7 @@ def find_resumable(config, run_name, hf_user):
 
 def fetch_run(config, run_name, hf_user, **options):
     """Downloads a run from the Hub. Returns its folder. Raises UserError where it isn't there or the config is local."""
-    if config.local or not get_env("HF_TOKEN"):
+    if config.without_hub:
         raise UserError(f"{run_name}: no such run in {config.output_dir}. There are: {', '.join(local_runs(config)) or 'no runs'}."
                         + " For one on the Hub set HF_TOKEN." * (not config.local))
     from huggingface_hub import snapshot_download
@@ -1601,7 +1609,7 @@ def make_trainer_class():
             # Only adapters are the same everywhere; accelerate refuses to look at a model with sharded weights
             torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 model, [name for name, p in model.named_parameters() if not p.requires_grad])
-            return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            return torch.nn.parallel.DistributedDataParallel(model, **self.accelerator.ddp_handler.to_kwargs())
 
         def _save_rng_state(self, output_dir):
             super()._save_rng_state(output_dir)

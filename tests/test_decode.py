@@ -9,13 +9,7 @@ import torch
 import app
 from util import decodings
 
-
 ROWS = [{"prompt": f"What does this cost to the nearest dollar?\n\n{'A red lamp of brass. ' * n}\n\nPrice is $"} for n in (1, 3, 8)]
-
-
-def dequantised(path):
-    model = app.load_base(path)
-    return model.dequantize(model.dtype)
 
 
 @pytest.fixture(scope="module", params=["llama", "smol"])
@@ -148,9 +142,9 @@ def test_merging_into_the_dequantised_base_changes_nothing(tiny_base, trained):
     """The largest difference to nf4 + adapter, in fp32, stays below 1e-6 of the probability."""
     tokenizer, quantised = app.load_tokenizer(tiny_base), app.load_base(tiny_base)
     apart = app.load_adapter(quantised, trained)
-    merged = app.load_adapter(dequantised(tiny_base), trained)
+    merged = app.load_adapter(app.dequantise(app.load_base(tiny_base)), trained)
     assert not any("lora" in name or module.__class__.__name__ == "Linear4bit" for name, module in merged.named_modules())
     expected, found = (app.price_reader(model, tokenizer)(ROWS)[0] for model in (apart, merged))
     assert abs(expected - found).max() < 1e-6
-    base = app.price_reader(dequantised(tiny_base), tokenizer)(ROWS)[0]
+    base = app.price_reader(app.dequantise(app.load_base(tiny_base)), tokenizer)(ROWS)[0]
     assert abs(base - found).max() > 1e-5  # the adapter does something

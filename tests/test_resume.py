@@ -276,23 +276,33 @@ def test_the_order_of_the_data_depends_on_the_seed_only(build):
     assert first != order(seed=2) and sorted(first) == sorted(order(seed=2))
 
 
-def test_out_of_memory_halves_the_micro_batch_and_goes_on_from_the_last_step(whole, run, prepared, tmp_path, monkeypatch, capsys):
+@pytest.fixture()
+def memory_for(monkeypatch):
+    """Has training run out of memory with more rows at once than a function of the forward passes so far says."""
     import torch
 
-    load, steps = app.load_base, []
+    load, passes = app.load_base, []
 
-    def small_memory(*arguments):
-        model = load(*arguments)
+    def limit(most):
+        def small_memory(*arguments):
+            model = load(*arguments)
 
-        def check(module, _, inputs):
-            if module.training and torch.is_grad_enabled() and len(inputs["input_ids"]) > (12 if len(steps) < 5 else 4):
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            steps.append(1)
+            def check(module, _, inputs):
+                if module.training and torch.is_grad_enabled() and len(inputs["input_ids"]) > most(len(passes)):
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                passes.append(1)
 
-        model.register_forward_pre_hook(check, with_kwargs=True)
-        return model
+            model.register_forward_pre_hook(check, with_kwargs=True)
+            return model
 
-    monkeypatch.setattr(app, "load_base", small_memory)
+        monkeypatch.setattr(app, "load_base", small_memory)
+
+    return limit
+
+
+def test_out_of_memory_halves_the_micro_batch_and_goes_on_from_the_last_step(
+        whole, run, prepared, tmp_path, monkeypatch, capsys, memory_for):
+    memory_for(lambda passes: 12 if passes < 5 else 4)
     copy_data(run.folder, tmp_path)
     monkeypatch.chdir(tmp_path)
     app.main(["train", *prepared, "--run-name", "run", *TRAIN[:4], *TRAIN[6:], "--max-steps", "8"])
@@ -300,6 +310,16 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on_from_the_last_step(who
     (step, micro), again = re.findall(r"Out of memory at step (\d): going on from step \d with micro-batches of (\d)", said)
     assert step == again[0] and (micro, again[1]) == ("6", "4")
     assert said.count(f"Going on from step {int(step) - 1}, the newest whole checkpoint") == 2 and "Trained to step 8" in said
+
+
+def test_out_of_memory_with_one_row_leaves_the_last_step_saved(run, prepared, tmp_path, monkeypatch, capsys, memory_for):
+    memory_for(lambda passes: 1 if passes < 30 else 0)  # the third step of twelve rows
+    copy_data(run.folder, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        app.main(["train", *prepared, "--run-name", "run", "--batch-size", "12", "--micro-batch", "1", "--max-steps", "8", "--save-steps", "50"])
+    assert "Out of memory with one row at a time" in capsys.readouterr().err
+    assert app.checkpoint_problem(tmp_path / "outputs/price-run/checkpoint-2") is None
 
 
 def test_the_micro_batch_fits_the_memory_and_checkpointing_comes_only_where_it_must(build, monkeypatch):
