@@ -500,15 +500,20 @@ def shard_base(model, device):
             module.quant_state.to(device)
 
 
-def dequantise(model):
-    """Expands the quantised weights to what they stand for, in the model's own precision. Returns the model."""
-    return model.dequantize(model.dtype)
+def dequantise(model, dtype=None):
+    """Expands the quantised weights to what they stand for, in `dtype` or the model's own. Returns the model."""
+    import bitsandbytes
+
+    for module in model.modules():
+        if dtype and isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.weight.quant_state.dtype = dtype  # it would be rounded to the model's own type before
+    return model.dequantize(dtype or model.dtype)
 
 
-def dequantised_bytes(model):
-    """What the weights of all linear layers take in the model's own precision."""
-    return model.dtype.itemsize * sum(layer.in_features * layer.out_features for layer in model.modules()
-                                      if hasattr(layer, "in_features"))
+def dequantised_bytes(model, dtype=None):
+    """What the weights of all linear layers take in `dtype` or the model's own precision."""
+    return (dtype or model.dtype).itemsize * sum(layer.in_features * layer.out_features for layer in model.modules()
+                                                 if hasattr(layer, "in_features"))
 
 
 def load_adapter(model, folder):
@@ -520,6 +525,27 @@ def load_adapter(model, folder):
     except (RuntimeError, ValueError) as error:  # shapes or module names that don't match
         raise UserError(f"{folder}: the adapter doesn't fit {model.config.name_or_path}. Check --base-model.") from error
     return adapted if getattr(model, "is_quantized", False) else adapted.merge_and_unload()
+
+
+def load_run(path, adapter, record, merge=False):
+    """The base with the adapter from the folder `adapter`, if any, for reading only: in one where memory has room for the
+    dequantised weights, which is faster, or anyway to `merge`.
+
+    They are added in 32 bits where there is room for that, and rounded once: what a young adapter adds to a weight is often
+    less than 16 bits can tell, and would be lost (measured: README, "How fast").
+    """
+    import torch
+
+    model = load_base(path, record.get("use_4bit", True))
+    dtype, (used, there, _) = model.dtype, memory()
+    fitting = [wide for wide in (torch.float32, dtype) if used + dequantised_bytes(model, wide) < 0.8 * there]
+    if fitting or merge:
+        model = dequantise(model, (fitting or [dtype])[0])
+    model = load_adapter(model, adapter) if adapter else model
+    if fitting or merge:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1065,20 +1091,17 @@ def price_items(config, hf_user=None, run_name=None, revision=None, compare_base
 
 def ask_models(path, adapter, record, rows, decode, compare_base=False):
     """(`decodings` of the rows by the run whose adapter is in the folder `adapter`, seconds, those by the untouched base
-    where asked for). Base and adapter are dequantised and merged where memory allows, which is faster."""
+    where asked for)."""
     from util import decodings
 
-    model, tokenizer = load_base(path, record.get("use_4bit", True)), load_tokenizer(path)
-    used, there, _ = memory()
-    if used + dequantised_bytes(model) < 0.8 * there:
-        model = dequantise(model)
+    tokenizer = load_tokenizer(path)
 
-    def answers_of(model, name):
-        read = price_reader(fuse_norms(model), tokenizer)
+    def answers_of(adapter, name):
+        read = price_reader(fuse_norms(load_run(path, adapter, record)), tokenizer)
         return ask_together(lambda batch: decodings(*read(batch), batch, decode), rows, read.batch_size, name, read.at_once)
 
-    base = answers_of(model, "the base")[0] if adapter and compare_base else None
-    answers, seconds = answers_of(load_adapter(model, adapter) if adapter else model, "the run" if adapter else "the base")
+    base = answers_of(None, "the base")[0] if adapter and compare_base else None
+    answers, seconds = answers_of(adapter, "the run" if adapter else "the base")
     if len(rows) > 1:
         print(f"Answers to {len(rows):,} items in {seconds:,.1f} s, {len(rows) / seconds:,.1f} a second")
     return answers, seconds, base
@@ -1106,8 +1129,7 @@ def export_model(config, folder, hf_user=None, run_name=None, revision=None):
         raise UserError(f"--export {folder}: is there already. Give a new folder.")
     run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
     path = base_path(config)
-    model = dequantise(load_base(path, record.get("use_4bit", True)))
-    model = (load_adapter(model, adapter) if adapter else model).to(torch.bfloat16)
+    model = load_run(path, adapter, record, merge=True).to(torch.bfloat16)
     with replacing(folder) as new:
         model.save_pretrained(new)
         for weights in new.glob("*.safetensors"):

@@ -195,10 +195,10 @@ def token_columns(ids, completions, tokenizer):
 
 
 def row_lengths(tokens):
-    """Tokens in each row of a tokenised split, a numpy array."""
+    """Tokens in each row of a tokenised split, a numpy array, of 64 bits, since bytes are reckoned with it."""
     import pyarrow.compute
 
-    return pyarrow.compute.list_value_length(tokens.data.column("input_ids")).to_numpy()
+    return pyarrow.compute.list_value_length(tokens.data.column("input_ids")).to_numpy().astype("int64")
 
 
 def tokenizer_identity(tokenizer):

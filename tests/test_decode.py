@@ -142,9 +142,19 @@ def test_merging_into_the_dequantised_base_changes_nothing(tiny_base, trained):
     """The largest difference to nf4 + adapter, in fp32, stays below 1e-6 of the probability."""
     tokenizer, quantised = app.load_tokenizer(tiny_base), app.load_base(tiny_base)
     apart = app.load_adapter(quantised, trained)
-    merged = app.load_adapter(app.dequantise(app.load_base(tiny_base)), trained)
+    merged = app.load_run(tiny_base, trained, {})
     assert not any("lora" in name or module.__class__.__name__ == "Linear4bit" for name, module in merged.named_modules())
     expected, found = (app.price_reader(model, tokenizer)(ROWS)[0] for model in (apart, merged))
     assert abs(expected - found).max() < 1e-6
-    base = app.price_reader(app.dequantise(app.load_base(tiny_base)), tokenizer)(ROWS)[0]
+    base = app.price_reader(app.load_run(tiny_base, None, {}), tokenizer)(ROWS)[0]
     assert abs(base - found).max() > 1e-5  # the adapter does something
+
+
+def test_merged_weights_are_rounded_once(tiny_base, trained, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(app, "choose_precision", lambda asked: ("bf16", "as on a GPU"))
+    base = app.dequantise(app.load_base(tiny_base), torch.float32)
+    assert not all(weight.equal(weight.bfloat16().float()) for name, weight in base.named_parameters() if "q_proj" in name)
+    exact, merged = app.load_adapter(base, trained).state_dict(), app.load_run(tiny_base, trained, {}).state_dict()
+    assert all(merged[name].equal(exact[name].bfloat16()) for name in exact)

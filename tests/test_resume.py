@@ -13,7 +13,7 @@ import pytest
 
 import app
 import child
-from items import load_prompts
+from items import load_prompts, row_lengths
 
 TRAIN = ("--epochs", "2", "--batch-size", "12", "--micro-batch", "4", "--save-steps", "2", "--learning-rate", "1e-2")
 
@@ -333,6 +333,19 @@ def test_the_micro_batch_fits_the_memory_and_checkpointing_comes_only_where_it_m
         assert app.choose_micro_batch(model, recipe, lengths)[:2] == expected or need[32, True] > need[4, False]
     monkeypatch.setattr(app, "memory", lambda: (0, 1.11 * need[8, True], 0))
     assert app.choose_micro_batch(model, recipe, lengths, micro_batch=8) == (8, True, False)
+
+
+def test_memory_of_a_large_model_is_reckoned_with_large_numbers():
+    import torch
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):  # the shape of Llama-3.2-3B: without checkpointing 32 rows took 17.2 GiB
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
+                                             num_attention_heads=24, num_key_value_heads=8, tie_word_embeddings=True)).bfloat16()
+    model.sharded = False
+    lengths = row_lengths(Dataset.from_dict({"input_ids": [[0] * 128] * 2}))
+    assert 16 < app.estimate_memory(model, app.RECIPES["lite"], lengths, 32, checkpointing=False) / 2**30 < 32
 
 
 @pytest.mark.parametrize("arguments, said", [
