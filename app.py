@@ -504,10 +504,11 @@ def dequantise(model, dtype=None):
     """Expands the quantised weights to what they stand for, in `dtype` or the model's own. Returns the model."""
     import bitsandbytes
 
+    dtype = dtype or model.dtype
     for module in model.modules():
-        if dtype and isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.weight.quant_state.dtype = dtype  # it would be rounded to the model's own type before
-    return model.dequantize(dtype or model.dtype)
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.weight.quant_state.dtype = dtype  # or weights would be rounded to the model's own type before
+    return model.dequantize(dtype)
 
 
 def dequantised_bytes(model, dtype=None):
@@ -527,9 +528,9 @@ def load_adapter(model, folder):
     return adapted if getattr(model, "is_quantized", False) else adapted.merge_and_unload()
 
 
-def load_run(path, adapter, record, merge=False):
-    """The base with the adapter from the folder `adapter`, if any, for reading only: in one where memory has room for the
-    dequantised weights, which is faster, or anyway to `merge`.
+def load_run(path, adapter, record, into=None):
+    """The base with the adapter from the folder `adapter`, if any, for reading only: merged where memory has room for the
+    dequantised weights, which is faster, or anyway `into` weights of that type.
 
     They are added in 32 bits where there is room for that, and rounded once: what a young adapter adds to a weight is often
     less than 16 bits can tell, and would be lost (measured: README, "How fast").
@@ -538,13 +539,12 @@ def load_run(path, adapter, record, merge=False):
 
     model = load_base(path, record.get("use_4bit", True))
     dtype, (used, there, _) = model.dtype, memory()
-    fitting = [wide for wide in (torch.float32, dtype) if used + dequantised_bytes(model, wide) < 0.8 * there]
-    if fitting or merge:
-        model = dequantise(model, (fitting or [dtype])[0])
+    wide = next((wide for wide in (torch.float32, dtype) if used + dequantised_bytes(model, wide) < 0.8 * there), into and dtype)
+    model = dequantise(model, wide) if wide else model
     model = load_adapter(model, adapter) if adapter else model
-    if fitting or merge:
+    if wide:
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(into or dtype)
     return model
 
 
@@ -1129,7 +1129,7 @@ def export_model(config, folder, hf_user=None, run_name=None, revision=None):
         raise UserError(f"--export {folder}: is there already. Give a new folder.")
     run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
     path = base_path(config)
-    model = load_run(path, adapter, record, merge=True).to(torch.bfloat16)
+    model = load_run(path, adapter, record, into=torch.bfloat16)
     with replacing(folder) as new:
         model.save_pretrained(new)
         for weights in new.glob("*.safetensors"):
