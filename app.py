@@ -61,7 +61,7 @@ RECIPES = {  # lite and full are the course's
 PUSH_WAITS = 5, 20  # seconds between the tries of a push; the client itself tries five times each
 KEPT_CHECKPOINTS = 10
 DEMO_ROWS = 2400
-MOST_ROWS = 128  # computed at once: more are no faster
+MOST_ROWS = 256  # computed at once: more are no faster
 COMPILE_FROM = 16_000  # examples: below, compiling takes longer than it saves
 DEFAULT_CUTOFF = 110  # tokens of a description: prompt and completion are at most 128 then
 SHOWN_ITEMS = 20  # of the user's own, on the screen
@@ -528,16 +528,16 @@ def load_adapter(model, folder):
     return adapted if getattr(model, "is_quantized", False) else adapted.merge_and_unload()
 
 
-def load_run(path, adapter, record, into=None):
-    """The base with the adapter from the folder `adapter`, if any, for reading only: merged where memory has room for the
-    dequantised weights, which is faster, or anyway `into` weights of that type.
+def load_run(path, adapter, record, precision="auto", into=None):
+    """The base with the adapter from the folder `adapter`, if any, for reading only, in `precision`: merged where memory has
+    room for the dequantised weights, which is faster, or anyway `into` weights of that type.
 
     They are added in 32 bits where there is room for that, and rounded once: what a young adapter adds to a weight is often
     less than 16 bits can tell, and would be lost (measured: README, "How fast").
     """
     import torch
 
-    model = load_base(path, record.get("use_4bit", True))
+    model = load_base(path, record.get("use_4bit", True), precision)
     dtype, (used, there, _) = model.dtype, memory()
     wide = next((wide for wide in (torch.float32, dtype) if used + dequantised_bytes(model, wide) < 0.8 * there), into and dtype)
     model = dequantise(model, wide) if wide else model
@@ -825,10 +825,14 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     trainer.compiled = compiled
     if compiled:  # layer by layer: all are alike, so that one's code serves the others
         torch._dynamo.config.optimize_ddp = not graphs  # it cuts layers up: gradients leave earlier, but graphs copy weights
+        torch._dynamo.config.specialize_float = True  # or LoRA's scaling is a tensor on the CPU: a minute more to compile
         base = trainer.model.get_base_model()
         graphs or base.enable_input_require_grads()  # the first layer's input, too, or it would be unlike the others
-        for layer in base.get_decoder().layers:  # dropout as without compiling: inductor's own is slower
-            layer.compile(dynamic=None if graphs else True, options={"fallback_random": True, "triton.cudagraphs": graphs})
+        # Dropout and roundings as without compiling: inductor's own dropout is slower, and what it rounds less often moves
+        # the loss of a run's first steps by more than all else (README, "How fast")
+        options = {"fallback_random": True, "emulate_precision_casts": True, "triton.cudagraphs": graphs}
+        for layer in base.get_decoder().layers:
+            layer.compile(dynamic=None if graphs else True, options=options)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes them bf16: small updates round to nothing, T4s fail (TRL issue 4901)
             parameter.data = parameter.data.float()
@@ -1096,9 +1100,17 @@ def ask_models(path, adapter, record, rows, decode, compare_base=False):
 
     tokenizer = load_tokenizer(path)
 
-    def answers_of(adapter, name):
-        read = price_reader(fuse_norms(load_run(path, adapter, record)), tokenizer)
+    def answers_in(precision, adapter, name):
+        read = price_reader(fuse_norms(load_run(path, adapter, record, precision)), tokenizer)
         return ask_together(lambda batch: decodings(*read(batch), batch, decode), rows, read.batch_size, name, read.at_once)
+
+    def answers_of(adapter, name):
+        if detect_bf16_support():  # fp16 is as fast there and eight times as fine; few models exceed its range
+            answers, seconds = answers_in("fp16", adapter, name)
+            if all(math.isfinite(answer["outside"]) for answer in answers):
+                return answers, seconds
+            print("Numbers out of fp16's range: once more, in bf16")
+        return answers_in("auto", adapter, name)
 
     base = answers_of(None, "the base")[0] if adapter and compare_base else None
     answers, seconds = answers_of(adapter, "the run" if adapter else "the base")

@@ -109,11 +109,12 @@ def report(folder, what, **figures):
 def bench_train(config, folder, arguments):
     from transformers import TrainerCallback
 
-    marks, at_rest, start, steps = [], [], time.time(), arguments.steps
+    marks, begun, at_rest, start, steps = [], [], [], time.time(), arguments.steps
     build = app.build_trainer
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
+            begun.append(time.time())
             at_rest or at_rest.append(app.memory()[0])
 
         def on_step_end(self, args, state, control, **_):
@@ -143,7 +144,7 @@ def bench_train(config, folder, arguments):
     report(folder, f"train {config.mode} batch {batch} r {record['recipe']['lora_r']} {record['base_weights'].split(':')[0]}",
            step_ms=1000 * taken, examples_per_s=batch / taken, percent_of_limit=100 * used / rate / app.processes()[0] if rate else None,
            peak_gib=record["peak_memory_bytes"] / 2**30, at_rest_gib=at_rest[0] / 2**30,
-           first_step_s=marks[0] - start, micro_batch=record["micro_batch"])
+           compiling_s=marks[steps // 3 - 1] - begun[0] - steps // 3 * taken, first_step_s=marks[0] - start, micro_batch=record["micro_batch"])
 
 
 def bench_eval(config, folder, arguments):
