@@ -610,6 +610,7 @@ def gather_items(config, source):
 
 def published_items(config):
     """`gather_items` for the course's items on the Hub; what is dropped goes by split and row."""
+    import pyarrow
     from datasets import load_dataset
 
     name, dropped = f"{config.data_user or DEFAULT_DATA_USER}/items_{config.mode}", {}
@@ -626,10 +627,12 @@ def published_items(config):
                 dropped.setdefault(problem, []).append(f"{split} {row + 1}")
         return [not problem for problem in problems]
 
-    return type(splits)({
+    items = type(splits)({
         ours: splits[theirs].filter(usable, with_indices=True, batched=True, load_from_cache_file=False,
                                     fn_kwargs={"split": ours}, desc=f"checking {ours}")
-        for ours, theirs in names.items()}), dropped, {"source": name}
+        for ours, theirs in names.items()})
+    pyarrow.default_memory_pool().release_unused()  # half a GiB that reading took, which would come on top of the rest
+    return items, dropped, {"source": name}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
