@@ -61,7 +61,7 @@ RECIPES = {  # lite and full are the course's
 PUSH_WAITS = 5, 20  # seconds between the tries of a push; the client itself tries five times each
 KEPT_CHECKPOINTS = 10
 DEMO_ROWS = 2400
-MOST_ROWS = 256  # computed at once: more are no faster
+MOST_ROWS = 256  # computed at once; on an H200 they are 2 % faster than 128
 COMPILE_FROM = 16_000  # examples: below, compiling takes longer than it saves
 DEFAULT_CUTOFF = 110  # tokens of a description: prompt and completion are at most 128 then
 SHOWN_ITEMS = 20  # of the user's own, on the screen
@@ -558,6 +558,8 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
     Cuts descriptions to `cutoff` tokens of the base model's tokenizer. Leaves the splits, what was found in the data
     and a chart under `{output_dir}/datasets`, then pushes them to `hf_dataset_user` unless the run is local.
     """
+    import pyarrow
+
     from util import data_chart, quantiles, show
 
     check_writable(config)
@@ -566,6 +568,7 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
         lambda: config.local or login_huggingface(hf_dataset_user, write=True), lambda: base_path(config),
         lambda: gather_items(config, source))
     print(f"Items: {about['source']}")
+    pyarrow.default_memory_pool().release_unused()  # what reading Parquet took, half a GiB, would come on top of the rest
     tokenizer = load_tokenizer(path)
     prompts, tokens, counts = build_prompts(splits, tokenizer, cutoff)
 
@@ -610,7 +613,6 @@ def gather_items(config, source):
 
 def published_items(config):
     """`gather_items` for the course's items on the Hub; what is dropped goes by split and row."""
-    import pyarrow
     from datasets import load_dataset
 
     name, dropped = f"{config.data_user or DEFAULT_DATA_USER}/items_{config.mode}", {}
@@ -627,12 +629,10 @@ def published_items(config):
                 dropped.setdefault(problem, []).append(f"{split} {row + 1}")
         return [not problem for problem in problems]
 
-    items = type(splits)({
+    return type(splits)({
         ours: splits[theirs].filter(usable, with_indices=True, batched=True, load_from_cache_file=False,
                                     fn_kwargs={"split": ours}, desc=f"checking {ours}")
-        for ours, theirs in names.items()})
-    pyarrow.default_memory_pool().release_unused()  # half a GiB that reading took, which would come on top of the rest
-    return items, dropped, {"source": name}
+        for ours, theirs in names.items()}), dropped, {"source": name}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -828,7 +828,7 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     trainer.compiled = compiled
     if compiled:  # layer by layer: all are alike, so that one's code serves the others
         torch._dynamo.config.optimize_ddp = not graphs  # it cuts layers up: gradients leave earlier, but graphs copy weights
-        torch._dynamo.config.specialize_float = True  # or LoRA's scaling is a tensor on the CPU: a minute more to compile
+        torch._dynamo.config.specialize_float = True  # or LoRA's scaling is a tensor on the CPU: 45 s more for full
         base = trainer.model.get_base_model()
         graphs or base.enable_input_require_grads()  # the first layer's input, too, or it would be unlike the others
         # Dropout and roundings as without compiling: inductor's own dropout is slower, and what it rounds less often moves

@@ -109,13 +109,12 @@ def report(folder, what, **figures):
 def bench_train(config, folder, arguments):
     from transformers import TrainerCallback
 
-    marks, begun, at_rest, start, steps = [], [], [], time.time(), arguments.steps
+    marks, before_first, start, steps = [], [], time.time(), arguments.steps
     build = app.build_trainer
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
-            begun.append(time.time())
-            at_rest or at_rest.append(app.memory()[0])
+            before_first or before_first.extend([time.time(), app.memory()[0]])
 
         def on_step_end(self, args, state, control, **_):
             marks.append(time.time())
@@ -140,11 +139,13 @@ def bench_train(config, folder, arguments):
         return
     record = app.read_json(config.run_folder(run) / "run.json")
     taken = statistics.median(after - before for before, after in zip(marks[steps // 3 - 1:], marks[steps // 3:]))
+    begun, at_rest = before_first
     rate, used = matrix_rate(), 4 / 2 * FLOP_PER_TOKEN * 102 * batch / taken  # backward: as much again, the base is frozen
     report(folder, f"train {config.mode} batch {batch} r {record['recipe']['lora_r']} {record['base_weights'].split(':')[0]}",
            step_ms=1000 * taken, examples_per_s=batch / taken, percent_of_limit=100 * used / rate / app.processes()[0] if rate else None,
-           peak_gib=record["peak_memory_bytes"] / 2**30, at_rest_gib=at_rest[0] / 2**30,
-           compiling_s=marks[steps // 3 - 1] - begun[0] - steps // 3 * taken, first_step_s=marks[0] - start, micro_batch=record["micro_batch"])
+           peak_gib=record["peak_memory_bytes"] / 2**30, at_rest_gib=at_rest / 2**30,
+           compiling_s=marks[steps // 3 - 1] - begun - steps // 3 * taken, first_step_s=marks[0] - start,
+           micro_batch=record["micro_batch"])
 
 
 def bench_eval(config, folder, arguments):
