@@ -712,9 +712,9 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
             trainer = None
             trainer = build(smaller)
             write_json(folder / "run.json", record)
-        if stopper.number:
+        if number := agree(stopper.number):
             print(f"Stopped after step {trainer.state.global_step:,}, which is saved. Go on by {again}", flush=True)
-            raise SystemExit(128 + stopper.number)
+            raise SystemExit(128 + number)
         record |= {"steps": trainer.state.global_step, "history": history(trainer),
                    "seconds": {"load": round(ready - started, 1), "train": round(time.time() - ready, 1)},
                    "peak_memory_bytes": memory()[2]}
@@ -824,6 +824,8 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
             save_strategy="steps", save_steps=recipe["save_steps"], save_total_limit=KEPT_CHECKPOINTS,
             load_best_model_at_end=recipe["keep_best"], metric_for_best_model="mae", greater_is_better=False))
     trainer.validation, trainer.read = list(splits["val"].select(validation)), price_reader(trainer.model, tokenizer)
+    set_mode = trainer.model.train().train
+    trainer.model.train = lambda mode=True: trainer.model if mode == trainer.model.training else set_mode(mode)
     trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # or each gradient would be held, and copied, twice
     trainer.compiled = compiled
     if compiled:  # layer by layer: all are alike, so that one's code serves the others
@@ -1602,15 +1604,23 @@ def make_trainer_class():
             loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
             return loss * processes()[0]  # whose gradients are averaged
 
+        # Each walk through a model's 1,500 modules takes milliseconds, and Trainer takes seven in a step: more than two GPUs
+        # have to spare in lite. So: only what is trained is looked at, the mode is set where it changes, and operations, which
+        # are shown nowhere, aren't counted.
         def training_step(self, model, inputs, num_items_in_batch=None):
+            model.zero_grad = self.optimizer.zero_grad
             torch.compiler.cudagraph_mark_step_begin()
             ids, ends = inputs["input_ids"], inputs.get("cu_seq_lens_q")
             loss = super().training_step(model, inputs, num_items_in_batch)
             self.seen = [*self.seen, (loss, ids, ends)]
             return loss
 
+        def floating_point_ops(self, inputs):
+            return 0
+
         def _clip_grad_norm(self, model):
-            norm = super()._clip_grad_norm(model)
+            trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            norm = self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
             self.taken = [*self.taken, (self.state.global_step + 1, self.lr_scheduler.get_last_lr()[0], norm, self.seen)]
             self.seen = []
             return norm
@@ -1671,7 +1681,7 @@ def make_stopper():
     from transformers import TrainerCallback
 
     class Stopper(TrainerCallback):
-        number, before, since = None, None, 0.0
+        number, before, since, asked = None, None, 0.0, None
 
         def on_train_begin(self, args, state, control, **_):
             self.before = self.before or {number: signal.getsignal(number) for number in SIGNALS}
@@ -1682,14 +1692,18 @@ def make_stopper():
             if self.number and (processes()[0] == 1 or time.time() > self.since + 5):  # a launcher sends what it gets, too
                 os._exit(128 + number)
             self.number, self.since = self.number or number, self.since or time.time()
-            os.write(2, b"\nSaving after this step, then stopping; once more to stop at once\n")  # print isn't reentrant
+            step = b"this step" if processes()[0] == 1 else b"the next step"
+            os.write(2, b"\nSaving after %b, then stopping; once more to stop at once\n" % step)  # print isn't reentrant
 
         def on_step_end(self, args, state, control, **_):
-            if processes()[0] > 1:  # all stop after the same step
-                number = torch.tensor(self.number or 0)
-                torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-                self.number = int(number) or None
-            if self.number:
+            stop = self.number
+            if processes()[0] > 1:  # all after the same step, one later: each would wait here for the slowest
+                if self.asked:
+                    self.asked[0].wait()
+                stop, number = self.asked and int(self.asked[1]), torch.tensor(self.number or 0)
+                self.asked = torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, async_op=True), number
+            if stop:
+                self.number = stop
                 control.should_save = control.should_training_stop = True
 
         def on_train_end(self, args, state, control, **_):

@@ -100,8 +100,8 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(run, prepared, t
     end(processes, (143, 143))
     said = child.said(folder)
     assert "which is saved. Go on by `torchrun --nproc-per-node 2 -- app.py train --resume run" in said and "Traceback" not in said
-    assert sorted((folder / "outputs/price-run/checkpoint-1").glob("rng_state_*.pth")) != []
-    assert app.checkpoint_problem(folder / "outputs/price-run/checkpoint-1") is None
+    assert sorted((folder / "outputs/price-run/checkpoint-2").glob("rng_state_*.pth")) != []  # the step after the signal's
+    assert app.checkpoint_problem(folder / "outputs/price-run/checkpoint-2") is None
 
 
 def test_two_processes_judge_as_one(two, tmp_path):
