@@ -813,6 +813,7 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
             per_device_train_batch_size=micro_batch, per_device_eval_batch_size=micro_batch,
             gradient_accumulation_steps=batch // micro_batch,
             ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
+            ddp_bucket_cap_mb=250,  # many small sums take the GPU longer, and from the products that run beside them
             optim="adamw_torch_fused",  # paged_adamw_32bit can't resume: bitsandbytes issue 782
             learning_rate=recipe["learning_rate"], lr_scheduler_type="cosine", warmup_steps=0.01, weight_decay=0.001,
             max_grad_norm=0.3, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not torch.cuda.is_available(),
@@ -829,7 +830,7 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # or each gradient would be held, and copied, twice
     trainer.compiled = compiled
     if compiled:  # layer by layer: all are alike, so that one's code serves the others
-        torch._dynamo.config.optimize_ddp = not graphs  # it cuts layers up: gradients leave earlier, but graphs copy weights
+        torch._dynamo.config.optimize_ddp = False  # it would cut up layers of more than a bucket, where graphs copy weights
         torch._dynamo.config.specialize_float = True  # or LoRA's scaling is a tensor on the CPU: 45 s more for full
         base = trainer.model.get_base_model()
         graphs or base.enable_input_require_grads()  # the first layer's input, too, or it would be unlike the others

@@ -97,6 +97,24 @@ def matrix_rate():
     return 30 * 2 * 8192**3 / (time.time() - start)
 
 
+def moment():
+    """Now, or when the GPU gets here: the CPU may be steps ahead of it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return time.time()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds(before, after):
+    if isinstance(before, float):
+        return after - before
+    after.synchronize()
+    return before.elapsed_time(after) / 1000
+
+
 def report(folder, what, **figures):
     what += f" on {app.processes()[0]} GPUs" * (app.processes()[0] > 1)
     with open(folder / "bench.jsonl", "a", encoding="utf-8") as file:
@@ -109,15 +127,18 @@ def report(folder, what, **figures):
 def bench_train(config, folder, arguments):
     from transformers import TrainerCallback
 
-    marks, before_first, start, steps = [], [], time.time(), arguments.steps
+    moments, before_first, after_first, start, steps = [], [], [], time.time(), arguments.steps
     build = app.build_trainer
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args, state, control, **_):
-            before_first or before_first.extend([time.time(), app.memory()[0]])
+            if not moments:
+                moments.append(moment())
+                before_first.append(app.memory()[0])
 
         def on_step_end(self, args, state, control, **_):
-            marks.append(time.time())
+            moments.append(moment())
+            after_first or after_first.append(time.time())
 
     def build_with_clock(*given, **options):
         trainer = build(*given, **options)
@@ -138,13 +159,12 @@ def bench_train(config, folder, arguments):
     if not app.is_first():
         return
     record = app.read_json(config.run_folder(run) / "run.json")
-    taken = statistics.median(after - before for before, after in zip(marks[steps // 3 - 1:], marks[steps // 3:]))
-    begun, at_rest = before_first
+    taken = statistics.median(seconds(*pair) for pair in zip(moments[steps // 3:], moments[steps // 3 + 1:]))
     rate, used = matrix_rate(), 4 / 2 * FLOP_PER_TOKEN * 102 * batch / taken  # backward: as much again, the base is frozen
     report(folder, f"train {config.mode} batch {batch} r {record['recipe']['lora_r']} {record['base_weights'].split(':')[0]}",
            step_ms=1000 * taken, examples_per_s=batch / taken, percent_of_limit=100 * used / rate / app.processes()[0] if rate else None,
-           peak_gib=record["peak_memory_bytes"] / 2**30, at_rest_gib=at_rest / 2**30,
-           compiling_s=marks[steps // 3 - 1] - begun - steps // 3 * taken, first_step_s=marks[0] - start,
+           peak_gib=record["peak_memory_bytes"] / 2**30, at_rest_gib=before_first[0] / 2**30,
+           compiling_s=seconds(moments[0], moments[steps // 3]) - steps // 3 * taken, first_step_s=after_first[0] - start,
            micro_batch=record["micro_batch"])
 
 
