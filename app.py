@@ -69,6 +69,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 EVAL_BATCH = 256  # prompts read at once, at most
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SIGNALS = signal.SIGINT, signal.SIGTERM
+LOST = "Another process was lost. Go on from the last checkpoint by {}."
 PROMPT_FORM = f"The prompt is the question `{QUESTION}`, a blank line, the description, a blank line and `{PREFIX}`."
 
 
@@ -679,7 +680,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     record |= found | {"wandb": log_wandb}
     if record.setdefault("processes", processes()[0]) != processes()[0]:  # a micro-batch chosen for another number means nothing
         record |= {"processes": processes()[0], "micro_batch": None}
-    lengths, stopper = row_lengths(tokens["train"]), make_stopper()
+    lengths, stopper = row_lengths(tokens["train"]), make_stopper(again)
     pusher = checkpoint_pusher(record["hub"]) if record["hub"] and is_first() else None
 
     def build(micro_batch):
@@ -813,7 +814,7 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
             per_device_train_batch_size=micro_batch, per_device_eval_batch_size=micro_batch,
             gradient_accumulation_steps=batch // micro_batch,
             ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
-            ddp_bucket_cap_mb=250,  # many small sums take the GPU longer, and from the products that run beside them
+            ddp_bucket_cap_mb=250,  # full on two H200s: 390 ms a step, with the usual 25 it is 394
             optim="adamw_torch_fused",  # paged_adamw_32bit can't resume: bitsandbytes issue 782
             learning_rate=recipe["learning_rate"], lr_scheduler_type="cosine", warmup_steps=0.01, weight_decay=0.001,
             max_grad_norm=0.3, bf16=precision == "bf16", fp16=precision == "fp16", use_cpu=not torch.cuda.is_available(),
@@ -830,7 +831,7 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
     trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # or each gradient would be held, and copied, twice
     trainer.compiled = compiled
     if compiled:  # layer by layer: all are alike, so that one's code serves the others
-        torch._dynamo.config.optimize_ddp = False  # it would cut up layers of more than a bucket, where graphs copy weights
+        torch._dynamo.config.optimize_ddp = False  # it would cut layers up at DDP's buckets, and graphs then copy weights
         torch._dynamo.config.specialize_float = True  # or LoRA's scaling is a tensor on the CPU: 45 s more for full
         base = trainer.model.get_base_model()
         graphs or base.enable_input_require_grads()  # the first layer's input, too, or it would be unlike the others
@@ -1675,9 +1676,10 @@ def make_trainer_class():
     return PriceTrainer
 
 
-def make_stopper():
-    """A callback that ends training after the step in which SIGINT or SIGTERM comes, with a checkpoint. A second signal
-    ends the program at once. `number` tells which signal came."""
+def make_stopper(again):
+    """A callback that ends training after the step in which SIGINT or SIGTERM comes, with a checkpoint; with several processes
+    after the next one, for all. A second signal ends the program at once, as does the loss of another process, which says to
+    go on by `again`. `number` tells which signal came."""
     import torch
     from transformers import TrainerCallback
 
@@ -1698,14 +1700,22 @@ def make_stopper():
 
         def on_step_end(self, args, state, control, **_):
             stop = self.number
-            if processes()[0] > 1:  # all after the same step, one later: each would wait here for the slowest
+            if processes()[0] > 1:  # the answer is looked at one step later: each would wait here for the slowest
                 if self.asked:
                     self.asked[0].wait()
                 stop, number = self.asked and int(self.asked[1]), torch.tensor(self.number or 0)
                 self.asked = torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, async_op=True), number
+                self.asked[0].get_future().add_done_callback(self.leave_if_alone)
             if stop:
                 self.number = stop
                 control.should_save = control.should_training_stop = True
+
+        def leave_if_alone(self, future):  # not by an exception: Python may be waiting for the GPU, and that for the lost one
+            try:
+                future.value()
+            except RuntimeError:
+                os.write(2, f"\napp.py train: {LOST.format(again)}\n".encode())
+                os._exit(1)
 
         def on_train_end(self, args, state, control, **_):
             for number, handler in self.before.items():
@@ -1727,7 +1737,7 @@ def clear_endings(folder, again):
         if "No space left" in str(error) or shutil.disk_usage(folder).free < 2**20:
             raise UserError(f"{folder}: the disk is full. Older checkpoints are whole: make room, then go on by {again}.") from error
         if processes()[0] > 1 and any(name in str(error) for name in ("closed by peer", "gloo", "NCCL")):
-            raise UserError(f"Another process was lost. Go on from the last checkpoint by {again}.") from error
+            raise UserError(LOST.format(again)) from error
         raise
 
 

@@ -91,6 +91,12 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_exactly(run, prepar
     assert read(runs[0] / "run.json")["history"] == read(runs[1] / "run.json")["history"]
 
 
+def test_a_lost_process_ends_one_that_is_stuck_in_a_step(run, prepared, tmp_path):
+    folder = copy_data(run.folder, tmp_path)
+    end(child.start_two(["train", *prepared, "--run-name", "run", *TRAIN], folder, "kill_one_while_the_other_waits", 3), (1, -signal.SIGKILL))
+    assert child.said(folder).count("Another process was lost. Go on from the last checkpoint by `torchrun") == 1
+
+
 def test_a_signal_to_one_process_stops_both_after_the_same_step(run, prepared, tmp_path):
     folder = copy_data(run.folder, tmp_path)
     processes = child.start_two(["train", *prepared, "--run-name", "run", *TRAIN, "--micro-batch", "3"], folder, "slow_down", 1)
