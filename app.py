@@ -826,8 +826,6 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
             save_strategy="steps", save_steps=recipe["save_steps"], save_total_limit=KEPT_CHECKPOINTS,
             load_best_model_at_end=recipe["keep_best"], metric_for_best_model="mae", greater_is_better=False))
     trainer.validation, trainer.read = list(splits["val"].select(validation)), price_reader(trainer.model, tokenizer)
-    set_mode = trainer.model.train().train  # Trainer calls it in each step: see `training_step`
-    trainer.model.train = lambda mode=True: trainer.model if mode == trainer.model.training else set_mode(mode)
     trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # or each gradient would be held, and copied, twice
     trainer.compiled = compiled
     if compiled:  # layer by layer: all are alike, so that one's code serves the others
@@ -1606,19 +1604,12 @@ def make_trainer_class():
             loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / num_items_in_batch
             return loss * processes()[0]  # whose gradients are averaged
 
-        # Each walk through a model's 1,500 modules takes milliseconds, and Trainer takes five in a step: more than two GPUs
-        # have to spare in lite. So: only what is trained is looked at, the mode is set where it changes, and operations, which
-        # are shown nowhere, aren't counted.
         def training_step(self, model, inputs, num_items_in_batch=None):
-            model.zero_grad = self.optimizer.zero_grad
             torch.compiler.cudagraph_mark_step_begin()
             ids, ends = inputs["input_ids"], inputs.get("cu_seq_lens_q")
             loss = super().training_step(model, inputs, num_items_in_batch)
             self.seen = [*self.seen, (loss, ids, ends)]
             return loss
-
-        def floating_point_ops(self, inputs):
-            return 0
 
         def _clip_grad_norm(self, model):
             trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
