@@ -437,7 +437,6 @@ def choose_attention(precision):
     if not detect_bf16_support() or precision == "fp32" or not find_spec("torch.nn.attention.varlen"):
         return "sdpa"
     from torch.nn.attention.varlen import varlen_attn
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     # torch 2.11 takes fewer key-value heads than query heads as they are; newer ones ask for it by name
@@ -451,11 +450,7 @@ def choose_attention(precision):
                           window_size=(-1, 0), **grouped)  # -1, 0: causal
         return out.unsqueeze(0), None
 
-    def mask(*arguments, **options):
-        return None if options.get("attention_mask") is None else ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*arguments, **options)
-
-    ALL_ATTENTION_FUNCTIONS.register("packed", attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("packed", mask)
+    ALL_ATTENTION_FUNCTIONS.register("packed", attend)  # without a mask function transformers makes no mask (masking_utils.py)
     return "packed"
 
 
@@ -883,7 +878,7 @@ def lean(config):
 
 def pack(micro_batch, lengths, one_shape):
     """A collator of rows into one, without padding, with what the model would else look up on the GPU, and wait for: where
-    each row ends, where labels are, and a mask that isn't needed.
+    each row ends and where labels are.
 
     Filled up with more such sequences to a multiple of 64 tokens, or for `one_shape` to a size that all but one in thousands
     of batches of rows with such `lengths` stay below, so that a layer is recorded once.
@@ -903,7 +898,6 @@ def pack(micro_batch, lengths, one_shape):
         ends = torch.tensor([0, *sizes, *[0] * (sequences - len(sizes))]).cumsum(0, dtype=torch.int32)
         return {"input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]] + [0] * filling]),
                 "labels": labels[None], "position_ids": torch.cat([torch.arange(size) for size in sizes])[None],
-                "attention_mask": torch.zeros(1, 1, 1, 1),
                 "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest,
                 "logits_to_keep": (labels != -100).nonzero().flatten() - 1}
 

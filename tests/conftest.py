@@ -72,7 +72,6 @@ def tiny_base(smol_tokenizer, tmp_path_factory):
 def packed_attention():
     """What attention of concatenated sequences has to compute, for CPUs: each row sees itself, backwards."""
     import torch
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def attend(module, query, key, value, attention_mask=None, cu_seq_lens_q=None, **options):
@@ -81,7 +80,6 @@ def packed_attention():
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, sees[None, None], **options)
 
     ALL_ATTENTION_FUNCTIONS.register("packed", attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("packed", lambda *_, **__: None)
 
 
 def write_catalogue(path, n=80):
