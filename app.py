@@ -58,7 +58,6 @@ RECIPES = {  # lite and full are the course's
     "demo": COMMON | dict(epochs=1, max_steps=80, batch_size=4, learning_rate=1.5e-3, lora_r=16, lora_dropout=0.0,
                           val_size=6, logging_steps=10, save_steps=40),
 }
-PUSH_WAITS = 5, 20  # seconds between the tries of a push; the client itself tries five times each
 KEPT_CHECKPOINTS = 10
 DEMO_ROWS = 2400
 MOST_ROWS = 256  # computed at once; on an H200 they are 2 % faster than 128
@@ -184,20 +183,15 @@ def hub_errors(what):
         raise UserError(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
 
 
-def push(name, upload, later=None):
-    """Calls `upload`, up to three times. Raises UserError, code 3, which says what to do `later`, if the Hub stays down."""
-    for wait in (*PUSH_WAITS, None):
-        try:
-            with hub_errors(name):
-                upload()
-        except UserError as error:
-            if wait is None:
-                text = f"{error} Everything is on disk; to push it later: {later or 'the same command again'}"
-                raise UserError(text, code=3) from error
-            print(f"Not pushed: {error} Trying again in {wait} s")
-            time.sleep(wait)
-        else:
-            return print(f"Pushed: {name}")
+def push_or_explain(name, upload, later=None):
+    """Calls `upload`, whose client retries by itself. Raises UserError, code 3, which names the command for `later`."""
+    try:
+        with hub_errors(name):
+            upload()
+    except UserError as error:
+        text = f"{error} Everything is on disk; to push it later: {later or 'the same command again'}"
+        raise UserError(text, code=3) from error
+    print(f"Pushed: {name}")
 
 
 def is_first():
@@ -588,7 +582,7 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
     print(f"Saved: {config.dataset_folder}" + f", in place of: {before}" * (before != found["source"]))
     if not config.local:
         name = f"{account}/{config.dataset_name}"
-        push(name, lambda: prompts.push_to_hub(name, private=True))
+        push_or_explain(name, lambda: prompts.push_to_hub(name, private=True))
         write_json(config.dataset_folder / "prepare.json", {"hub": name} | found)
 
 
@@ -1506,7 +1500,7 @@ def push_run(folder, name, later=None):
         HfApi().upload_folder(repo_id=name, folder_path=folder, delete_patterns="checkpoint-*",
                               ignore_patterns=["checkpoint-*", "*.new/*", "*.old/*"])
 
-    push(name, upload, later)
+    push_or_explain(name, upload, later)
     return folder
 
 

@@ -43,7 +43,6 @@ def online(hub, tmp_path, monkeypatch):
     for cache in Path(HF_HOME.name).iterdir():
         shutil.rmtree(cache) if cache.is_dir() else cache.unlink()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(app, "PUSH_WAITS", (0.1, 0.1))
 
     def call(*arguments, code=0, token=WRITER):
         monkeypatch.setenv("HF_TOKEN", token)
@@ -281,13 +280,6 @@ def test_a_checkpoint_that_did_not_go_up_is_reported_and_the_next_one_does(onlin
     said = online("train", *SHARED, "--run-name", "gap", *TRAIN)
     assert "Not pushed: alice/price-gap" in said.out and "Pushed: alice/price-gap" in said.out
     assert is_pushed(hub, "alice/price-gap", online.folder / "price-gap")
-
-
-@pytest.mark.parametrize("status, failures, code", [(503, 2, 0), (429, 2, 0), (503, 3, 3)])
-def test_a_push_is_tried_three_times(online, hub, catalogue, status, failures, code):
-    hub.fail("POST /api/datasets/alice/items_prompts_lite/commit", status, times=failures)
-    said = online("prepare", *SHARED, "--source", catalogue, code=code)
-    assert said.out.count("Not pushed: alice/items_prompts_lite") == 2
 
 
 @pytest.mark.parametrize("status", [429, 503])
