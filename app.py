@@ -518,8 +518,8 @@ def load_adapter(model, folder):
     return adapted if getattr(model, "is_quantized", False) else adapted.merge_and_unload()
 
 
-def load_run(path, adapter, record, precision="auto", into=None):
-    """The base with the adapter from the folder `adapter`, if any, for reading only, in `precision`: merged where memory has
+def load_run(path, adapter, record, into=None):
+    """The base with the adapter from the folder `adapter`, if any, for reading only, in the run's precision: merged where memory has
     room for the dequantised weights, which is faster, or anyway `into` weights of that type.
 
     They are added in 32 bits where there is room for that, and rounded once: what a young adapter adds to a weight is often
@@ -527,7 +527,7 @@ def load_run(path, adapter, record, precision="auto", into=None):
     """
     import torch
 
-    model = load_base(path, record.get("use_4bit", True), precision)
+    model = load_base(path, record.get("use_4bit", True), record.get("recipe", {}).get("precision", "auto"))
     dtype, (used, there, _) = model.dtype, memory()
     wide = next((wide for wide in (torch.float32, dtype) if used + dequantised_bytes(model, wide) < 0.8 * there), into and dtype)
     model = dequantise(model, wide) if wide else model
@@ -1093,17 +1093,9 @@ def ask_models(path, adapter, record, rows, decode, compare_base=False):
 
     tokenizer = load_tokenizer(path)
 
-    def answers_in(precision, adapter, name):
-        read = price_reader(fuse_norms(load_run(path, adapter, record, precision)), tokenizer)
-        return ask_together(lambda batch: decodings(*read(batch), batch, decode), rows, read.batch_size, name, read.at_once)
-
     def answers_of(adapter, name):
-        if detect_bf16_support():  # fp16 is as fast there and eight times as fine; few models exceed its range
-            answers, seconds = answers_in("fp16", adapter, name)
-            if all(math.isfinite(answer["outside"]) for answer in answers):
-                return answers, seconds
-            print("Numbers out of fp16's range: once more, in bf16")
-        return answers_in("auto", adapter, name)
+        read = price_reader(fuse_norms(load_run(path, adapter, record)), tokenizer)
+        return ask_together(lambda batch: decodings(*read(batch), batch, decode), rows, read.batch_size, name, read.at_once)
 
     base = answers_of(None, "the base")[0] if adapter and compare_base else None
     answers, seconds = answers_of(adapter, "the run" if adapter else "the base")

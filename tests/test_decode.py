@@ -158,23 +158,3 @@ def test_merged_weights_are_rounded_once(tiny_base, trained, monkeypatch):
     assert not all(weight.equal(weight.bfloat16().float()) for name, weight in base.named_parameters() if "q_proj" in name)
     exact, merged = app.load_adapter(base, trained).state_dict(), app.load_run(tiny_base, trained, {}).state_dict()
     assert all(merged[name].equal(exact[name].bfloat16()) for name in exact)
-
-
-def test_what_exceeds_fp16_is_asked_again_in_bf16(tiny_base, tmp_path, monkeypatch, capsys):
-    from transformers import AutoModelForCausalLM
-
-    monkeypatch.setattr(app, "detect_bf16_support", lambda: True)
-    monkeypatch.setattr(app, "choose_attention", lambda precision: "sdpa")
-    monkeypatch.setattr(app, "choose_precision", lambda asked: ("bf16" if asked == "auto" else asked, "as on a GPU"))
-    asked, load_run = [], app.load_run
-    monkeypatch.setattr(app, "load_run", lambda path, adapter, record, precision: (
-        asked.append(precision), load_run(path, adapter, record, precision))[1])
-    app.ask_models(tiny_base, None, {}, ROWS, "median")
-    assert asked == ["fp16"] and "fp16" not in capsys.readouterr().out
-
-    large = AutoModelForCausalLM.from_pretrained(tiny_base)
-    large.model.layers[0].mlp.down_proj.weight.data *= 1e6
-    large.save_pretrained(tmp_path), app.load_tokenizer(tiny_base).save_pretrained(tmp_path)
-    answers, _, _ = app.ask_models(str(tmp_path), None, {}, ROWS, "median")
-    assert asked == ["fp16", "fp16", "auto"] and "once more, in bf16" in capsys.readouterr().out
-    assert all(math.isfinite(answer["guess"]) and 0 <= answer["outside"] <= 1 for answer in answers)
