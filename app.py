@@ -247,19 +247,6 @@ def first_goes_first():
         rank or agree(failed)
 
 
-def ask_together(function, rows, batch_size, name=None, at_once=1):
-    """`util.ask`, its batches computed by all processes in turns and known to all of them."""
-    from accelerate.utils import gather_object
-
-    from util import ask
-
-    many, rank = processes()
-    found = [ask(function, rows, batch_size, name, at_once, part=(rank, many))]
-    found = gather_object(found) if many > 1 else found
-    answers = [next(one for one in given if one is not None) for given in zip(*(part for part, _ in found))]
-    return answers, max(seconds for _, seconds in found)
-
-
 def detect_bf16_support() -> bool:
     """Whether the GPU computes in bf16 (capability 8 and up: A100, not T4). False without a GPU."""
     import torch
@@ -996,21 +983,17 @@ def evaluate_model(config: RunConfig, hf_user: Optional[str] = None, run_name: O
     """
     from util import bars, compare, judge, metrics, paired_difference, show, truth_of, write_report
 
-    join_processes("eval")
-    with first_goes_first():
-        check_writable(config)
-        run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
-        splits, place = find_prompts(config, record.get("data", {}).get("hub"))
-        path, test = base_path(config), splits["test"]
-        rows = list(test.select(range(min(size or len(test), len(test)))))
-        others = dict(zip(earlier, check_all(*(lambda name=name: earlier_guesses(config, name, rows) for name in earlier))))
+    check_writable(config)
+    run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
+    splits, place = find_prompts(config, record.get("data", {}).get("hub"))
+    path, test = base_path(config), splits["test"]
+    rows = list(test.select(range(min(size or len(test), len(test)))))
+    others = dict(zip(earlier, check_all(*(lambda name=name: earlier_guesses(config, name, rows) for name in earlier))))
     if record and record["data"]["fingerprint"] != fingerprint(splits):
         print("Note: these are not the data that the run was trained on; its test items may have been in training")
     found = {"source": place} | read_json(Path(place, "prepare.json"))
 
     answers, seconds, base = ask_models(path, adapter, record, rows, decode, compare_base)
-    if not is_first():
-        return None
     truths, target = [truth_of(row) for row in rows], config.run_folder(run_name) / "eval"
     with replacing(target) as folder:
         title = f"{config.project_name}-{run_name} on {found['source']}"
@@ -1055,16 +1038,12 @@ def price_items(config, hf_user=None, run_name=None, revision=None, compare_base
         raise UserError(f"--output {output}: the ending is unknown; give a .csv or .jsonl file.")
     if output and (not Path(output).parent.is_dir() or source and Path(output).resolve() == Path(source).resolve()):
         raise UserError(f"--output {output}: would overwrite the input, or its folder isn't there. Give another file.")
-    join_processes("eval")
-    with first_goes_first():
-        run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
-        path, data = base_path(config), record.get("data", {})
-        rows, dropped = own_rows(source, text, load_tokenizer(path), data.get("cutoff") or DEFAULT_CUTOFF)
+    run_name, adapter, record, config = find_run(config, run_name, hf_user, revision)
+    path, data = base_path(config), record.get("data", {})
+    rows, dropped = own_rows(source, text, load_tokenizer(path), data.get("cutoff") or DEFAULT_CUTOFF)
     if dropped:
         print(f"Rows: {len(rows):,} priced, {sum(map(len, dropped.values())):,} left out: {describe(dropped)}")
     answers, _, base = ask_models(path, adapter, record, rows, decode, compare_base)
-    if not is_first():
-        return None
     table = [{"line": row["line"], "title": row["title"], "guess": round(answer["guess"], 2), "low": answer["low"],
               "high": answer["high"], "price": truth_of(row) if row["completion"] else None} for row, answer in zip(rows, answers)]
     for row in table[:SHOWN_ITEMS]:
@@ -1089,13 +1068,13 @@ def price_items(config, hf_user=None, run_name=None, revision=None, compare_base
 def ask_models(path, adapter, record, rows, decode, compare_base=False):
     """(`decodings` of the rows by the run whose adapter is in the folder `adapter`, seconds, those by the untouched base
     where asked for)."""
-    from util import decodings
+    from util import ask, decodings
 
     tokenizer = load_tokenizer(path)
 
     def answers_of(adapter, name):
         read = price_reader(fuse_norms(load_run(path, adapter, record)), tokenizer)
-        return ask_together(lambda batch: decodings(*read(batch), batch, decode), rows, read.batch_size, name, read.at_once)
+        return ask(lambda batch: decodings(*read(batch), batch, decode), rows, read.batch_size, name, read.at_once)
 
     base = answers_of(None, "the base")[0] if adapter and compare_base else None
     answers, seconds = answers_of(adapter, "the run" if adapter else "the base")
@@ -1269,7 +1248,7 @@ def price_reader(model, tokenizer):
 
     row_bytes = 10 * (4 + len(nodes)) * model.config.vocab_size  # its logits, twice in fp32 and once in 16 bit
     most = EVAL_BATCH if torch.cuda.is_available() else 8  # on a CPU larger batches only make the bar jump
-    read.batch_size = agree(max(1, min(most, memory()[1] // 8 // row_bytes)))
+    read.batch_size = max(1, min(most, memory()[1] // 8 // row_bytes))
     read.at_once = 1 + torch.cuda.is_available()  # while the GPU computes one batch, the next is prepared
     return read
 
@@ -1558,7 +1537,7 @@ def make_trainer_class():
         def evaluate(self, *_, **__):
             """The validation loss, per token of the completions, and the mean absolute error in dollars of the median
             price, both from the same forward pass: the error costs next to nothing."""
-            from util import decodings, metrics, truth_of
+            from util import ask, decodings, metrics, truth_of
 
             def read(batch):
                 *found, losses = self.read(batch, with_loss=True)
@@ -1566,7 +1545,7 @@ def make_trainer_class():
 
             self.model.eval()
             with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):  # many shapes, few batches
-                answers, _ = ask_together(read, self.validation, self.read.batch_size)
+                answers, _ = ask(read, self.validation, self.read.batch_size, name=None)
             losses = [loss for row, _ in answers for loss in row]
             guesses, truths = [answer["median"] for _, answer in answers], [truth_of(row) for row in self.validation]
             found = {"eval_loss": sum(losses) / len(losses), "eval_mae": metrics(guesses, truths)["mae"]}
@@ -1978,7 +1957,7 @@ def main(argv=None) -> None:
     for number in SIGNALS:
         signal.signal(number, leave)
     if not is_first():  # one process talks, and prepares
-        if args.stage == "prepare" or args.stage == "eval" and args.export:
+        if args.stage != "train":
             return
         sys.stdout, os.environ["TQDM_DISABLE"] = open(os.devnull, "w"), "1"
     try:

@@ -135,13 +135,12 @@ def evaluate(function, data, size=200, batch_size=None, folder=None, title=None)
     return judge(rows, answers, title, folder) | {"items_per_s": len(rows) / seconds, "seconds": seconds}
 
 
-def ask(function, rows, batch_size=None, name="the model", at_once=1, part=(0, 1)):
+def ask(function, rows, batch_size=None, name="the model", at_once=1):
     """The answers of `function` to `rows`, in their order, and the seconds they took.
 
     Without `batch_size` the function is called with one row at a time, with it with a list of at most so many rows of
     similar length, the longest first, and returns a list of answers. `at_once` calls run at the same time, in threads.
-    `part` (k, n) asks for every nth batch from the kth on; the answers to the others are None. Without a `name` no bar
-    is shown.
+    Without a `name` no bar is shown.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -151,9 +150,6 @@ def ask(function, rows, batch_size=None, name="the model", at_once=1, part=(0, 1
     if batch_size:  # alike lengths together: less padding
         order = sorted(order, key=lambda i: len(rows[i]["prompt"]), reverse=True)
     batches = [order[first : first + (batch_size or 1)] for first in range(0, len(rows), batch_size or 1)]
-    while len(batches) % part[1]:  # who shares a model must compute as often as the others
-        batches.append(batches[0])
-    batches = batches[part[0] :: part[1]]
 
     def call(chosen):
         batch = [rows[i] for i in chosen]

@@ -1,5 +1,4 @@
 """Several processes, as torchrun or accelerate start them, on CPUs: the measure is what one process does."""
-import csv
 import json
 import os
 import shutil
@@ -108,18 +107,6 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(run, prepared, t
     assert "which is saved. Go on by `torchrun --nproc-per-node 2 -- app.py train --resume run" in said and "Traceback" not in said
     assert sorted((folder / "outputs/price-run/checkpoint-2").glob("rng_state_*.pth")) != []  # the step after the signal's
     assert app.checkpoint_problem(folder / "outputs/price-run/checkpoint-2") is None
-
-
-def test_two_processes_judge_as_one(two, tmp_path):
-    folders = [tmp_path / name for name in ("alone", "both")]
-    for folder in folders:
-        shutil.copytree(two.parents[1] / "outputs", folder / "outputs")
-    end([child.start(["eval", "--local", "--size", "all", "--compare-base"], folders[0])], (0,))
-    end(child.start_two(["eval", "--local", "--size", "all", "--compare-base"], folders[1]))
-    alone, both = ([*csv.DictReader((folder / "outputs/price-run/eval/predictions.csv").open(encoding="utf-8"))] for folder in folders)
-    assert alone == both
-    for name in ("mae", "mae_ci95", "mse", "r2", "decodings"):
-        assert read(folders[0] / "outputs/price-run/eval/results.json")[name] == read(folders[1] / "outputs/price-run/eval/results.json")[name]
 
 
 @pytest.mark.parametrize("arguments, said", [
