@@ -68,7 +68,6 @@ ADAPTER_FILE = "adapter_model.safetensors"
 EVAL_BATCH = 256  # prompts read at once, at most
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SIGNALS = signal.SIGINT, signal.SIGTERM
-LOST = "Another process was lost. Go on from the last checkpoint by {}."
 PROMPT_FORM = f"The prompt is the question `{QUESTION}`, a blank line, the description, a blank line and `{PREFIX}`."
 
 
@@ -656,7 +655,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     record |= found | {"wandb": log_wandb}
     if record.setdefault("processes", processes()[0]) != processes()[0]:  # a micro-batch chosen for another number means nothing
         record |= {"processes": processes()[0], "micro_batch": None}
-    lengths, stopper = row_lengths(tokens["train"]), make_stopper(again)
+    lengths, stopper = row_lengths(tokens["train"]), make_stopper()
     pusher = checkpoint_pusher(record["hub"]) if record["hub"] and is_first() else None
 
     def build(micro_batch):
@@ -1626,10 +1625,9 @@ def make_trainer_class():
     return PriceTrainer
 
 
-def make_stopper(again):
+def make_stopper():
     """A callback that ends training after the step in which SIGINT or SIGTERM comes, with a checkpoint; with several processes
-    after the next one, for all. A second signal ends the program at once, as does the loss of another process, which says to
-    go on by `again`. `number` tells which signal came."""
+    after the next one, for all. A second signal ends the program at once. `number` tells which signal came."""
     import torch
     from transformers import TrainerCallback
 
@@ -1655,17 +1653,9 @@ def make_stopper(again):
                     self.asked[0].wait()
                 stop, number = self.asked and int(self.asked[1]), torch.tensor(self.number or 0)
                 self.asked = torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, async_op=True), number
-                self.asked[0].get_future().add_done_callback(self.leave_if_alone)
             if stop:
                 self.number = stop
                 control.should_save = control.should_training_stop = True
-
-        def leave_if_alone(self, future):  # not by an exception: Python may be waiting for the GPU, and that for the lost one
-            try:
-                future.value()
-            except RuntimeError:
-                os.write(2, f"\napp.py train: {LOST.format(again)}\n".encode())
-                os._exit(1)
 
         def on_train_end(self, args, state, control, **_):
             for number, handler in self.before.items():
@@ -1677,7 +1667,7 @@ def make_stopper(again):
 
 @contextmanager
 def clear_endings(folder, again):
-    """Turns what libraries raise at a full disk and at the loss of another process into one line."""
+    """Turns what libraries raise at a full disk into one line."""
     try:
         yield
     except Exception as error:
@@ -1686,8 +1676,6 @@ def clear_endings(folder, again):
             raise
         if "No space left" in str(error) or shutil.disk_usage(folder).free < 2**20:
             raise UserError(f"{folder}: the disk is full. Older checkpoints are whole: make room, then go on by {again}.") from error
-        if processes()[0] > 1 and any(name in str(error) for name in ("closed by peer", "gloo", "NCCL")):
-            raise UserError(LOST.format(again)) from error
         raise
 
 

@@ -82,21 +82,6 @@ def kill_at_step(step):
     add_callback(on_step_end=lambda self, args, state, control, **_: kill_if(state.global_step == step))
 
 
-def kill_one_while_the_other_waits(step):
-    """The second process dies; the first is stuck before its next step, as when it waits for the GPU."""
-    from transformers import Trainer
-
-    if app.processes()[1]:
-        return kill_at_step(step)
-    fetch = Trainer.get_batch_samples
-
-    def wait_and_fetch(trainer, *arguments):
-        time.sleep(300 * (trainer.state.global_step == step))
-        return fetch(trainer, *arguments)
-
-    Trainer.get_batch_samples = wait_and_fetch
-
-
 def kill_at_the_end_of_epoch(epoch):
     add_callback(on_epoch_end=lambda self, args, state, control, **_: kill_if(round(state.epoch) == epoch))
 
