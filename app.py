@@ -28,7 +28,7 @@ import sys
 import time
 import warnings
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -230,20 +230,12 @@ def agree(value):
     return broadcast_object_list([value])[0] if processes()[0] > 1 else value
 
 
-@contextmanager
-def first_goes_first():
-    """What is done within is done by the first process, then by the others, which find its downloads and files. They end
-    with it where it raises a UserError, and leave it to the first to say so."""
-    rank, failed = processes()[1], 0
-    if rank and (failed := agree(None)):
-        raise SystemExit(failed)
-    try:
-        yield
-    except UserError as error:
-        failed = error.code
-        raise
-    finally:
-        rank or agree(failed)
+def main_process_first():
+    """What is done within is done by the first process, then by the others, which find its downloads and files. If the
+    first raises, the launcher ends the others."""
+    from accelerate import PartialState
+
+    return PartialState().main_process_first() if processes()[0] > 1 else nullcontext()
 
 
 def detect_bf16_support() -> bool:
@@ -630,7 +622,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     """
     join_processes("train")
     config, run_name = replace(config, seed=config.seed if seed is None else seed), agree(run_name or default_run_name(config))
-    with first_goes_first():
+    with main_process_first():
         check_writable(config)
         record = new_record(config, run_name, use_4bit, overrides) if resume is None else find_resumable(config, resume, hf_user)
     if resume is not None:
@@ -646,7 +638,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     if config.is_finished(record["run"]):
         print(f"{record['run']} is finished")
         return push_run(folder, record["hub"], again) if record["hub"] and not config.local and is_first() else folder
-    with first_goes_first():
+    with main_process_first():
         splits, path, found = preflight(config, record, hf_user, log_wandb, micro_batch)
         if resume is not None:
             refuse_changes(record, found, overrides | {"seed": seed})

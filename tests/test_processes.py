@@ -118,8 +118,8 @@ def test_what_two_processes_can_not_do_is_said_once(run, prepared, tmp_path, arg
     folder = copy_data(run.folder, tmp_path)
     (folder / "outputs/price-there").mkdir()
     (folder / "outputs/price-there/run.json").write_text("{}", encoding="utf-8")
-    end(child.start_two(["train", *prepared, "--run-name", "run", *TRAIN, *arguments], folder), (1, 1))
-    assert child.said(folder).count(said) == 1
+    done = torchrun(["train", *prepared, "--run-name", "run", *TRAIN, *arguments], folder)
+    assert done.returncode == 1 and done.stderr.count(f"app.py train: {said}") == 1, done.stdout + done.stderr
 
 
 def test_to_split_the_base_takes_several_processes(run, prepared):
