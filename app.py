@@ -817,12 +817,10 @@ def build_trainer(model, tokenizer, splits, recipe, folder, seed, log_wandb=Fals
                 parts = [text.format(float(logs[name])) for name, text in shown.items() if name in logs]
                 self.training_bar.write(f"step {state.global_step:>5}  " + "  ".join(parts)) if parts else None
 
-        def on_train_begin(self, args, state, control, **options):
-            super().on_train_begin(args, state, control, **options)
-            if unlogged := state.stateful_callbacks.get("unlogged"):  # or the next loss logged would be of fewer steps
-                losses, (many, rank) = unlogged["losses"], processes()
-                trainer._tr_loss += losses[rank] if len(losses) == many else sum(losses) / len(losses)
-                trainer._globalstep_last_logged = unlogged["since"]
+        def on_step_end(self, args, state, control, **options):
+            super().on_step_end(args, state, control, **options)
+            # A loss is logged with each checkpoint: so none is saved that isn't finite, and none is lost by going on
+            control.should_log = control.should_log or control.should_save
 
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress)
@@ -1517,14 +1515,11 @@ model = AutoPeftModelForCausalLM.from_pretrained("{record["hub"] or f"outputs/{n
 
 
 def make_trainer_class():
-    """SFTTrainer that validates by the metric itself, stops at numbers that are not finite, and whose checkpoints hold the
-    loss not logged yet, too."""
+    """SFTTrainer that validates by the metric itself and stops at numbers that are not finite."""
     import torch
     from trl import SFTTrainer
 
     class PriceTrainer(SFTTrainer):
-        seen, taken = [], []  # this step's micro-batches; the steps whose numbers have not been looked at
-
         def evaluate(self, *_, **__):
             """The validation loss, per token of the completions, and the mean absolute error in dollars of the median
             price, both from the same forward pass: the error costs next to nothing."""
@@ -1556,40 +1551,16 @@ def make_trainer_class():
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             torch.compiler.cudagraph_mark_step_begin()
-            ids, ends = inputs["input_ids"], inputs.get("cu_seq_lens_q")
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            self.seen = [*self.seen, (loss, ids, ends)]
-            return loss
+            return super().training_step(model, inputs, num_items_in_batch)
 
-        def _clip_grad_norm(self, model):
-            trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            norm = self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
-            self.taken = [*self.taken, (self.state.global_step + 1, self.lr_scheduler.get_last_lr()[0], norm, self.seen)]
-            self.seen = []
-            return norm
-
-        def _maybe_log_save_evaluate(self, *arguments, **options):
-            if self.control.should_log or self.control.should_evaluate or self.control.should_save:
-                self.check_steps()
-            super()._maybe_log_save_evaluate(*arguments, **options)
-
-        def check_steps(self):
-            """Raises UserError if a step's numbers aren't finite. Called where they are looked at anyway, before anything is
-            logged or saved: to ask in each step would be to wait for the GPU."""
-            taken, self.taken = self.taken, []
-            for step, rate, norm, seen in taken:
-                # with fp16 the scaler leaves out steps whose gradients are not finite
-                what = ("loss" if not torch.stack([loss for loss, *_ in seen]).isfinite().all() else
-                        "gradient" if not self.args.fp16 and not norm.isfinite() else None)
-                if not what:
-                    continue
-                file = Path(self.args.output_dir, f"bad_step{processes()[1] or ''}.json")
-                rows = [row for loss, ids, ends in seen if what == "gradient" or not loss.isfinite()
-                        for row in (ids if ends is None else ids[0].split(ends.diff().tolist())) if row.any()]  # zeros: filling
-                write_json(file, {"step": step, "what": what, "learning_rate": rate,
-                                  "rows": self.processing_class.batch_decode(rows, skip_special_tokens=True)})
-                raise UserError(f"step {step:,}: the {what} is not finite, at learning rate {rate:.1e}; the step's rows are in "
-                                f"{file}. Older checkpoints are whole. Mend those rows, or start again with a lower --learning-rate.")
+        def log(self, logs, start_time=None):
+            """Raises UserError if a logged number isn't finite: to ask in each step would be to wait for the GPU."""
+            names = ["loss"] if self.args.fp16 else ["loss", "grad_norm"]  # with fp16 the scaler skips such gradients
+            for name in names:
+                if not math.isfinite(logs.get(name, 0)):
+                    raise UserError(f"step {self.state.global_step:,}: the {name.replace('grad_norm', 'gradient')} is not finite, at learning "
+                                    f"rate {logs['learning_rate']:.1e}. Older checkpoints are whole. Start again with a lower --learning-rate.")
+            super().log(logs, start_time)
 
         def _wrap_model(self, model, training=True, dataloader=None):
             if not self.model.get_base_model().sharded or model is not self.model or not training:
@@ -1604,12 +1575,6 @@ def make_trainer_class():
         def _save_rng_state(self, output_dir):
             super()._save_rng_state(output_dir)
             self.accelerator.wait_for_everyone()  # each process writes its own; a checkpoint's last file means that all are there
-
-        def _save_checkpoint(self, model, trial):
-            self.check_steps()
-            losses = self.accelerator.gather(self._tr_loss).flatten().tolist()  # each process's
-            self.state.stateful_callbacks["unlogged"] = {"losses": losses, "since": self._globalstep_last_logged}
-            super()._save_checkpoint(model, trial)
 
         def create_model_card(self, *_, **__):  # TRL writes one with each checkpoint; ours comes with the adapter
             pass

