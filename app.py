@@ -27,7 +27,6 @@ import signal
 import sys
 import time
 import warnings
-import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
@@ -37,8 +36,8 @@ from pathlib import Path
 from typing import Optional
 
 from items import (PREFIX, QUESTION, SPLITS, UserError, build_prompts, demo_items, describe, item_splits, load_prompts, load_tokens,
-                   own_rows, price_problem, read_catalogue, read_json, replacing, restore, row_lengths, save_prompts, split_by_title,
-                   text_problem, tokenise, tokenizer_identity, write_json)
+                   manifest_problem, own_rows, price_problem, read_catalogue, read_json, replacing, restore, row_lengths, save_prompts, split_by_title,
+                   text_problem, tokenise, tokenizer_identity, write_json, write_manifest)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -658,7 +657,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
         record["base_weights"] = why = agree(choose_weights(model, recipe, lengths, micro_batch, fit))
         model = dequantise(model) if "from" in why else model
         trainer = build_trainer(model, tokenizer, splits, recipe, folder, record["seed"], log_wandb, tokens, *fit)
-        for callback in filter(None, (stopper, pusher)):
+        for callback in filter(None, (checkpoint_sealer(trainer.accelerator.wait_for_everyone), stopper, pusher)):
             trainer.add_callback(callback)
         record.update(micro_batch=trainer.args.train_batch_size, plan=make_plan(trainer, recipe, why))
         return trainer
@@ -925,6 +924,7 @@ def run_trainer(trainer, folder):
     trainer.model.zero_grad()
     if step:
         trainer._save_checkpoint(trainer.model, None)
+        trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
     if micro == 1:
         raise UserError("Out of memory with one row at a time. Take a smaller --base-model, --lora-r or --cutoff.")
     torch.compiler.reset()  # its graphs keep memory of their own
@@ -1382,37 +1382,32 @@ def fetch_run(config, run_name, hf_user, **options):
 
 
 def newest_checkpoint(folder):
-    """The newest checkpoint in a run's folder that is whole, or None; says which."""
+    """The newest checkpoint in a run's folder that is complete, or None; says which."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for path in checkpoints:
-        if problem := checkpoint_problem(path):
-            print(f"{path.name} is left aside: {problem}")
+        if problem := manifest_problem(path):
+            print(f"{path.name} is skipped: {problem}")
         else:
-            print(f"Going on from step {int(path.name.split('-')[1]):,}, the newest whole checkpoint")
+            print(f"Going on from step {int(path.name.split('-')[1]):,}, the newest complete checkpoint")
             return str(path)
     if checkpoints:
-        print("No checkpoint is whole: starting at step 0")
+        print("No checkpoint is complete: starting at step 0")
     return None
 
 
-def checkpoint_problem(path):
-    """Why a checkpoint can't be gone on with, or None. Every file must be there and readable to its end, by content: a
-    kill leaves some out, a power cut leaves some torn."""
-    from safetensors import SafetensorError, safe_open
+def checkpoint_sealer(wait_for_everyone):
+    """A callback that writes a checkpoint's manifest once all processes have written theirs: only then does it count."""
+    from transformers import TrainerCallback
 
-    states = sorted(file.name for file in path.glob("rng_state*.pth")) or ["rng_state.pth"]  # one for each process
-    for name in ("adapter_config.json", ADAPTER_FILE, "optimizer.pt", "scheduler.pt", *states, "trainer_state.json"):
-        try:
-            if name.endswith(".json"):
-                json.loads((path / name).read_text("utf-8"))
-            elif name.endswith(".safetensors"):
-                with safe_open(path / name, "pt"):
-                    pass
-            elif zipfile.ZipFile(path / name).testzip():
-                return f"{name} is torn"
-        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
-            return f"{name} is {'torn' if (path / name).exists() else 'missing'}"
-    return None
+    class Sealer(TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            wait_for_everyone()
+            if is_first():
+                folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+                write_manifest(folder)
+
+    return Sealer()
 
 
 def checkpoint_pusher(name):
@@ -1571,10 +1566,6 @@ def make_trainer_class():
             torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 model, [name for name, p in model.named_parameters() if not p.requires_grad])
             return torch.nn.parallel.DistributedDataParallel(model, **self.accelerator.ddp_handler.to_kwargs())
-
-        def _save_rng_state(self, output_dir):
-            super()._save_rng_state(output_dir)
-            self.accelerator.wait_for_everyone()  # each process writes its own; a checkpoint's last file means that all are there
 
         def create_model_card(self, *_, **__):  # TRL writes one with each checkpoint; ours comes with the adapter
             pass

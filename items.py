@@ -6,6 +6,7 @@ Nothing here loads a model. The formats are those of the course "The Price Is Ri
 can be exchanged. Heavy imports stay inside the functions that need them.
 """
 import csv
+import hashlib
 import json
 import math
 import os
@@ -251,6 +252,36 @@ def write_json(path, value):
 def read_json(path):
     """What `write_json` wrote, or {} where there is no such file."""
     return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
+
+
+def write_manifest(folder):
+    """Writes manifest.json into `folder`: size and SHA-256 of each file in it. Files are on disk before it is."""
+    files = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.name == "manifest.json":
+            continue
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            files[path.name] = {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    write_json(Path(folder, "manifest.json"), files)
+
+
+def manifest_problem(folder):
+    """Why the files in `folder` aren't those that `write_manifest` saw, or None."""
+    try:
+        files = read_json(Path(folder, "manifest.json"))
+    except ValueError:
+        return "manifest.json is corrupt"
+    if not files:
+        return "manifest.json is missing"
+    for name, expected in files.items():
+        path = Path(folder, name)
+        if not path.exists():
+            return f"{name} is missing"
+        with open(path, "rb") as file:
+            if path.stat().st_size != expected["size"] or hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                return f"{name} is corrupt"
+    return None
 
 
 def save_prompts(folder, prompts):

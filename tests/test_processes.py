@@ -107,7 +107,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(run, prepared, t
     said = child.said(folder)
     assert "which is saved. Go on by `torchrun --nproc-per-node 2 -- app.py train --resume run" in said and "Traceback" not in said
     assert sorted((folder / "outputs/price-run/checkpoint-2").glob("rng_state_*.pth")) != []  # the step after the signal's
-    assert app.checkpoint_problem(folder / "outputs/price-run/checkpoint-2") is None
+    assert app.manifest_problem(folder / "outputs/price-run/checkpoint-2") is None
 
 
 @pytest.mark.parametrize("arguments, said", [

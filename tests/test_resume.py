@@ -68,7 +68,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(whole, run, prepared, tmp_path,
     folder = copy_data(run.folder, tmp_path)
     assert ends(child.start(["train", *prepared, "--run-name", "run", *TRAIN], folder, hook, option)) == -signal.SIGKILL
     go_on(folder)
-    assert f"Going on from step {step}, the newest whole checkpoint" in child.said(folder)
+    assert f"Going on from step {step}, the newest complete checkpoint" in child.said(folder)
     assert_same_run(folder, whole)
     go_on(folder)
     assert child.said(folder).rstrip().endswith("run is finished")
@@ -88,7 +88,7 @@ def unfinished(whole, folder, last=12):
 def test_whatever_a_kill_leaves_of_a_save_is_gone_on_with(whole, tmp_path, monkeypatch):
     reference = whole / "outputs/price-run/checkpoint-4"
     names = sorted(os.listdir(reference), key=lambda name: (reference / name).stat().st_mtime_ns)
-    assert names[-1] == "trainer_state.json" and len(names) >= 7
+    assert names[-1] == "manifest.json" and len(names) >= 8
     for done, name in enumerate(names):  # each file: made, half written, written; the later ones not there yet
         for part in (0, 0.5, 1):
             folder = tmp_path / f"{name}-{part}"
@@ -132,14 +132,22 @@ def test_a_run_that_only_lacks_its_last_save_does_no_step_more(run, prepared, tm
 
 @pytest.mark.parametrize("name, spoil", [
     (app.ADAPTER_FILE, "torn"), ("optimizer.pt", "torn"), ("optimizer.pt", "missing"), ("trainer_state.json", "torn"),
-    ("trainer_state.json", "missing"), ("rng_state.pth", "torn"), ("adapter_config.json", "missing")])
+    ("trainer_state.json", "missing"), ("rng_state.pth", "torn"), ("adapter_config.json", "missing"), ("manifest.json", "torn"),
+    (app.ADAPTER_FILE, "flipped")])
 def test_a_damaged_checkpoint_is_left_aside_for_the_one_before(whole, tmp_path, monkeypatch, capsys, name, spoil):
     file = unfinished(whole, tmp_path, last=8) / "checkpoint-8" / name
-    os.truncate(file, file.stat().st_size // 2) if spoil == "torn" else file.unlink()
+    if spoil == "missing":
+        file.unlink()
+    elif spoil == "torn":
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        content = bytearray(file.read_bytes())
+        content[-9] ^= 1
+        file.write_bytes(content)
     monkeypatch.chdir(tmp_path)
     app.main(["train", "--local", "--resume", "run"])
     said = capsys.readouterr().out
-    assert f"checkpoint-8 is left aside: {name} is {spoil}" in said and "Going on from step 6" in said
+    assert f"checkpoint-8 is skipped: {name} is {'missing' if spoil == 'missing' else 'corrupt'}" in said and "Going on from step 6" in said
     assert_same_run(tmp_path, whole)
 
 
@@ -189,7 +197,7 @@ def test_a_full_disk_leaves_older_checkpoints_and_goes_on_once_there_is_room(who
         begin = ["train", *prepared, "--run-name", "run", *TRAIN]
         assert ends(child.start(begin, folder, "fill_the_disk_at_step", 7)) == 1
         assert "the disk is full. Older checkpoints are whole: make room, then go on by `python app.py train" in child.said(folder)
-        assert not app.checkpoint_problem(folder / "outputs/price-run/checkpoint-6")
+        assert not app.manifest_problem(folder / "outputs/price-run/checkpoint-6")
         (folder / "ballast").unlink()
         assert ends(child.start(["train", "--local", "--resume", "run"], folder)) == 0, child.said(folder)
         assert_same_run(folder, whole)
@@ -314,7 +322,7 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on_from_the_last_step(
     said = capsys.readouterr().out
     (step, micro), again = re.findall(r"Out of memory at step (\d): going on from step \d with micro-batches of (\d)", said)
     assert step == again[0] and (micro, again[1]) == ("6", "4")
-    assert said.count(f"Going on from step {int(step) - 1}, the newest whole checkpoint") == 2 and "Trained to step 8" in said
+    assert said.count(f"Going on from step {int(step) - 1}, the newest complete checkpoint") == 2 and "Trained to step 8" in said
 
 
 def test_out_of_memory_with_one_row_leaves_the_last_step_saved(run, prepared, tmp_path, monkeypatch, capsys, memory_for):
@@ -324,7 +332,7 @@ def test_out_of_memory_with_one_row_leaves_the_last_step_saved(run, prepared, tm
     with pytest.raises(SystemExit):
         app.main(["train", *prepared, "--run-name", "run", "--batch-size", "12", "--micro-batch", "1", "--max-steps", "8", "--save-steps", "50"])
     assert "Out of memory with one row at a time" in capsys.readouterr().err
-    assert app.checkpoint_problem(tmp_path / "outputs/price-run/checkpoint-2") is None
+    assert app.manifest_problem(tmp_path / "outputs/price-run/checkpoint-2") is None
 
 
 def test_the_micro_batch_fits_the_memory_and_checkpointing_comes_only_where_it_must(build, monkeypatch):
