@@ -35,9 +35,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional
 
-from items import (PREFIX, QUESTION, SPLITS, UserError, build_prompts, demo_items, describe, item_splits, load_prompts, load_tokens,
-                   manifest_problem, own_rows, price_problem, read_catalogue, read_json, replacing, restore, row_lengths, save_prompts, split_by_title,
-                   text_problem, tokenise, tokenizer_identity, write_json, write_manifest)
+from items import (PREFIX, QUESTION, SPLITS, UserError, build_prompts, demo_items, describe, item_splits, load_prompts, manifest_problem, own_rows, price_problem, read_catalogue, read_json, replacing, restore, row_lengths, save_prompts, split_by_title,
+                   text_problem, tokenise, write_json, write_manifest)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -512,10 +511,9 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
     print(f"Items: {about['source']}")
     pyarrow.default_memory_pool().release_unused()  # what reading Parquet took, half a GiB, would come on top of the rest
     tokenizer = load_tokenizer(path)
-    prompts, tokens, counts = build_prompts(splits, tokenizer, cutoff)
+    prompts, counts = build_prompts(splits, tokenizer, cutoff)
 
     found = {"mode": config.mode, "cutoff": cutoff, "seed": config.seed, "base_model": config.base_model,
-             "tokens_of": [fingerprint(prompts), tokenizer_identity(tokenizer)],
              "kept": {name: len(prompts[name]) for name in SPLITS}, "dropped": dropped,
              "cut": {name: int(counts[name]["cut"].sum()) for name in SPLITS}} | about
     kept, lost = sum(found["kept"].values()), sum(map(len, dropped.values()))
@@ -527,7 +525,6 @@ def prepare_prompts(config: RunConfig, cutoff: int, hf_dataset_user: Optional[st
     before = read_json(restore(config.dataset_folder) / "prepare.json").get("source", found["source"])
     with replacing(config.dataset_folder) as folder:
         save_prompts(folder, prompts)
-        type(tokens)({name: tokens[name] for name in SPLITS[:2]}).save_to_disk(folder / "tokens")
         chart = data_chart(counts["train"]["price"], counts["train"]["tokens"], cutoff, found["source"])
         show(chart, folder, "prepare.png")
         write_json(folder / "prepare.json", found)
@@ -617,7 +614,7 @@ def train_model(config: RunConfig, hf_user: Optional[str] = None, log_wandb: boo
         if resume is not None:
             refuse_changes(record, found, overrides | {"seed": seed})
         started, tokenizer = time.time(), load_tokenizer(path)
-        tokens = load_tokens(found["data"]["place"], splits, tokenizer, found["data"]["fingerprint"])
+        tokens = {name: tokenise(splits[name], tokenizer, name) for name in SPLITS[:2]}
     record |= found | {"wandb": log_wandb}
     if record.setdefault("processes", processes()[0]) != processes()[0]:  # a micro-batch chosen for another number means nothing
         record |= {"processes": processes()[0], "micro_batch": None}

@@ -126,9 +126,9 @@ def item_splits(train, val, test, to_row, val_name="val"):
 def build_prompts(splits, tokenizer, cutoff):
     """Prompts for the items of a DatasetDict (train, val, test) with the columns `summary` and `price`.
 
-    Prices are rounded in train and val only. Returns the DatasetDict of exactly `prompt` and `completion`, the same rows
-    as `tokenise` makes them, and the columns counted on the way, numpy arrays: {split: {"cut": whether the summary was too
-    long, "tokens": of prompt and completion, "price": in dollars}}.
+    Prices are rounded in train and val only. Returns the DatasetDict of exactly `prompt` and `completion`, and the columns
+    counted on the way, numpy arrays: {split: {"cut": whether the summary was too long, "tokens": of prompt and completion,
+    "price": in dollars}}.
     """
     import pyarrow
 
@@ -145,20 +145,19 @@ def build_prompts(splits, tokenizer, cutoff):
             if kept != summaries[i]:
                 prompts[i], is_cut[i] = prompt_of(kept), True
                 ids[i], = encode_rows([prompts[i]], [completions[i]], tokenizer)
-        return pyarrow.table({"prompt": prompts, "completion": completions, "price": prices, "cut": is_cut}
-                             | token_columns(ids, completions, tokenizer))
+        return pyarrow.table({"prompt": prompts, "completion": completions, "price": prices, "cut": is_cut,
+                              "tokens": [len(row) - extra for row in ids]})
 
-    prompts, tokens, counts = type(splits)(), type(splits)(), {}
+    prompts, counts = type(splits)(), {}
     extra, identity = tokenizer.num_special_tokens_to_add() + 1, tokenizer_identity(tokenizer)
     for name in SPLITS:
         rows = splits[name].select_columns(["summary", "price"]).with_format("arrow")
         rows = rows.map(convert, batched=True, desc=f"prompts of {name}", fn_kwargs={"do_round": name != "test"},
                         remove_columns="summary",
                         new_fingerprint=f"{rows._fingerprint}-{cutoff}-{identity}").with_format(None)
-        prompts[name], tokens[name] = rows.select_columns(["prompt", "completion"]), rows.select_columns(["input_ids", "labels"])
-        counts[name] = {"tokens": row_lengths(rows) - extra} | {
-            column: rows.data.column(column).to_numpy() for column in ("cut", "price")}
-    return prompts, tokens, counts
+        prompts[name] = rows.select_columns(["prompt", "completion"])
+        counts[name] = {column: rows.data.column(column).to_numpy() for column in ("cut", "tokens", "price")}
+    return prompts, counts
 
 
 def tokenise(prompts, tokenizer, name):
@@ -290,30 +289,16 @@ def save_prompts(folder, prompts):
         prompts[name].to_parquet(Path(folder) / f"{name}.parquet", batch_size=50_000)
 
 
-def load_tokens(folder, splits, tokenizer, fingerprint):
-    """What `tokenise` made of train and val, a DatasetDict: from `folder`, memory-mapped, if prepare left it there for the
-    same rows and tokenizer; else made now."""
-    from datasets import DatasetDict, load_from_disk
-
-    if read_json(Path(folder, "prepare.json")).get("tokens_of") == [fingerprint, tokenizer_identity(tokenizer)]:
-        try:
-            return load_from_disk(Path(folder, "tokens"))
-        except (OSError, ValueError):  # taken away or torn: they can be made again
-            pass
-    return DatasetDict({name: tokenise(splits[name], tokenizer, name) for name in SPLITS[:2]})
-
-
 def load_prompts(folder):
     """The DatasetDict (train, val, test) that `save_prompts` wrote. Raises UserError where a file is damaged."""
-    import pyarrow
-    import pyarrow.parquet
-    from datasets import Dataset, DatasetDict
+    from datasets import DatasetDict, load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
+    files = {name: str(Path(folder, f"{name}.parquet")) for name in SPLITS}
     try:
-        return DatasetDict({name: Dataset(pyarrow.parquet.read_table(Path(folder) / f"{name}.parquet"))
-                            for name in SPLITS})
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{folder}: not a whole dataset ({error}). Run `python app.py prepare` again.") from error
+        return load_dataset("parquet", data_files=files)  # memory-mapped, and what is made of it cached
+    except (OSError, DatasetGenerationError) as error:
+        raise UserError(f"{folder}: not a whole dataset ({error.__cause__ or error}). Run `python app.py prepare` again.") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

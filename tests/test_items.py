@@ -2,7 +2,6 @@
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -10,8 +9,8 @@ from collections import Counter
 import pytest
 
 from conftest import ROOT, write_catalogue
-from items import (DEMO_KINDS, Item, UserError, build_prompts, demo_items, item_splits, load_prompts, load_tokens,
-                   read_catalogue, replacing, restore, save_prompts, split_by_title, tokenise, tokenizer_identity, write_json)
+from items import (DEMO_KINDS, Item, UserError, build_prompts, demo_items, item_splits, load_prompts,
+                   read_catalogue, replacing, restore, save_prompts, split_by_title, tokenise, write_json)
 
 SUMMARY = "Title: Walnut desk\nCategory: Furniture\nBrand: Cedar\nDescription: Solid and dependable.\nDetails: 48 inches"
 
@@ -84,17 +83,17 @@ def test_batches_agree_with_one_by_one(tokenizer):
     items[5].summary = " two spaces and a line after\n\n"
     lengths = sorted(one.count_tokens(tokenizer) for one in items)
     for limit in (5, lengths[100], lengths[-2]):
-        prompts, tokens, counts = build_prompts(item_splits(items, items[:1], items[:1], vars), tokenizer, limit)
+        prompts, counts = build_prompts(item_splits(items, items[:1], items[:1], vars), tokenizer, limit)
         for i, one in enumerate(items):
             one.make_prompts(tokenizer, limit, True)
             assert prompts["train"][i] == one.to_datapoint()
             assert counts["train"]["cut"][i] == (one.count_tokens(tokenizer) > limit)
-            assert tokens["train"][i]["input_ids"] == tokenizer.encode(one.prompt + one.completion + tokenizer.eos_token)
+            assert counts["train"]["tokens"][i] == one.count_prompt_tokens(tokenizer)
 
 
 def test_prompts_of_splits_round_train_and_val_only(smol_tokenizer):
     items = [item(10.25 + i) for i in range(3)]
-    prompts, _, counts = build_prompts(item_splits(items, items, items, vars), smol_tokenizer, 110)
+    prompts, counts = build_prompts(item_splits(items, items, items, vars), smol_tokenizer, 110)
     assert prompts["train"]["completion"] == prompts["val"]["completion"] == ["10.00", "11.00", "12.00"]
     assert prompts["test"]["completion"] == ["10.25", "11.25", "12.25"]
     assert prompts["test"].column_names == ["prompt", "completion"]
@@ -211,7 +210,7 @@ def test_small_catalogues_fill_every_split_or_say_why():
 
 def test_parquet_gives_back_the_prompts(tmp_path, smol_tokenizer):
     items = demo_items(30, 0)
-    prompts, *_ = build_prompts(item_splits(items[:20], items[20:25], items[25:], vars), smol_tokenizer, 110)
+    prompts, _ = build_prompts(item_splits(items[:20], items[20:25], items[25:], vars), smol_tokenizer, 110)
     save_prompts(tmp_path, prompts)
     loaded = load_prompts(tmp_path)
     assert {name: list(split) for name, split in loaded.items()} == {name: list(split) for name, split in prompts.items()}
@@ -307,14 +306,3 @@ def test_rows_are_tokenised_as_training_needs_them(tokenizer):
         assert tokenizer.decode(said) == source["completion"] + tokenizer.eos_token
         assert row["labels"] == [-100] * (len(row["input_ids"]) - len(said)) + said
         assert row["input_ids"][-len(said):] == said
-
-
-def test_stored_tokens_are_used_for_the_same_rows_and_tokenizer_only(smol_tokenizer, tmp_path):
-    prompts, tokens, _ = build_prompts(item_splits(*[demo_items(20, 1)] * 3, vars), smol_tokenizer, 30)
-    tokens["train"] = tokens["train"].select([3, 4])  # to be told from tokens made now
-    type(tokens)({name: tokens[name] for name in ("train", "val")}).save_to_disk(tmp_path / "tokens")
-    write_json(tmp_path / "prepare.json", {"tokens_of": ["rows", tokenizer_identity(smol_tokenizer)]})
-    assert len(load_tokens(tmp_path, prompts, smol_tokenizer, "rows")["train"]) == 2
-    assert len(load_tokens(tmp_path, prompts, smol_tokenizer, "other rows")["train"]) == 20
-    shutil.rmtree(tmp_path / "tokens/train")
-    assert len(load_tokens(tmp_path, prompts, smol_tokenizer, "rows")["train"]) == 20

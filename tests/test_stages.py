@@ -32,7 +32,7 @@ def test_prepare_says_what_it_found(run, prepared):
     folder = run.folder / "outputs/datasets/items_prompts_lite"
     found = read(folder / "prepare.json")
     assert sum(found["kept"].values()) + sum(map(len, found["dropped"].values())) == 80
-    assert sorted(os.listdir(folder)) == ["prepare.json", "prepare.png", "test.parquet", "tokens", "train.parquet", "val.parquet"]
+    assert sorted(os.listdir(folder)) == ["prepare.json", "prepare.png", "test.parquet", "train.parquet", "val.parquet"]
 
 
 def test_prepare_again_replaces_and_a_failed_one_leaves_the_old(run, prepared, tmp_path):
