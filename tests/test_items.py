@@ -1,308 +1,585 @@
-"""Prompts letter by letter, catalogues row by row, and files that are whole or not there."""
+"""Prompts letter by letter, catalogues row by row, and files that are complete or not there."""
+
 import json
+import multiprocessing
 import os
 import random
-import subprocess
 import sys
 from collections import Counter
 
+import pandas
 import pytest
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
-from conftest import ROOT, write_catalogue
-from items import (DEMO_KINDS, Item, UserError, build_prompts, demo_items, item_splits, load_prompts,
-                   read_catalogue, replacing, restore, save_prompts, split_by_title, tokenise, write_json)
+import child
+from items import (
+    DEMO_KINDS,
+    MANIFEST,
+    Item,
+    Problems,
+    UserError,
+    build_prompts,
+    completion_tokens,
+    demo_items,
+    encode_rows,
+    finish_interrupted_replace,
+    item_splits,
+    load_prompts,
+    manifest_problem,
+    prompt_of,
+    read_catalogue,
+    replacing,
+    save_prompts,
+    split_by_title,
+    tokenise,
+    write_json,
+    write_manifest,
+)
 
-SUMMARY = "Title: Walnut desk\nCategory: Furniture\nBrand: Cedar\nDescription: Solid and dependable.\nDetails: 48 inches"
+SUMMARY = (
+    "Title: Walnut desk\nCategory: Furniture\nBrand: Cedar\n"
+    "Description: Solid and dependable.\nDetails: 48 inches"
+)
+QUESTION = "What does this cost to the nearest dollar?"
 
 
-def item(price=219.0, summary=SUMMARY, title="Walnut desk"):
-    return Item(title, "Furniture", price, summary=summary)
+def make_item(price=219.0, title="Walnut desk"):
+    return Item(title, "Furniture", price, summary=SUMMARY)
+
+
+# Items and prompts
 
 
 def test_repr_is_the_courses():
-    assert repr(item()) == "<Walnut desk = $219.0>"
+    assert repr(make_item()) == "<Walnut desk = $219.0>"
 
 
-def test_prompt_and_completion_letter_by_letter(tokenizer):
-    one = item(218.51)
-    one.make_prompts(tokenizer, 110, True)
-    assert one.to_datapoint() == {
-        "prompt": f"What does this cost to the nearest dollar?\n\n{SUMMARY}\n\nPrice is $", "completion": "219.00"}
-    assert not one.prompt.endswith(" ")
+def test_prompt_letter_by_letter(tokenizer):
+    item = make_item(218.51)
+    item.make_prompts(tokenizer, 110, do_round=True)
+    assert item.to_datapoint() == {
+        "prompt": f"{QUESTION}\n\n{SUMMARY}\n\nPrice is $",
+        "completion": "219.00",
+    }
 
 
-@pytest.mark.parametrize("price, rounded", [(0.5, "0.00"), (1.5, "2.00"), (2.5, "2.00"), (218.5, "218.00"),
-                                            (219.5, "220.00"), (999.49, "999.00"), (64.3, "64.00")])
-def test_rounding_is_half_to_even_and_only_where_asked(smol_tokenizer, price, rounded):
-    one = item(price)
-    one.make_prompts(smol_tokenizer, 110, True)
-    assert one.completion == rounded
-    one.make_prompts(smol_tokenizer, 110, False)
-    assert one.completion == str(price)
+@pytest.mark.parametrize(
+    "price, rounded",
+    [
+        (0.5, "0.00"),
+        (1.5, "2.00"),
+        (2.5, "2.00"),
+        (218.5, "218.00"),
+        (219.5, "220.00"),
+        (999.49, "999.00"),
+        (64.3, "64.00"),
+    ],
+)
+def test_prices_round_half_to_even(smol_tokenizer, price, rounded):
+    """Where rounding is asked for; otherwise the completion is the price as it is."""
+    item = make_item(price)
+    item.make_prompts(smol_tokenizer, 110, do_round=True)
+    assert item.completion == rounded
+    item.make_prompts(smol_tokenizer, 110, do_round=False)
+    assert item.completion == str(price)
 
 
-def test_cut_is_at_exactly_max_tokens(tokenizer):
-    one = item()
-    n = one.count_tokens(tokenizer)
-    for limit, whole in ((n + 1, True), (n, True), (n - 1, False)):
-        one.make_prompts(tokenizer, limit, True)
-        assert (SUMMARY in one.prompt) == whole
-    kept = tokenizer.decode(tokenizer.encode(SUMMARY, add_special_tokens=False)[: n - 1]).rstrip()
-    assert one.prompt == f"What does this cost to the nearest dollar?\n\n{kept}\n\nPrice is $"
+def test_summary_is_cut_at_max_tokens(tokenizer):
+    """A summary of exactly so many tokens stays, one of one more loses its last token."""
+    item = make_item()
+    length = item.count_tokens(tokenizer)
+    item.make_prompts(tokenizer, length, do_round=True)
+    assert item.prompt == f"{QUESTION}\n\n{SUMMARY}\n\nPrice is $"
 
-
-def test_a_cut_that_ends_in_white_space_is_stripped(tokenizer):
+    item.make_prompts(tokenizer, length - 1, do_round=True)
     ids = tokenizer.encode(SUMMARY, add_special_tokens=False)
-    at = next(i for i in range(1, len(ids)) if tokenizer.decode(ids[:i]) != tokenizer.decode(ids[:i]).rstrip())
-    one = item()
-    one.make_prompts(tokenizer, at, True)
-    assert one.prompt.endswith(tokenizer.decode(ids[:at]).rstrip() + "\n\nPrice is $")
+    kept = tokenizer.decode(ids[:-1]).rstrip()
+    assert kept != SUMMARY
+    assert item.prompt == f"{QUESTION}\n\n{kept}\n\nPrice is $"
 
 
-def test_golden_lengths(llama_tokenizer, smol_tokenizer):
-    one = item()
-    for tokenizer, summary, whole in ((llama_tokenizer, 24, 40), (smol_tokenizer, 28, 50)):
-        one.make_prompts(tokenizer, 110, True)
-        assert (one.count_tokens(tokenizer), one.count_prompt_tokens(tokenizer)) == (summary, whole)
+def test_cut_summary_is_right_stripped(tokenizer):
+    ids = tokenizer.encode(SUMMARY, add_special_tokens=False)
+    beginnings = [tokenizer.decode(ids[:length]) for length in range(1, len(ids))]
+    cut = next(text for text in beginnings if text[-1].isspace())
+    item = make_item()
+    item.make_prompts(tokenizer, beginnings.index(cut) + 1, do_round=True)
+    assert item.prompt == f"{QUESTION}\n\n{cut.rstrip()}\n\nPrice is $"
 
 
-def test_llama_spells_prices_in_one_token_and_smol_digit_by_digit(llama_tokenizer, smol_tokenizer):
-    assert llama_tokenizer.tokenize("219.00") == ["219", ".", "00"]
-    assert smol_tokenizer.tokenize("219.00") == ["2", "1", "9", ".", "0", "0"]
+@pytest.mark.parametrize("name, summary, whole", [("llama", 24, 40), ("smol", 28, 50)])
+def test_known_item_has_known_lengths(request, name, summary, whole):
+    """Tokens of the summary and of prompt and completion, special tokens not counted."""
+    tokenizer = request.getfixturevalue(f"{name}_tokenizer")
+    item = make_item()
+    item.make_prompts(tokenizer, 110, do_round=True)
+    assert item.count_tokens(tokenizer) == summary
+    assert item.count_prompt_tokens(tokenizer) == whole
 
 
-def test_the_prompt_is_a_prefix_of_prompt_and_completion_in_tokens(tokenizer):
-    one = item()
-    one.make_prompts(tokenizer, 110, True)
-    prompt, whole = tokenizer.encode(one.prompt), tokenizer.encode(one.prompt + one.completion)
-    assert whole[: len(prompt)] == prompt
+def test_prompt_tokens_begin_the_row(tokenizer):
+    """The model meets the same tokens in training and when it is asked."""
+    item = make_item()
+    item.make_prompts(tokenizer, 110, do_round=True)
+    prompt = tokenizer.encode(item.prompt)
+    row = tokenizer.encode(item.prompt + item.completion)
+    assert row[: len(prompt)] == prompt
 
 
-def test_batches_agree_with_one_by_one(tokenizer):
-    items = demo_items(300, seed=3)
+def test_batches_agree_with_single_items(tokenizer):
+    """Prompts, cuts and token counts, whether few, some or nearly no items are short enough."""
+    items = demo_items(200, seed=3)
     items[5].summary = " two spaces and a line after\n\n"
-    lengths = sorted(one.count_tokens(tokenizer) for one in items)
-    for limit in (5, lengths[100], lengths[-2]):
-        prompts, counts = build_prompts(item_splits(items, items[:1], items[:1], vars), tokenizer, limit)
-        for i, one in enumerate(items):
-            one.make_prompts(tokenizer, limit, True)
-            assert prompts["train"][i] == one.to_datapoint()
-            assert counts["train"]["cut"][i] == (one.count_tokens(tokenizer) > limit)
-            assert counts["train"]["tokens"][i] == one.count_prompt_tokens(tokenizer)
+    one = items[:1]
+    lengths = sorted(item.count_tokens(tokenizer) for item in items)
+    for cutoff in (5, lengths[70], lengths[-2]):
+        prompts, counts = build_prompts(item_splits(items, one, one), tokenizer, cutoff)
+        for item in items:
+            item.make_prompts(tokenizer, cutoff, do_round=True)
+        found = counts["train"]
+        assert list(prompts["train"]) == [item.to_datapoint() for item in items]
+        assert list(found["cut"]) == [item.count_tokens(tokenizer) > cutoff for item in items]
+        assert list(found["tokens"]) == [item.count_prompt_tokens(tokenizer) for item in items]
 
 
-def test_prompts_of_splits_round_train_and_val_only(smol_tokenizer):
-    items = [item(10.25 + i) for i in range(3)]
-    prompts, counts = build_prompts(item_splits(items, items, items, vars), smol_tokenizer, 110)
-    assert prompts["train"]["completion"] == prompts["val"]["completion"] == ["10.00", "11.00", "12.00"]
-    assert prompts["test"]["completion"] == ["10.25", "11.25", "12.25"]
+def test_only_train_and_val_are_rounded(smol_tokenizer):
+    items = [make_item(10.25 + i) for i in range(3)]
+    prompts, counts = build_prompts(item_splits(items, items, items), smol_tokenizer, 110)
+    assert prompts["train"]["completion"][:] == ["10.00", "11.00", "12.00"]
+    assert prompts["val"]["completion"][:] == ["10.00", "11.00", "12.00"]
+    assert prompts["test"]["completion"][:] == ["10.25", "11.25", "12.25"]
     assert prompts["test"].column_names == ["prompt", "completion"]
-    items[0].make_prompts(smol_tokenizer, 110, True)
-    assert counts["train"]["tokens"][0] == items[0].count_prompt_tokens(smol_tokenizer)
+    assert list(counts["train"]["price"]) == [10.25, 11.25, 12.25]
 
 
-# Own catalogues
-
-BAD = {
-    2: ('{"title": "B", "text": "b"}', "price is missing"),
-    3: ('{"title": "B", "text": "b", "price": null}', "price is missing"),
-    4: ('{"title": "B", "text": "b", "price": 0}', "price is zero or negative"),
-    5: ('{"title": "B", "text": "b", "price": -3}', "price is zero or negative"),
-    6: ('{"title": "B", "text": "b", "price": NaN}', "price is no plain number like 12.99"),
-    7: ('{"title": "B", "text": "b", "price": "about ten"}', "price is no plain number like 12.99"),
-    8: ('{"title": "B", "text": "b", "price": true}', "price is no plain number like 12.99"),
-    9: ('{"title": "B", "text": " ", "price": 3}', "text is empty or not text"),
-    10: ('{"title": "", "text": "b", "price": 3}', "title is empty or not text"),
-    11: ('{"title": "B", "text": "b", "price": 0.49}', "price is outside $0.50–$999.49"),
-    12: ('{"title": "B", "text": "b", "price": 999.5}', "price is outside $0.50–$999.49"),
-    13: ('{"title": "B", "text": "b", "price": 3', "not a JSON object"),
-    14: ('[1, 2]', "not a JSON object"),
-    15: ('{"title": "B", "text": "b", "price": 1%s}' % ("0" * 400), "price is no plain number like 12.99"),
-    16: ('{"title": "B \\ud800", "text": "b", "price": 3}', "title has half a character"),
-    17: ('{"title": "A", "text": "a", "price": 1.5}', "duplicate of an earlier row"),
-}
+# Tokens to train on
 
 
-def test_unusable_rows_are_named_by_line_and_dropped(tmp_path):
+def test_only_completions_are_labelled(tokenizer):
+    """Rows are prompt, completion and end of text; the labels are the last two's tokens."""
+    items = demo_items(40, seed=1)
+    prompts, _ = build_prompts(item_splits(items, items, items), tokenizer, 30)
+    rows = tokenise(prompts["train"], tokenizer, "train")
+    for row, source in zip(rows, prompts["train"], strict=True):
+        answer = source["completion"] + tokenizer.eos_token
+        labelled = [label for label in row["labels"] if label != -100]
+        unlabelled = [-100] * (len(row["input_ids"]) - len(labelled))
+        assert row["input_ids"] == tokenizer.encode(source["prompt"] + answer)
+        assert tokenizer.decode(labelled) == answer
+        assert row["labels"] == unlabelled + labelled
+        assert row["input_ids"][-len(labelled) :] == labelled
+
+
+COMPLETIONS = ["0.00", "7.00", "64.3", "219.00", "999.49", "7.00"]
+
+
+def test_completion_tokens_end_the_row(tokenizer):
+    """They are the last tokens of prompt + completion + end of text."""
+    prompts = [prompt_of(SUMMARY)] * len(COMPLETIONS)
+    rows = encode_rows(prompts, COMPLETIONS, tokenizer)
+    found = completion_tokens(COMPLETIONS, tokenizer)
+    texts = [tokenizer.decode(ids) for ids in found]
+    assert texts == [text + tokenizer.eos_token for text in COMPLETIONS]
+    assert found == [row[-len(ids) :] for row, ids in zip(rows, found, strict=True)]
+
+
+def test_completion_tokens_have_no_space():
+    """Not with a tokenizer either that puts a space before each text, as Llama 2's does."""
+    characters = sorted(set(prompt_of(SUMMARY) + "".join(COMPLETIONS)) - {" "})
+    vocabulary = {token: i for i, token in enumerate(["</s>", "▁", *characters])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    spaces = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence(list(spaces))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert tokenizer.tokenize("7") == ["▁", "7"]
+
+    found = completion_tokens(["7"], tokenizer)
+    assert found == [tokenizer.convert_tokens_to_ids(["7", "</s>"])]
+    assert encode_rows([prompt_of(SUMMARY)], ["7"], tokenizer)[0][-2:] == found[0]
+
+
+# The user's own catalogue
+
+NO_NUMBER = "price is no plain number like 12.99"
+OUTSIDE = "price is outside $0.50–$999.49"
+BAD_ROWS = [  # from line 2 on
+    ('{"title": "B", "text": "b"}', "price is missing"),
+    ('{"title": "B", "text": "b", "price": null}', "price is missing"),
+    ('{"title": "B", "text": "b", "price": 0}', "price is zero or negative"),
+    ('{"title": "B", "text": "b", "price": -3}', "price is zero or negative"),
+    ('{"title": "B", "text": "b", "price": NaN}', NO_NUMBER),
+    ('{"title": "B", "text": "b", "price": "about ten"}', NO_NUMBER),
+    ('{"title": "B", "text": "b", "price": true}', NO_NUMBER),
+    ('{"title": "B", "text": " ", "price": 3}', "text is empty or not text"),
+    ('{"title": "", "text": "b", "price": 3}', "title is empty or not text"),
+    ('{"title": "B", "text": "b", "price": 0.49}', OUTSIDE),
+    ('{"title": "B", "text": "b", "price": 999.5}', OUTSIDE),
+    ('{"title": "B", "text": "b", "price": 3', "not a JSON object"),
+    ("[1, 2]", "not a JSON object"),
+    (f'{{"title": "B", "text": "b", "price": 1{"0" * 400}}}', NO_NUMBER),
+    ('{"title": "B \\ud800", "text": "b", "price": 3}', "title has an incomplete character"),
+    ('{"title": "A", "text": "a", "price": 1.5}', "duplicate of an earlier row"),
+]
+
+
+def test_bad_rows_are_named_by_line(tmp_path):
+    """They are dropped, each reason with its lines; the rows beside them are kept."""
+    lines = [
+        '{"title": "A", "text": "a", "price": 1.5}',
+        *(line for line, _ in BAD_ROWS),
+        '{"title": "Z", "text": "z", "price": "0.50"}',
+        "",
+        '{"title": "Y", "text": "y", "price": 999.49}',
+    ]
     path = tmp_path / "own.jsonl"
-    lines = ['{"title": "A", "text": "a", "price": 1.5}', *(line for line, _ in BAD.values()),
-             '{"title": "Z", "text": "z", "price": "0.50"}', "", '{"title": "Y", "text": "y", "price": 999.49}']
     path.write_text("\n".join(lines))
     items, dropped = read_catalogue(path)
-    assert [(i.id, i.title, i.price) for i in items] == [(1, "A", 1.5), (18, "Z", 0.5), (20, "Y", 999.49)]
+
+    found = [(item.id, item.title, item.price) for item in items]
+    assert found == [(1, "A", 1.5), (18, "Z", 0.5), (20, "Y", 999.49)]
     expected = {}
-    for line, (_, reason) in BAD.items():
+    for line, (_, reason) in enumerate(BAD_ROWS, 2):
         expected.setdefault(reason, []).append(line)
     assert dropped == expected
 
 
 @pytest.mark.parametrize("column", ["summary", "text", "description"])
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
-def test_every_format_and_text_column_gives_the_same_items(tmp_path, ending, column):
-    import pandas
-
-    table = pandas.DataFrame({"title": ["Lamp", "Sofa, red"], "price": [12.5, 300.0], column: ["Brass.\nTall.", "Soft."],
-                              "category": ["Light", "Seat"]})
+def test_all_formats_give_equal_items(tmp_path, ending, column):
+    """Whichever of the three columns for texts they have."""
     path = tmp_path / f"own.{ending}"
-    {"jsonl": lambda: table.to_json(path, orient="records", lines=True), "csv": lambda: table.to_csv(path, index=False),
-     "parquet": lambda: table.to_parquet(path)}[ending]()
+    columns = {
+        "title": ["Lamp", "Sofa, red"],
+        "price": [12.5, 300.0],
+        column: ["Brass.\nTall.", "Soft."],
+        "category": ["Light", "Seat"],
+    }
+    table = pandas.DataFrame(columns)
+    if ending == "jsonl":
+        table.to_json(path, orient="records", lines=True)
+    elif ending == "csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_parquet(path)
     items, dropped = read_catalogue(path)
-    assert not dropped and [(i.title, i.category, i.price) for i in items] == [("Lamp", "Light", 12.5), ("Sofa, red", "Seat", 300.0)]
+    assert dropped == {}
+    found = [(item.title, item.category, item.price) for item in items]
+    assert found == [("Lamp", "Light", 12.5), ("Sofa, red", "Seat", 300.0)]
     assert items[0].summary == "Title: Lamp\nCategory: Light\nDescription: Brass.\nTall."
 
 
-@pytest.mark.parametrize("sign", [",", ";", "\t"])
-def test_a_csv_may_have_other_separators_and_capitals_and_says_which_rows_have_too_many_cells(tmp_path, sign):
-    rows = [" Title", "Price", "DESCRIPTION "], ["Lamp", "12.5", "Brass"], ["Sofa", "30", "red", "soft"], ["Bed", "1_0", "-"]
-    (tmp_path / "own.csv").write_text("\n".join(map(sign.join, rows)))
-    items, dropped = read_catalogue(tmp_path / "own.csv")
-    assert [(i.title, i.price) for i in items] == [("Lamp", 12.5)]
-    assert dropped == {"more cells than the header has": [3], "price is no plain number like 12.99": [4]}
+@pytest.mark.parametrize("separator", [",", ";", "\t"], ids=["comma", "semicolon", "tab"])
+def test_csv_separators_and_capitals_vary(tmp_path, separator):
+    """A row with more cells than the header is named by its line."""
+    rows = [
+        (" Title", "Price", "DESCRIPTION "),
+        ("Lamp", "12.5", "Brass"),
+        ("Sofa", "30", "red", "soft"),
+        ("Bed", "1_0", "-"),
+    ]
+    path = tmp_path / "own.csv"
+    path.write_text("\n".join(separator.join(row) for row in rows))
+    items, dropped = read_catalogue(path)
+    assert [(item.title, item.price) for item in items] == [("Lamp", 12.5)]
+    assert dropped == {"more cells than the header has": [3], NO_NUMBER: [4]}
 
 
-def test_a_description_in_the_courses_form_stays_as_it_is(tmp_path):
+def test_course_descriptions_stay_unchanged(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps({"title": "Walnut desk", "summary": SUMMARY, "price": 1}))
-    assert read_catalogue(path)[0][0].summary == SUMMARY
+    items, _ = read_catalogue(path)
+    assert items[0].summary == SUMMARY
 
 
-@pytest.mark.parametrize("name, content, said", [
-    ("own.jsonl", '{"title": "A", "text": "a"}', "price"),
-    ("own.jsonl", '{"title": "A", "price": 1}', "description"),
-    ("own.jsonl", "", "holds no rows"),
-    ("own.csv", "title,price,text\n", "holds no rows"),
-    ("own.json", '[{"title": "A", "text": "a", "price": 1}]', "not a JSON object"),
-    ("own.jsonl", '{"title": "A", "text": "a", "price": 0}', "none of 1 rows is usable"),
-    ("own.parquet", "no parquet", "can't be read: "),
-    ("own.csv", b"title,price,text\n\xff\xfe,1,2", "not in UTF-8 (byte 17)"),
-    ("own.csv", 'title,price,text\na,1,"b\nc,2,d\n', "is a quote left open?"),
-    ("own.csv", "title,price,Price,text\na,1,2,b\n", "more than one column is called price"),
-    ("own.xlsx", "", "the ending is .xlsx"),
-    ("missing.csv", None, "can't be read: No such file"),
-])
-def test_a_file_of_no_use_is_said_in_one_line(tmp_path, name, content, said):
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("own.jsonl", b'{"title": "A", "text": "a"}', "no column for price; found: title, text."),
+        ("own.jsonl", b'{"title": "A", "price": 1}', "no column for a description"),
+        ("own.jsonl", b"", "holds no rows"),
+        ("own.csv", b"title,price,text\n", "holds no rows"),
+        ("own.json", b'[{"title": "A", "text": "a", "price": 1}]', "not a JSON object"),
+        ("own.jsonl", b'{"title": "A", "text": "a", "price": 0}', "none of 1 rows is usable"),
+        ("own.parquet", b"no parquet", "can't be read: "),
+        ("own.csv", b"title,price,text\n\xff\xfe,1,2", "not in UTF-8 (byte 17)"),
+        ("own.csv", b'title,price,text\na,1,"b\nc,2,d\n', "is a quote left open?"),
+        ("own.csv", b"title,price,Price,text\na,1,2,b\n", "more than one column is called price"),
+        ("own.xlsx", b"", "the ending is .xlsx"),
+        ("missing.csv", None, "can't be read: No such file"),
+    ],
+)
+def test_bad_file_is_one_line(tmp_path, name, content, expected):
+    """A file of no use is named and explained in one line."""
+    path = tmp_path / name
     if content is not None:
-        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        read_catalogue(tmp_path / name)
-    assert said in str(error.value) and "\n" not in str(error.value)
+        read_catalogue(path)
+    text = str(error.value)
+    assert text.startswith(f"{path}: ")
+    assert expected in text
+    assert "\n" not in text
 
 
-def test_equal_titles_stay_in_one_split_of_90_5_5():
+def random_items():
+    """2,000 items with some 300 titles, written in two ways."""
     rng = random.Random(0)
-    items = [item(title=f"  T{rng.randrange(300)} ".swapcase() if rng.random() < 0.5 else f"t{rng.randrange(300)}") for _ in range(2000)]
-    parts = split_by_title(items, seed=1)
-    assert sum(map(len, parts)) == 2000 and all(90 <= len(part) <= 120 for part in parts[1:])
-    titles = [{i.title.casefold().strip() for i in part} for part in parts]
-    assert not titles[0] & titles[1] and not titles[0] & titles[2] and not titles[1] & titles[2]
-    assert [list(map(repr, part)) for part in split_by_title(items, 1)] == [list(map(repr, part)) for part in parts]
-    assert [list(map(repr, part)) for part in split_by_title(items, 2)] != [list(map(repr, part)) for part in parts]
+    titles = [f"t{rng.randrange(300)}" for _ in range(2000)]
+    variants = [title if rng.random() < 0.5 else f"  {title.upper()} " for title in titles]
+    return [make_item(title=title) for title in variants]
 
 
-def test_small_catalogues_fill_every_split_or_say_why():
-    assert [len(part) for part in split_by_title([item(title=t) for t in "abc"], 0)] == [1, 1, 1]
+def test_equal_titles_share_a_split():
+    """Capitals and spaces don't count; the splits are about 90, 5 and 5 %."""
+    parts = split_by_title(random_items(), seed=1)
+    train, val, test = ({item.title.lower().strip() for item in part} for part in parts)
+    assert train.isdisjoint(val)
+    assert train.isdisjoint(test)
+    assert val.isdisjoint(test)
+    assert sum(len(part) for part in parts) == 2000
+    assert 90 <= len(parts[1]) <= 120
+    assert 90 <= len(parts[2]) <= 120
+
+
+def test_split_depends_on_the_seed():
+    parts = split_by_title(random_items(), seed=1)
+    assert split_by_title(random_items(), seed=1) == parts
+    assert split_by_title(random_items(), seed=2) != parts
+
+
+def test_three_titles_fill_every_split():
+    parts = split_by_title([make_item(title=title) for title in "abc"], seed=0)
+    assert [len(part) for part in parts] == [1, 1, 1]
+
+
+def test_two_titles_are_too_few():
     with pytest.raises(UserError, match="at least 3"):
-        split_by_title([item(title=t) for t in "ab"], 0)
+        split_by_title([make_item(title=title) for title in "ab"], seed=0)
 
 
-# Storage
+# Files that are never half
 
 
-def test_parquet_gives_back_the_prompts(tmp_path, smol_tokenizer):
-    items = demo_items(30, 0)
-    prompts, _ = build_prompts(item_splits(items[:20], items[20:25], items[25:], vars), smol_tokenizer, 110)
-    save_prompts(tmp_path, prompts)
+def save_demo_prompts(folder, tokenizer):
+    """Writes a small dataset into the folder; returns what was written."""
+    items = demo_items(30, seed=0)
+    splits = item_splits(items[:20], items[20:25], items[25:])
+    prompts, _ = build_prompts(splits, tokenizer, 110)
+    save_prompts(folder, prompts, {"source": "a test"})
+    return prompts
+
+
+def test_saved_prompts_load_unchanged(tmp_path, smol_tokenizer):
+    prompts = save_demo_prompts(tmp_path, smol_tokenizer)
     loaded = load_prompts(tmp_path)
-    assert {name: list(split) for name, split in loaded.items()} == {name: list(split) for name, split in prompts.items()}
-    (tmp_path / "val.parquet").write_bytes(b"PAR1 torn")
-    with pytest.raises(UserError, match="not a whole dataset"):
+    assert set(loaded) == {"train", "val", "test"}
+    for name, split in loaded.items():
+        assert list(split) == list(prompts[name])
+
+
+def test_corrupt_dataset_is_one_line(tmp_path, smol_tokenizer):
+    save_demo_prompts(tmp_path, smol_tokenizer)
+    (tmp_path / "val.parquet").write_bytes(b"PAR1 cut")
+    with pytest.raises(UserError, match="corrupt or incomplete.*Run `python app.py prepare`"):
         load_prompts(tmp_path)
 
 
-def test_an_error_while_writing_leaves_the_old_folder(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a").write_text("old")
-    with pytest.raises(KeyError), replacing(tmp_path / "data") as new:
+def test_error_keeps_the_old_folder(tmp_path):
+    """What was half written when the error came doesn't count."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a").write_text("old")
+    with pytest.raises(KeyError), replacing(folder) as new:
         (new / "a").write_text("half")
         raise KeyError
-    assert (restore(tmp_path / "data") / "a").read_text() == "old"
+    assert finish_interrupted_replace(folder) == folder
+    assert (folder / "a").read_text() == "old"
 
 
-KILL = """
-import os, sys
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from items import replacing, write_json
-count = 0
-def at(event, arguments):
-    global count
-    if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree") and {folder!r} in str(arguments[0]):
-        count += 1
-        if count == {n}:
-            os._exit(9)
-sys.addaudithook(at)
-with replacing({folder!r} + "/data") as new:
+FORK = multiprocessing.get_context("fork")  # the child has nothing to import
+FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree")
+
+
+def write_files(folder, text):
     for name in "abc":
-        (new / name).write_text("new")
-    write_json(new / "d.json", "new")
-"""
+        (folder / name).write_text(text)
+    write_json(folder / "d.json", text)
 
 
-def test_a_kill_at_any_moment_leaves_the_old_or_the_new_folder_whole(tmp_path):
+def replace_until_killed(folder, moments):
+    """Replaces `folder`; is killed when as many files beside it were touched as `moments` says."""
+    remaining = iter(range(moments))
+
+    def audit(event, arguments):
+        if event not in FILE_EVENTS or str(folder.parent) not in str(arguments[0]):
+            return
+        if next(remaining, None) is None:
+            child.kill()
+
+    sys.addaudithook(audit)
+    with replacing(folder) as new:
+        write_files(new, "new")
+
+
+def test_killed_replace_leaves_whole_folder(tmp_path):
+    """The old or the new one, whichever the moment of the kill."""
     seen = Counter()
-    for n in range(1, 40):
-        folder = tmp_path / str(n)
-        (folder / "data").mkdir(parents=True)
-        for name in "abc":
-            (folder / "data" / name).write_text("old")
-        write_json(folder / "data" / "d.json", "old")
-        done = subprocess.run([sys.executable, "-c", KILL.format(root=str(ROOT), folder=str(folder), n=n)])
-        files = {path.name: path.read_text().strip('"\n') for path in restore(folder / "data").iterdir()}
-        assert sorted(files) == ["a", "b", "c", "d.json"] and len(set(files.values())) == 1
-        seen[done.returncode, files["a"]] += 1
-        if done.returncode == 0:
+    for moments in range(40):
+        folder = tmp_path / str(moments) / "data"
+        folder.mkdir(parents=True)
+        write_files(folder, "old")
+        process = FORK.Process(target=replace_until_killed, args=(folder, moments))
+        process.start()
+        was_killed = child.finish(process) != 0
+
+        finish_interrupted_replace(folder)
+        texts = {path.name: path.read_text().strip('"\n') for path in folder.iterdir()}
+        assert sorted(texts) == ["a", "b", "c", "d.json"]
+        assert len(set(texts.values())) == 1
+        seen[was_killed, texts["a"]] += 1
+        if not was_killed:
             break
-    assert seen[9, "old"] >= 6 and seen[9, "new"] >= 1 and seen[0, "new"] == 1
+    assert seen[True, "old"] >= 6
+    assert seen[True, "new"] >= 1
+    assert seen[False, "new"] == 1
+    assert seen[False, "old"] == 0
 
 
-def test_json_is_replaced_whole_and_knows_no_nan(tmp_path):
-    write_json(tmp_path / "a.json", {"x": float("nan"), "y": [1.5, "§"]})
-    assert json.loads((tmp_path / "a.json").read_text("utf-8")) == {"x": None, "y": [1.5, "§"]}
+def test_json_is_replaced_as_a_whole(tmp_path):
+    """A value that JSON can't hold leaves the old file, and nothing beside it."""
+    path = tmp_path / "a.json"
+    write_json(path, {"x": [1.5, "§"]})
     with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"x": object()})
-    assert json.loads((tmp_path / "a.json").read_text("utf-8"))["y"] == [1.5, "§"]
+        write_json(path, {"x": object()})
+    assert json.loads(path.read_text("utf-8")) == {"x": [1.5, "§"]}
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-# The synthetic catalogue
+def test_nan_is_null_in_json(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": float("nan"), "y": 1.5})
+    assert json.loads(path.read_text("utf-8")) == {"x": None, "y": 1.5}
 
 
-def test_demo_items_depend_on_the_seed_only_and_imply_their_price():
-    items, again, other = demo_items(500, 7), demo_items(500, 7), demo_items(500, 8)
-    assert items == again != other
-    assert 40 <= sum(map(len, DEMO_KINDS.values())) <= 60
-    assert all(5 <= i.price <= 999 for i in items)
-    implied = demo_items(500, 7, noise=0)
-    assert [i.summary for i in implied] == [i.summary for i in items]
-    by_wording = {}
-    for one in implied:  # without noise the wording alone makes the price
-        assert by_wording.setdefault(one.summary, one.price) == one.price
-    ratios = sorted(a.price / b.price for a, b in zip(items, implied))
-    assert 0.95 < ratios[250] < 1.05 and ratios[40] < 0.85 and ratios[460] > 1.15
-    for line in ("Title: ", "Category: ", "Brand: ", "Description: ", "Details: "):
-        assert all(line in i.summary for i in items)
+@pytest.fixture()
+def sealed(tmp_path):
+    """A folder with two files and a manifest."""
+    (tmp_path / "state.json").write_text('{"step": 3}')
+    (tmp_path / "weights.bin").write_bytes(bytes(range(256)) * 16)
+    write_manifest(tmp_path)
+    return tmp_path
 
 
-def test_write_catalogue_is_usable(tmp_path):
-    items, dropped = read_catalogue(write_catalogue(tmp_path / "own.jsonl", 30))
-    assert len(items) + sum(map(len, dropped.values())) == 30
+def remove_weights(folder):
+    (folder / "weights.bin").unlink()
 
 
-def test_rows_are_tokenised_as_training_needs_them(tokenizer):
-    rows = build_prompts(item_splits(*[demo_items(40, 1)] * 3, vars), tokenizer, 30)[0]["train"]
-    for row, source in zip(tokenise(rows, tokenizer, "train"), rows):
-        assert row["input_ids"] == tokenizer.encode(source["prompt"] + source["completion"] + tokenizer.eos_token)
-        said = [label for label in row["labels"] if label != -100]
-        assert tokenizer.decode(said) == source["completion"] + tokenizer.eos_token
-        assert row["labels"] == [-100] * (len(row["input_ids"]) - len(said)) + said
-        assert row["input_ids"][-len(said):] == said
+def cut_weights(folder):
+    os.truncate(folder / "weights.bin", 1000)
+
+
+def flip_a_byte(folder):
+    content = bytearray((folder / "weights.bin").read_bytes())
+    content[1234] ^= 1
+    (folder / "weights.bin").write_bytes(content)
+
+
+def remove_manifest(folder):
+    (folder / MANIFEST).unlink()
+
+
+def cut_manifest(folder):
+    os.truncate(folder / MANIFEST, 100)
+
+
+def empty_manifest(folder):
+    os.truncate(folder / MANIFEST, 0)
+
+
+def test_sealed_folder_has_no_problem(sealed):
+    """Nor does one that is sealed again, or has files that came later."""
+    assert manifest_problem(sealed) is None
+    write_manifest(sealed)
+    (sealed / "later.txt").write_text("later")
+    assert manifest_problem(sealed) is None
+
+
+DAMAGES = {
+    remove_weights: "weights.bin is missing",
+    cut_weights: "weights.bin is corrupt",
+    flip_a_byte: "weights.bin is corrupt",
+    remove_manifest: "manifest.json is missing",
+    cut_manifest: "manifest.json is corrupt",
+    empty_manifest: "manifest.json is corrupt",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_manifest_notices_damage(sealed, damage):
+    damage(sealed)
+    assert manifest_problem(sealed) == DAMAGES[damage]
+
+
+# Problems
+
+
+def test_problems_are_reported_at_once():
+    """One line each in the order of the checks, equal ones once; what passes is not listed."""
+    problems = Problems()
+    passed = []
+    for text in ("--source: missing", None, "HF_TOKEN: refused", "--source: missing"):
+        with problems:
+            if text:
+                raise UserError(text)
+            passed.append(text)
+    with pytest.raises(UserError) as error:
+        problems.report()
+    assert str(error.value) == "--source: missing\nHF_TOKEN: refused"
+    assert passed == [None]
+
+
+def test_no_problem_reports_nothing():
+    problems = Problems()
+    with problems:
+        pass
+    problems.report()
+
+
+def test_other_errors_pass_through():
+    """A mistake in the program is no problem that a user could mend."""
+    with pytest.raises(KeyError), Problems():
+        raise KeyError
+
+
+# The demo's synthetic catalogue
+
+
+def test_demo_depends_on_the_seed():
+    items = demo_items(500, seed=7)
+    assert demo_items(500, seed=7) == items
+    assert demo_items(500, seed=8) != items
+
+
+def test_demo_items_are_usable():
+    """Descriptions have the course's five lines, prices are within $5 … $999."""
+    kinds = [kind for group in DEMO_KINDS.values() for kind in group]
+    assert 40 <= len(kinds) <= 60
+    starts = ["Title", "Category", "Brand", "Description", "Details"]
+    for item in demo_items(500, seed=7):
+        assert [line.split(": ")[0] for line in item.summary.splitlines()] == starts
+        assert 5 <= item.price <= 999
+
+
+def test_demo_wording_implies_the_price():
+    """Without noise equal wordings have equal prices; noise spreads about that price."""
+    items = demo_items(500, seed=7)
+    implied = demo_items(500, seed=7, noise=0)
+    assert [item.summary for item in implied] == [item.summary for item in items]
+    price_of = {item.summary: item.price for item in implied}
+    assert [item.price for item in implied] == [price_of[item.summary] for item in implied]
+
+    ratios = sorted(item.price / price_of[item.summary] for item in items)
+    assert ratios[40] < 0.85
+    assert 0.95 < ratios[250] < 1.05
+    assert ratios[460] > 1.15

@@ -1,119 +1,156 @@
-"""Several processes, as torchrun or accelerate start them, on CPUs: the measure is what one process does."""
-import json
+"""Several processes, as torchrun or accelerate start them, on CPUs.
+
+The measure is what one process does.
+"""
+
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy
 import pytest
 from safetensors.numpy import load_file
 
-import app
 import child
-from conftest import ROOT
+import items
+from conftest import ROOT, read
+from util import ADAPTER_FILE
 
-TRAIN = ("--epochs", "2", "--batch-size", "12", "--save-steps", "2", "--learning-rate", "1e-3")
-
-
-def read(path):
-    return json.loads(path.read_text("utf-8"))
-
-
-def end(processes, codes=(0, 0)):
-    for process in processes:
-        process.join(120)
-    assert tuple(process.exitcode for process in processes) == codes
+TRAIN = (
+    *("--epochs", "2"),
+    *("--batch-size", "12"),
+    *("--save-steps", "2"),
+    *("--learning-rate", "1e-3"),
+)
+RUN = "outputs/price-run"
 
 
-def copy_data(source, folder):
-    shutil.copytree(source / "outputs/datasets", folder / "outputs/datasets")
+@pytest.fixture(scope="module")
+def begin(shared):
+    """The arguments that begin the run."""
+    return ("train", *shared, "--run-name", "run", *TRAIN)
+
+
+@pytest.fixture(scope="module")
+def one(call, begin, prepared, tmp_path_factory):
+    """The folder of the run by one process, without dropout: each process draws its own."""
+    folder = tmp_path_factory.mktemp("one")
+    shutil.copytree(prepared / "outputs", folder / "outputs")
+    call(*begin, cwd=folder, hook="without_dropout")
     return folder
 
 
 @pytest.fixture(scope="module")
-def one(run, prepared, tmp_path_factory):
-    """The run of a single process, without dropout: each process draws its own."""
-    folder = copy_data(run.folder, tmp_path_factory.mktemp("one"))
-    end([child.start(["train", *prepared, "--run-name", "run", *TRAIN], folder, "without_dropout")], (0,))
-    return folder / "outputs/price-run"
+def two(begin, prepared, tmp_path_factory):
+    """The folder of the same run by two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(prepared / "outputs", folder / "outputs")
+    run_two([*begin, "--micro-batch", "3"], folder, "without_dropout")
+    return folder
 
 
-@pytest.fixture(scope="module")
-def two(run, prepared, tmp_path_factory):
-    folder = copy_data(run.folder, tmp_path_factory.mktemp("two"))
-    end(child.start_two(["train", *prepared, "--run-name", "run", *TRAIN, "--micro-batch", "3"], folder, "without_dropout"))
-    return folder / "outputs/price-run"
+def run_two(arguments, folder, hook=None, codes=(0, 0)):
+    processes = child.start_two(list(arguments), folder, hook)
+    found = tuple(child.finish(process) for process in processes)
+    assert found == codes, child.said(folder)
 
 
-def assert_equal_runs(one, other, within):
-    adapter, expected = (load_file(folder / app.ADAPTER_FILE) for folder in (other, one))
+def run_torchrun(arguments, folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--"]
+    return subprocess.run(
+        [*command, ROOT / "app.py", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_two_processes_train_as_one(one, two):
+    """The same adapter and losses to 1e-5, with the same batch."""
+    adapter = load_file(two / RUN / ADAPTER_FILE)
+    expected = load_file(one / RUN / ADAPTER_FILE)
     assert adapter.keys() == expected.keys()
-    for name in expected:
-        numpy.testing.assert_allclose(adapter[name], expected[name], atol=within, rtol=0)
-    for found, entry in zip(read(other / "run.json")["history"], read(one / "run.json")["history"], strict=True):
-        assert found == pytest.approx(entry, abs=10 * within, rel=1e-4)
+    for name, values in expected.items():
+        numpy.testing.assert_allclose(adapter[name], values, atol=1e-5, rtol=0)
+    history = read(two / RUN / "run.json")["history"]
+    for found, entry in zip(history, read(one / RUN / "run.json")["history"], strict=True):
+        assert found == pytest.approx(entry, abs=1e-4, rel=1e-4)
 
 
-def test_two_processes_train_as_one_with_the_same_batch(one, two):
-    assert read(two / "run.json")["processes"] == 2 and "3, × 2 accumulated × 2 processes = 12" in read(two / "run.json")["plan"]["Micro-batch"]
-    assert_equal_runs(one, two, 1e-5)
+def test_plan_names_the_processes(two):
+    record = read(two / RUN / "run.json")
+    assert record["processes"] == 2
+    assert "3, × 2 accumulated × 2 processes = 12" in record["plan"]["Micro-batch"]
 
 
-def test_one_process_talks(two):
-    said = child.said(two.parents[1])
-    assert said.count("Trained to step 12") == 1 and said.count("Device:") == 1 and "Traceback" not in said
+def test_only_one_process_talks(two):
+    said = child.said(two)
+    assert said.count("Trained to step 12") == 1
+    assert said.count("Device:") == 1
+    assert "Traceback" not in said
 
 
-def torchrun(arguments, folder, **environment):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--", ROOT / "app.py", *arguments],
-                          cwd=folder, capture_output=True, text=True, timeout=200, env=os.environ | environment)
+def test_killed_process_resumes_exactly(begin, two, project, tmp_path_factory):
+    """The launcher ends the other process; both resume, with dropout."""
+    start = [*begin, "--micro-batch", "3"]
+    whole = tmp_path_factory.mktemp("whole")
+    shutil.copytree(project / "outputs", whole / "outputs")
+    run_two(start, whole)
 
-
-def test_a_killed_process_ends_the_other_and_the_run_goes_on_exactly(run, prepared, tmp_path):
-    whole, folder = copy_data(run.folder, tmp_path / "whole"), copy_data(run.folder, tmp_path / "killed")
-    start = ["train", *prepared, "--run-name", "run", *TRAIN, "--micro-batch", "3"]  # with dropout
-    end(child.start_two(start, whole))
-    processes = child.start_two(start, folder, "kill_at_step", 5, rank=1)
+    processes = child.start_two(start, project, "kill_at_step", 5, rank=1)
     processes[1].join(120)
-    processes[0].terminate()  # as torchrun does
-    processes[0].join(5)
-    processes[0].kill()  # and 30 s later
-    end(child.start_two(["train", "--local", "--resume", "run"], folder))
-    assert "Going on from step 4" in child.said(folder)
-    runs = [one / "outputs/price-run" for one in (whole, folder)]
-    assert len({(one / app.ADAPTER_FILE).read_bytes() for one in runs}) == 1
-    assert read(runs[0] / "run.json")["history"] == read(runs[1] / "run.json")["history"]
+    assert processes[1].exitcode == -signal.SIGKILL
+    processes[0].kill()
+    processes[0].join(120)
+
+    run_two(["train", "--local", "--resume", "run"], project)
+    assert "Resuming from step 4" in child.said(project)
+    assert (project / RUN / ADAPTER_FILE).read_bytes() == (whole / RUN / ADAPTER_FILE).read_bytes()
+    assert read(project / RUN / "run.json")["history"] == read(whole / RUN / "run.json")["history"]
 
 
-def test_a_signal_to_one_process_stops_both_after_the_same_step(run, prepared, tmp_path):
-    folder = copy_data(run.folder, tmp_path)
-    processes = child.start_two(["train", *prepared, "--run-name", "run", *TRAIN, "--micro-batch", "3"], folder, "slow_down", 1)
-    while "sleeping" not in (child.said(folder) if (folder / "said.txt").exists() else ""):
-        time.sleep(0.1)
+def test_signal_stops_both_alike(begin, project):
+    """A signal to one process ends both after the same step, which is saved."""
+    processes = child.start_two([*begin, "--micro-batch", "3"], project, "slow_down", 1)
+    child.wait_for("sleeping", project)
     os.kill(processes[1].pid, signal.SIGTERM)
-    end(processes, (143, 143))
-    said = child.said(folder)
-    assert "which is saved. Go on by `torchrun --nproc-per-node 2 -- app.py train --resume run" in said and "Traceback" not in said
-    assert sorted((folder / "outputs/price-run/checkpoint-2").glob("rng_state_*.pth")) != []  # the step after the signal's
-    assert app.manifest_problem(folder / "outputs/price-run/checkpoint-2") is None
+    codes = [child.finish(process) for process in processes]
+    said = child.said(project)
+    assert codes == [128 + signal.SIGTERM] * 2, said
+    command = "torchrun --nproc-per-node 2 -- app.py train --resume run"
+    assert f"which is saved. Resume by `{command}" in said
+    assert "Traceback" not in said
+    (checkpoint,) = (project / RUN).glob("checkpoint-*")
+    assert items.manifest_problem(checkpoint) is None
+    assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (("--batch-size", "7"), "--batch-size 7: can't be divided among 2 processes"),
-    (("--micro-batch", "4"), "--micro-batch 4: 6 rows a step and process can't be divided by it"),
-    (("--run-name", "there"), "--run-name there: outputs/price-there exists already")])
-def test_what_two_processes_can_not_do_is_said_once(run, prepared, tmp_path, arguments, said):
-    folder = copy_data(run.folder, tmp_path)
-    (folder / "outputs/price-there").mkdir()
-    (folder / "outputs/price-there/run.json").write_text("{}", encoding="utf-8")
-    done = torchrun(["train", *prepared, "--run-name", "run", *TRAIN, *arguments], folder)
-    assert done.returncode == 1 and done.stderr.count(f"app.py train: {said}") == 1, done.stdout + done.stderr
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("--batch-size 7", "--batch-size 7: can't be divided among 2 processes"),
+        ("--run-name taken", "--run-name taken: outputs/price-taken exists already"),
+    ],
+)
+def test_impossible_settings_are_said_once(begin, project, flags, problem):
+    (project / "outputs/price-taken").mkdir()
+    (project / "outputs/price-taken/run.json").write_text("{}", encoding="utf-8")
+    done = run_torchrun([*begin, *flags.split()], project)
+    assert done.returncode == 1
+    assert done.stderr.count(f"app.py train: {problem}") == 1, done.stderr
 
 
-def test_torchrun_starts_it(run, prepared, one, tmp_path):
-    folder = copy_data(run.folder, tmp_path)
-    done = torchrun(["train", *prepared, "--run-name", "run", "--max-steps", "2", "--batch-size", "12"], folder)
-    assert done.returncode == 0 and done.stdout.count("Trained to step 2") == 1, done.stdout + done.stderr
+def test_torchrun_starts_it(begin, project):
+    done = run_torchrun([*begin, "--epochs", "1", "--max-steps", "2"], project)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Trained to step 2") == 1
+
+
+def test_other_stages_run_once(two, shared, tmp_path):
+    """Of several processes one prepares and evaluates."""
+    shutil.copytree(two / "outputs", tmp_path / "outputs")
+    run_two(["eval", "--local", "--size", "2"], tmp_path)
+    assert child.said(tmp_path).count("Saved: outputs/price-run/eval") == 1

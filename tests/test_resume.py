@@ -1,4 +1,8 @@
-"""What a run survives: kills, torn files, signals, full disks, bad numbers. The measure is the uninterrupted run."""
+"""What a run survives: kills, corrupt files, signals, full disks, bad numbers, too little memory.
+
+The measure is the uninterrupted run.
+"""
+
 import json
 import os
 import random
@@ -7,251 +11,344 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import numpy
 import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import app
 import child
-from items import load_prompts, row_lengths
+import items
+import util
+from conftest import read
+from items import MANIFEST, row_lengths
+from util import ADAPTER_FILE
 
-TRAIN = ("--epochs", "2", "--batch-size", "12", "--micro-batch", "4", "--save-steps", "2", "--learning-rate", "1e-2")
+# 12 steps in 2 epochs, a checkpoint every second one
+TRAIN = (
+    *("--epochs", "2"),
+    *("--batch-size", "12"),
+    *("--micro-batch", "4"),
+    *("--save-steps", "2"),
+    *("--learning-rate", "1e-2"),
+)
+RUN = "outputs/price-run"
+RESUME = ("train", "--local", "--resume", "run")
 
 
 @pytest.fixture(scope="module")
-def whole(run, prepared, tmp_path_factory):
-    """The folder in which an uninterrupted run of 12 steps in 2 epochs, `price-run`, has ended."""
+def begin(shared):
+    """The arguments that begin the run."""
+    return ("train", *shared, "--run-name", "run", *TRAIN)
+
+
+@pytest.fixture(scope="module")
+def whole(call, begin, prepared, tmp_path_factory):
+    """A folder in which the uninterrupted run has ended."""
     folder = tmp_path_factory.mktemp("whole")
-    copy_data(run.folder, folder)
-    assert ends(child.start(["train", *prepared, "--run-name", "run", *TRAIN], folder)) == 0
+    shutil.copytree(prepared / "outputs", folder / "outputs")
+    call(*begin, cwd=folder)
     return folder
-
-
-def copy_data(source, folder):
-    shutil.copytree(source / "outputs/datasets", folder / "outputs/datasets")
-    return folder
-
-
-def ends(process, within=120):
-    process.join(within)
-    assert process.exitcode is not None
-    return process.exitcode
-
-
-def go_on(folder, *arguments):
-    assert ends(child.start(["train", "--local", "--resume", "run", *arguments], folder)) == 0
 
 
 def assert_same_run(folder, whole):
     """Adapter bit for bit, and the same losses at the same steps."""
     assert_same_end(folder, whole)
-    here, there = folder / "outputs/price-run", whole / "outputs/price-run"
-    assert read(here / "run.json")["history"] == read(there / "run.json")["history"]
+    assert read(folder / RUN / "run.json")["history"] == read(whole / RUN / "run.json")["history"]
 
 
 def assert_same_end(folder, whole):
-    """Adapter bit for bit, and the same validations: a stop between two logged steps moves where losses are averaged."""
-    here, there = folder / "outputs/price-run", whole / "outputs/price-run"
-    assert (here / app.ADAPTER_FILE).read_bytes() == (there / app.ADAPTER_FILE).read_bytes()
-    found, expected = ([entry for entry in read(one / "run.json")["history"] if "eval_loss" in entry] for one in (here, there))
-    assert found == expected
+    """Adapter bit for bit, and the same validations.
+
+    A stop between two logged steps only moves where losses are averaged.
+    """
+    assert (folder / RUN / ADAPTER_FILE).read_bytes() == (whole / RUN / ADAPTER_FILE).read_bytes()
+    assert validations(folder) == validations(whole)
 
 
-def read(path):
-    return json.loads(path.read_text("utf-8"))
+def validations(folder):
+    history = read(folder / RUN / "run.json")["history"]
+    return [entry for entry in history if "eval_loss" in entry]
 
 
-@pytest.mark.parametrize("hook, option, step", [
-    ("kill_at_step", 3, 2), ("kill_at_step", 9, 8), ("kill_at_the_end_of_epoch", 1, 6),
-    ("kill_when_opening", "checkpoint-8/trainer_state.json", 6), ("kill_when_opening", "adapter.new/run.json.new", 12)])
-def test_a_killed_run_ends_as_if_it_had_not_been(whole, run, prepared, tmp_path, hook, option, step):
-    folder = copy_data(run.folder, tmp_path)
-    assert ends(child.start(["train", *prepared, "--run-name", "run", *TRAIN], folder, hook, option)) == -signal.SIGKILL
-    go_on(folder)
-    assert f"Going on from step {step}, the newest complete checkpoint" in child.said(folder)
-    assert_same_run(folder, whole)
-    go_on(folder)
-    assert child.said(folder).rstrip().endswith("run is finished")
-
-
-def unfinished(whole, folder, last=12):
-    """A copy of the run as it was while checkpoint-`last` was written. Returns its folder."""
+def copy_unfinished(whole, folder, last=12):
+    """A copy of the run as it was when checkpoint-`last` had been written. Returns its folder."""
     shutil.copytree(whole / "outputs", folder / "outputs")
-    one = folder / "outputs/price-run"
-    (one / app.ADAPTER_FILE).unlink()
-    for path in one.glob("checkpoint-*"):
+    run = folder / RUN
+    (run / ADAPTER_FILE).unlink()
+    for path in run.glob("checkpoint-*"):
         if int(path.name.split("-")[1]) > last:
             shutil.rmtree(path)
-    return one
+    return run
 
 
-def test_whatever_a_kill_leaves_of_a_save_is_gone_on_with(whole, tmp_path, monkeypatch):
-    reference = whole / "outputs/price-run/checkpoint-4"
-    names = sorted(os.listdir(reference), key=lambda name: (reference / name).stat().st_mtime_ns)
-    assert names[-1] == "manifest.json" and len(names) >= 8
-    for done, name in enumerate(names):  # each file: made, half written, written; the later ones not there yet
-        for part in (0, 0.5, 1):
-            folder = tmp_path / f"{name}-{part}"
-            checkpoint = unfinished(whole, folder, last=4) / "checkpoint-4"
-            for later in names[done + 1:]:
-                (checkpoint / later).unlink()
-            os.truncate(checkpoint / name, int(part * (checkpoint / name).stat().st_size))
-            is_whole = part == 1 and name == names[-1]
-            assert app.newest_checkpoint(checkpoint.parent).endswith("checkpoint-4" if is_whole else "checkpoint-2")
-            if part == 0.5:
-                monkeypatch.chdir(folder)
-                app.main(["train", "--local", "--resume", "run"])
-                assert_same_run(folder, whole)
-            shutil.rmtree(folder)
+# Kills
 
 
-def test_whatever_a_kill_leaves_of_the_last_save_is_gone_on_with(whole, tmp_path, monkeypatch):
-    names = [path.name for path in (whole / "outputs/price-run").iterdir() if path.is_file() and path.name != "run.json"]
-    names.sort(key=lambda name: name == app.ADAPTER_FILE)  # the last to come
-    for done in range(len(names)):
-        folder = tmp_path / str(done)
-        one = unfinished(whole, folder)
-        (one / "adapter.new").mkdir()
-        for name in names[done:]:
-            (one / name).unlink(missing_ok=True)
-            (one / "adapter.new" / name).write_text("half")
-        monkeypatch.chdir(folder)
-        app.main(["train", "--local", "--resume"])
-        assert_same_run(folder, whole)
+@pytest.mark.parametrize(
+    ("hook", "option", "step"),
+    [
+        ("kill_at_step", 3, 2),
+        ("kill_at_step", 9, 8),
+        ("kill_at_the_end_of_epoch", 1, 6),
+        ("kill_when_opening", "checkpoint-8/trainer_state.json", 6),
+        ("kill_when_opening", f"checkpoint-8/{MANIFEST}.new", 6),
+        ("kill_when_opening", "adapter.new/run.json.new", 12),
+    ],
+)
+def test_killed_run_resumes_exactly(call, begin, whole, project, hook, option, step):
+    call(*begin, cwd=project, code=-signal.SIGKILL, hook=hook, options=(option,))
+    said = call(*RESUME, cwd=project)
+    assert f"Resuming from step {step}, the newest complete checkpoint" in said
+    assert_same_run(project, whole)
 
 
-def test_a_run_that_only_lacks_its_last_save_does_no_step_more(run, prepared, tmp_path, monkeypatch):
-    monkeypatch.chdir(copy_data(run.folder, tmp_path))
-    app.main(["train", *prepared, "--run-name", "run", *TRAIN, "--max-steps", "4"])  # ends within an epoch
-    adapter = tmp_path / "outputs/price-run" / app.ADAPTER_FILE
-    before = adapter.read_bytes()
-    adapter.unlink()
-    app.main(["train", "--local", "--resume", "run"])
-    assert adapter.read_bytes() == before and read(adapter.parent / "run.json")["steps"] == 4
-
-
-@pytest.mark.parametrize("name, spoil", [
-    (app.ADAPTER_FILE, "torn"), ("optimizer.pt", "torn"), ("optimizer.pt", "missing"), ("trainer_state.json", "torn"),
-    ("trainer_state.json", "missing"), ("rng_state.pth", "torn"), ("adapter_config.json", "missing"), ("manifest.json", "torn"),
-    (app.ADAPTER_FILE, "flipped")])
-def test_a_damaged_checkpoint_is_left_aside_for_the_one_before(whole, tmp_path, monkeypatch, capsys, name, spoil):
-    file = unfinished(whole, tmp_path, last=8) / "checkpoint-8" / name
-    if spoil == "missing":
-        file.unlink()
-    elif spoil == "torn":
-        os.truncate(file, file.stat().st_size // 2)
-    else:
-        content = bytearray(file.read_bytes())
-        content[-9] ^= 1
-        file.write_bytes(content)
-    monkeypatch.chdir(tmp_path)
-    app.main(["train", "--local", "--resume", "run"])
-    said = capsys.readouterr().out
-    assert f"checkpoint-8 is skipped: {name} is {'missing' if spoil == 'missing' else 'corrupt'}" in said and "Going on from step 6" in said
+def test_finished_run_is_left_alone(call, whole, tmp_path):
+    shutil.copytree(whole / "outputs", tmp_path / "outputs")
+    said = call(*RESUME, cwd=tmp_path)
+    assert said.rstrip().endswith("run is finished")
     assert_same_run(tmp_path, whole)
 
 
-def test_signals_at_any_moment_leave_a_run_to_go_on_with_and_the_promised_exit_code(whole, run, prepared, tmp_path):
-    rng, folder, sent = random.Random(7), copy_data(run.folder, tmp_path), []
-    start = ["train", *prepared, "--run-name", "run", *TRAIN]
-    while len(sent) < 20:
-        process, number = child.start(start, folder), rng.choice([signal.SIGTERM, signal.SIGINT])
+def test_half_saved_checkpoint_never_counts(whole, tmp_path):
+    """Each file made, half written or written, the later ones missing: the one before counts."""
+    run = copy_unfinished(whole, tmp_path, last=4)
+    newest = run / "checkpoint-4"
+    written = sorted(newest.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    names = [path.name for path in written]
+    assert names[-1] == MANIFEST
+    assert len(names) >= 7
+    content = {path.name: path.read_bytes() for path in written}
+    for i, name in enumerate(names):
+        for share in (0, 0.5, 1):
+            for later in names[i + 1 :]:
+                (newest / later).unlink(missing_ok=True)
+            part = content[name][: int(share * len(content[name]))]
+            (newest / name).write_bytes(part)
+            is_complete = share == 1 and name == MANIFEST
+            expected = "checkpoint-4" if is_complete else "checkpoint-2"
+            assert util.newest_checkpoint(run).endswith(expected), (name, share)
+        for earlier in names[: i + 1]:
+            (newest / earlier).write_bytes(content[earlier])
+
+
+def test_half_done_last_save_resumes(call, whole, tmp_path):
+    """Whichever file of the finished run had been moved into place when a kill came."""
+    names = [path.name for path in (whole / RUN).iterdir() if path.is_file()]
+    names.remove("run.json")
+    names.sort(key=lambda name: name == ADAPTER_FILE)  # the last to come
+    for moved in (0, len(names) // 2, len(names) - 1):
+        folder = tmp_path / str(moved)
+        run = copy_unfinished(whole, folder)
+        (run / "adapter.new").mkdir()
+        for name in names[moved:]:
+            (run / name).unlink(missing_ok=True)
+            (run / "adapter.new" / name).write_text("half")
+        call("train", "--local", "--resume", cwd=folder)
+        assert_same_run(folder, whole)
+
+
+def test_missing_last_save_is_made_up(call, shared, project):
+    """Such a run does no further step, also when it ends within an epoch."""
+    call("train", *shared, "--run-name", "run", *TRAIN, "--max-steps", "4", cwd=project)
+    adapter = project / RUN / ADAPTER_FILE
+    before = adapter.read_bytes()
+    adapter.unlink()
+    call(*RESUME, cwd=project)
+    assert adapter.read_bytes() == before
+    assert read(project / RUN / "run.json")["steps"] == 4
+
+
+# Damage
+
+
+def cut(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "problem"),
+    [
+        (ADAPTER_FILE, cut, "corrupt"),
+        (ADAPTER_FILE, flip, "corrupt"),
+        ("optimizer.pt", cut, "corrupt"),
+        ("optimizer.pt", os.unlink, "missing"),
+        ("trainer_state.json", cut, "corrupt"),
+        ("trainer_state.json", os.unlink, "missing"),
+        ("rng_state.pth", cut, "corrupt"),
+        ("adapter_config.json", os.unlink, "missing"),
+        (MANIFEST, cut, "corrupt"),
+        (MANIFEST, os.unlink, "missing"),
+    ],
+)
+def test_damaged_checkpoint_is_skipped(whole, tmp_path, capsys, name, damage, problem):
+    """It is named, and the one before is taken."""
+    run = copy_unfinished(whole, tmp_path, last=8)
+    damage(run / "checkpoint-8" / name)
+    assert util.newest_checkpoint(run).endswith("checkpoint-6")
+    assert f"checkpoint-8 is skipped: {name} is {problem}" in capsys.readouterr().out
+
+
+def test_resume_skips_damage_exactly(call, whole, tmp_path):
+    run = copy_unfinished(whole, tmp_path, last=8)
+    flip(run / "checkpoint-8" / "optimizer.pt")
+    said = call(*RESUME, cwd=tmp_path)
+    assert "Resuming from step 6" in said
+    assert_same_run(tmp_path, whole)
+
+
+def test_no_complete_checkpoint_starts_anew(call, whole, tmp_path):
+    run = copy_unfinished(whole, tmp_path, last=2)
+    (run / "checkpoint-2" / MANIFEST).unlink()
+    said = call(*RESUME, cwd=tmp_path)
+    assert "No checkpoint is complete: starting at step 0" in said
+    assert_same_run(tmp_path, whole)
+
+
+# Signals
+
+
+def test_signals_leave_a_resumable_run(call, begin, whole, project):
+    """A dozen at random moments: the promised exit code, and in the end the uninterrupted run."""
+    rng = random.Random(7)
+    sent = []
+    start = begin
+    while len(sent) < 12:
+        process = child.start(list(start), project)
+        number = rng.choice([signal.SIGTERM, signal.SIGINT])
         process.join(rng.uniform(0.3, 3))
         if process.exitcode is None:
             os.kill(process.pid, number)
-        code = ends(process)
+        code = child.finish(process)
         if code == 0:  # the run had ended before
-            assert_same_end(folder, whole)
-            shutil.rmtree(folder / "outputs/price-run")
+            assert_same_end(project, whole)
+            shutil.rmtree(project / RUN)
         else:
-            assert code in (128 + number, -number), child.said(folder)  # the second: before `main` was reached
+            before_main = -number
+            assert code in (128 + number, before_main), child.said(project)
             sent.append(number)
-        begun = (folder / "outputs/price-run/run.json").exists()
-        start = ["train", "--local", "--resume", "run"] if begun else ["train", *prepared, "--run-name", "run", *TRAIN]
+        has_begun = (project / RUN / "run.json").exists()
+        start = RESUME if has_begun else begin
     assert set(sent) == {signal.SIGTERM, signal.SIGINT}
-    said = child.said(folder)
-    assert "Traceback" not in said and "Go on by `python app.py train --resume run`" in said
-    stops = re.findall(r"Stopped after step (\d+), which is saved.*?(?:Going on from step (\d+)|\Z)", said, re.DOTALL)
-    assert len(stops) >= 3 and all(stopped == went_on for stopped, went_on in stops if went_on)
-    assert ends(child.start(start, folder)) == 0
-    assert_same_end(folder, whole)
+
+    said = child.said(project)
+    assert "Traceback" not in said
+    assert "Resume by `python app.py train --resume run`" in said
+    pattern = r"Stopped after step (\d+), which is saved.*?(?:Resuming from step (\d+)|\Z)"
+    stops = re.findall(pattern, said, re.DOTALL)
+    assert len(stops) >= 2
+    for stopped, resumed in stops:
+        assert resumed in (stopped, "")
+    call(*start, cwd=project)
+    assert_same_end(project, whole)
 
 
-def test_a_second_signal_ends_at_once(run, prepared, tmp_path):
-    folder = copy_data(run.folder, tmp_path)
-    process = child.start(["train", *prepared, "--run-name", "run", *TRAIN], folder, "slow_down", 30)
-    while "sleeping" not in (child.said(folder) if (folder / "said.txt").exists() else ""):
-        time.sleep(0.1)
+def test_second_signal_ends_at_once(begin, project):
+    process = child.start(list(begin), project, "slow_down", 30)
+    child.wait_for("sleeping", project)
     for _ in range(2):
         os.kill(process.pid, signal.SIGTERM)
         time.sleep(0.5)
-    assert ends(process, within=5) == 143
+    assert child.finish(process, within=5) == 128 + signal.SIGTERM
 
 
-def test_a_full_disk_leaves_older_checkpoints_and_goes_on_once_there_is_room(whole, run, prepared, tmp_path):
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", tmp_path], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("a small disk can't be mounted here")
-    try:
-        folder = copy_data(run.folder, tmp_path)
-        begin = ["train", *prepared, "--run-name", "run", *TRAIN]
-        assert ends(child.start(begin, folder, "fill_the_disk_at_step", 7)) == 1
-        assert "the disk is full. Older checkpoints are whole: make room, then go on by `python app.py train" in child.said(folder)
-        assert not app.manifest_problem(folder / "outputs/price-run/checkpoint-6")
-        (folder / "ballast").unlink()
-        assert ends(child.start(["train", "--local", "--resume", "run"], folder)) == 0, child.said(folder)
-        assert_same_run(folder, whole)
-    finally:
-        subprocess.run(["umount", "-l", tmp_path], check=True)
+# Full disks
 
 
-def test_too_little_room_for_the_checkpoints_is_said_first(run, prepared, tmp_path):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], capture_output=True).returncode:
-        pytest.skip("a small disk can't be mounted here")
-    try:
-        folder = copy_data(run.folder, tmp_path)
-        assert ends(child.start(["train", *prepared, *TRAIN], folder)) == 1
-        assert "needed for 10 checkpoints. Make room or give another --output-dir" in child.said(folder)
-    finally:
-        subprocess.run(["umount", "-l", tmp_path], check=True)
+@pytest.fixture()
+def small_disk(tmp_path):
+    """A function from megabytes to a folder on a disk of that size."""
+    mounted = []
+
+    def mount(megabytes):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", tmp_path]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("a small disk can't be mounted here")
+        mounted.append(tmp_path)
+        return tmp_path
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(whole, run, prepared, tmp_path):
-    folder = copy_data(run.folder, tmp_path)
-    assert ends(child.start(["train", *prepared, "--run-name", "run", *TRAIN], folder, "lose_the_number_at_step", 6)) == 1
-    assert "step 6: the loss is not finite, at learning rate" in child.said(folder)
-    go_on(folder)  # from checkpoint-4; nothing spoils the numbers now
+def test_full_disk_leaves_older_checkpoints(call, begin, whole, prepared, small_disk):
+    """It is one line, and once there is room the run resumes exactly."""
+    folder = small_disk(400)
+    shutil.copytree(prepared / "outputs", folder / "outputs")
+    said = call(*begin, cwd=folder, code=1, hook="fill_the_disk_at_step", options=(7,))
+    assert "the disk is full. Older checkpoints are complete: make room, then resume by" in said
+    assert items.manifest_problem(folder / RUN / "checkpoint-6") is None
+    (folder / "ballast").unlink()
+    call(*RESUME, cwd=folder)
     assert_same_run(folder, whole)
 
 
-def other_base(folder, base):
+def test_small_disk_is_refused_first(call, begin, prepared, small_disk):
+    folder = small_disk(2)
+    shutil.copytree(prepared / "outputs", folder / "outputs")
+    said = call(*begin, cwd=folder, code=1)
+    assert "needed for 10 checkpoints. Make room or give another --output-dir" in said
+
+
+# Bad numbers
+
+
+def test_bad_loss_stops_the_run(call, begin, whole, project):
+    """No checkpoint is saved with it, so that resuming, with good numbers, is exact."""
+    hook = "make_weights_nan_before_step"
+    said = call(*begin, cwd=project, code=1, hook=hook, options=(6,))
+    assert "step 6: the loss is not finite, at learning rate" in said
+    assert not (project / RUN / "checkpoint-6").exists()
+    call(*RESUME, cwd=project)
+    assert_same_end(project, whole)
+
+
+# What must not change
+
+
+def change_base(folder, base):
     shutil.copytree(base, folder / "base")
-    config = folder / "base/config.json"
+    config = folder / "base" / "config.json"
     config.write_text(config.read_text().replace("512", "513"))
-    return ["--base-model", "base"]
 
 
-def other_data(folder, base):
+def change_data(folder, base):
     data = folder / "outputs/datasets/items_prompts_lite"
     shutil.copy(data / "test.parquet", data / "val.parquet")
-    return []
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda folder, base: ["--lora-r", "8", "--epochs", "2"], "lora r was 32 and is 8."),
-    (lambda folder, base: ["--precision", "bf16"], "precision was auto and is bf16."),
-    (lambda folder, base: ["--seed", "7"], "seed was 42 and is 7."),
-    (other_base, "base model was "), (other_data, "data was ")])
-def test_another_recipe_base_or_data_are_refused_with_the_differences(
-        whole, prepared, tmp_path, monkeypatch, capsys, change, said):
-    unfinished(whole, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="1"):
-        app.main(["train", "--local", "--resume", "run", *change(tmp_path, prepared[-1])])
-    assert f"--resume run: {said}" in capsys.readouterr().err
+def change_nothing(folder, base):
+    pass
 
 
-# Memory, precision, determinism
+@pytest.mark.parametrize(
+    ("change", "flags", "problem"),
+    [
+        (change_nothing, ("--lora-r", "8", "--epochs", "2"), "lora r was 32 and is 8."),
+        (change_nothing, ("--precision", "bf16"), "precision was auto and is bf16."),
+        (change_nothing, ("--seed", "7"), "seed was 42 and is 7."),
+        (change_base, ("--base-model", "base"), "base model was "),
+        (change_data, (), "data was "),
+    ],
+)
+def test_changes_are_refused_on_resume(call, whole, tiny_base, tmp_path, change, flags, problem):
+    copy_unfinished(whole, tmp_path)
+    change(tmp_path, tiny_base)
+    said = call(*RESUME, *flags, cwd=tmp_path, code=1)
+    assert f"--resume run: {problem}" in said
+
+
+# Memory and precision
 
 
 def losses(trainer):
@@ -259,124 +356,186 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def order_of_rows(trainer):
+    rows = []
+    for batch in trainer.get_train_dataloader():
+        texts = trainer.processing_class.batch_decode(batch["input_ids"], skip_special_tokens=True)
+        rows.extend(texts)
+    return rows
+
+
+SMALL = {
+    "batch_size": 12,
+    "max_steps": 4,
+    "learning_rate": 1e-2,
+    "lora_dropout": 0.0,
+    "logging_steps": 1,
+}
+
+
+@pytest.mark.parametrize("micro_batch", [4, 1])
+def test_micro_batches_equal_the_batch(build, micro_batch):
+    whole = losses(build(**SMALL))
+    accumulated = losses(build(**SMALL, micro_batch=micro_batch))
+    assert accumulated == pytest.approx(whole, abs=1e-5)
+
+
+def test_order_depends_on_seed_only(build):
+    first = order_of_rows(build(**SMALL, seed=1))
+    assert first == order_of_rows(build(**SMALL, seed=1, micro_batch=4))
+    assert first == order_of_rows(build(**SMALL | {"learning_rate": 1.0, "lora_r": 8}, seed=1))
+    other = order_of_rows(build(**SMALL, seed=2))
+    assert first != other
+    assert sorted(first) == sorted(other)
+
+
+def test_out_of_memory_takes_smaller_micro_batches(call, shared, project):
+    """And goes on from the last finished step, twice."""
+    flags = ("--run-name", "run", "--batch-size", "12", "--max-steps", "8")
+    said = call("train", *shared, *flags, cwd=project, hook="limit_memory", options=(6, 4, 4))
+    found = re.findall(
+        r"Out of memory at step (\d): resuming from step (\d) with micro-batches of (\d)", said
+    )
+    assert [(int(step), int(last), int(rows)) for step, last, rows in found] == [
+        (1, 0, 6),
+        (3, 2, 4),
+    ]
+    assert "Resuming from step 2, the newest complete checkpoint" in said
+    assert "Trained to step 8" in said
+
+
+def test_out_of_memory_saves_the_step(call, shared, project):
+    """With one row and checkpointing nothing is smaller: one line, and the last step is saved."""
+    flags = ("--batch-size", "12", "--micro-batch", "1", "--max-steps", "8", "--save-steps", "50")
+    options = (1, 30, 0)  # in the third step of twelve rows
+    start = ("train", *shared, "--run-name", "run", *flags)
+    said = call(*start, cwd=project, code=1, hook="limit_memory", options=options)
+    assert "micro-batches of 1, × 12 accumulated × 1 processes = 12, activation ch" in said
+    assert "Out of memory with one row at a time" in said
+    assert items.manifest_problem(project / RUN / "checkpoint-2") is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((16, False), (8, False)),
+        ((8, False), (4, False)),
+        ((4, False), (4, True)),
+        ((4, True), (2, True)),
+        ((1, False), (1, True)),
+    ],
+)
+def test_smaller_plans_need_less_memory(planner, before, after):
+    """Smaller micro-batches; below four rows activation checkpointing comes first."""
+    plan = replace(planner.plan(), micro_batch=before[0], checkpointing=before[1])
+    plan = replace(plan, accumulation=32 // before[0]).shrink()
+    assert (plan.micro_batch, plan.checkpointing) == after
+    assert plan.micro_batch * plan.accumulation == 32
+    assert f"{after[0]}, × {plan.accumulation} accumulated" in plan.reasons["Micro-batch"]
+
+
+def test_smallest_plan_has_no_smaller(planner):
+    plan = replace(planner.plan(), micro_batch=1, accumulation=32, checkpointing=True)
+    assert plan.shrink() is None
+
+
+@pytest.fixture(scope="module")
+def large_skeleton():
+    """The shape of Llama-3.2-3B, without weights."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).bfloat16()
+
+
 @pytest.fixture()
-def build(tiny_base, run, prepared, tmp_path):
-    splits = load_prompts(run.folder / "outputs/datasets/items_prompts_lite")
-    recipe = app.RECIPES["lite"] | dict(batch_size=12, max_steps=4, learning_rate=1e-2, lora_dropout=0.0, logging_steps=1)
-
-    def build(seed=1, micro_batch=None, **changes):
-        return app.build_trainer(app.load_base(tiny_base), app.load_tokenizer(tiny_base), splits, recipe | changes, tmp_path,
-                                 seed, micro_batch=micro_batch)
-
-    return build
-
-
-def test_accumulated_micro_batches_equal_the_whole_batch(build):
-    whole = losses(build())
-    assert losses(build(micro_batch=4)) == pytest.approx(whole, abs=1e-5)
-    assert losses(build(micro_batch=1)) == pytest.approx(whole, abs=1e-5)
+def planner(large_skeleton, tiny_base, tmp_path):
+    """A Planner of the lite recipe for the shape of Llama-3.2-3B, on this machine."""
+    config = app.RunConfig(base_model=tiny_base, lite_mode=True, local=True)
+    run = util.new_run(config, "planned", app.RECIPES["lite"], True, {})
+    base = util.Base(tiny_base, None)
+    base.skeleton = large_skeleton
+    lengths = numpy.array([100, 128])
+    return util.Planner(base, run, lengths, use_bf16=False, micro_batch=None, fast=True)
 
 
-def test_the_order_of_the_data_depends_on_the_seed_only(build):
-    def order(**options):
-        trainer, rows = build(**options), []
-        for batch in trainer.get_train_dataloader():
-            rows += trainer.processing_class.batch_decode(batch["input_ids"], skip_special_tokens=True)
-        return rows
-
-    first = order(seed=1)
-    assert first == order(seed=1, micro_batch=4, lora_dropout=0.1) == order(seed=1, lora_r=8, learning_rate=1.0)
-    assert first != order(seed=2) and sorted(first) == sorted(order(seed=2))
+def peak_bytes(planner, rows, checkpointing):
+    return planner.memory_estimate.peak(util.Placement(rows, checkpointing, False))
 
 
-@pytest.fixture()
-def memory_for(monkeypatch):
-    """Has training run out of memory with more rows at once than a function of the forward passes so far says."""
-    import torch
-
-    load, passes = app.load_base, []
-
-    def limit(most):
-        def small_memory(*arguments):
-            model = load(*arguments)
-
-            def check(module, _, inputs):
-                if module.training and torch.is_grad_enabled() and len(inputs["input_ids"]) > most(len(passes)):
-                    raise torch.OutOfMemoryError("CUDA out of memory.")
-                passes.append(1)
-
-            model.register_forward_pre_hook(check, with_kwargs=True)
-            return model
-
-        monkeypatch.setattr(app, "load_base", small_memory)
-
-    return limit
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32])
+def test_checkpointing_needs_less_memory(planner, rows):
+    assert peak_bytes(planner, rows, True) < peak_bytes(planner, rows, False)
 
 
-def test_out_of_memory_halves_the_micro_batch_and_goes_on_from_the_last_step(
-        whole, run, prepared, tmp_path, monkeypatch, capsys, memory_for):
-    memory_for(lambda passes: 12 if passes < 5 else 4)
-    copy_data(run.folder, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    app.main(["train", *prepared, "--run-name", "run", *TRAIN[:4], *TRAIN[6:], "--max-steps", "8"])
-    said = capsys.readouterr().out
-    (step, micro), again = re.findall(r"Out of memory at step (\d): going on from step \d with micro-batches of (\d)", said)
-    assert step == again[0] and (micro, again[1]) == ("6", "4")
-    assert said.count(f"Going on from step {int(step) - 1}, the newest complete checkpoint") == 2 and "Trained to step 8" in said
+@pytest.mark.parametrize(
+    ("fits", "expected"),
+    [
+        ((32, False), (32, False)),
+        ((16, False), (16, False)),
+        ((4, False), (4, False)),
+        ((1, True), (1, True)),
+        ((0, True), (1, True)),
+    ],
+)
+def test_micro_batch_fits_the_memory(planner, monkeypatch, fits, expected):
+    """As many rows as fit; activation checkpointing only where fewer than four would."""
+    available = 1.11 * peak_bytes(planner, *fits)
+    monkeypatch.setattr(util, "memory", lambda: util.Memory(0, available, 0))
+    placement = planner.place()
+    assert (placement.micro_batch, placement.checkpointing) == expected
 
 
-def test_out_of_memory_with_one_row_leaves_the_last_step_saved(run, prepared, tmp_path, monkeypatch, capsys, memory_for):
-    memory_for(lambda passes: 1 if passes < 30 else 0)  # the third step of twelve rows
-    copy_data(run.folder, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        app.main(["train", *prepared, "--run-name", "run", "--batch-size", "12", "--micro-batch", "1", "--max-steps", "8", "--save-steps", "50"])
-    assert "Out of memory with one row at a time" in capsys.readouterr().err
-    assert app.manifest_problem(tmp_path / "outputs/price-run/checkpoint-2") is None
+def test_asked_micro_batch_is_kept(planner, monkeypatch):
+    available = 1.11 * peak_bytes(planner, 8, True)
+    monkeypatch.setattr(util, "memory", lambda: util.Memory(0, available, 0))
+    planner.micro_batch = 8
+    assert planner.place() == util.Placement(8, True, False)
 
 
-def test_the_micro_batch_fits_the_memory_and_checkpointing_comes_only_where_it_must(build, monkeypatch):
-    model, recipe, lengths = build().model.get_base_model(), app.RECIPES["lite"], numpy.array([100, 128])
-    need = {(micro, checkpointing): app.estimate_memory(model, recipe, lengths, micro, checkpointing)
-            for micro in (1, 2, 4, 8, 16, 32) for checkpointing in (False, True)}
-    assert all(need[micro, True] < need[micro, False] for micro in (1, 2, 4, 8, 16, 32))
-    for memory, expected in ((need[32, False], (32, False)), (need[16, False], (16, False)), (need[4, False], (4, False)),
-                             (need[32, True], (32, True)), (need[1, True], (1, True)), (0, (1, True))):
-        monkeypatch.setattr(app, "memory", lambda: (0, 1.11 * memory, 0))
-        assert app.choose_micro_batch(model, recipe, lengths)[:2] == expected or need[32, True] > need[4, False]
-    monkeypatch.setattr(app, "memory", lambda: (0, 1.11 * need[8, True], 0))
-    assert app.choose_micro_batch(model, recipe, lengths, micro_batch=8) == (8, True, False)
-
-
-def test_memory_of_a_large_model_is_reckoned_with_large_numbers():
-    import torch
-    from datasets import Dataset
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.device("meta"):  # the shape of Llama-3.2-3B: without checkpointing 32 rows took 17.2 GiB
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
-                                             num_attention_heads=24, num_key_value_heads=8, tie_word_embeddings=True)).bfloat16()
+def test_memory_estimate_of_a_large_model(large_skeleton):
+    """32 rows of Llama-3.2-3B took 17.2 GiB; sizes of that kind need 64-bit integers."""
     lengths = row_lengths(Dataset.from_dict({"input_ids": [[0] * 128] * 2}))
-    assert 16 < app.estimate_memory(model, app.RECIPES["lite"], lengths, 32, checkpointing=False) / 2**30 < 32
+    estimate = util.MemoryEstimate(
+        large_skeleton, app.RECIPES["lite"], lengths, "bf16", packed=False, storage="nf4"
+    )
+    peak = estimate.peak(util.Placement(32, checkpointing=False, compiled=False))
+    assert 16 < peak / 2**30 < 32
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (("--micro-batch", "5", "--batch-size", "12"), "--micro-batch 5: 12 rows a step can't be divided by it"),
-    (("--precision", "fp16"), "--precision fp16: needs a GPU")])
-def test_what_can_not_be_computed_is_said_first(run, prepared, tmp_path, monkeypatch, capsys, arguments, said):
-    import torch
-
-    if torch.cuda.is_available() and "fp16" in arguments:
-        pytest.skip("there is a GPU")
-    copy_data(run.folder, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="1"):
-        app.main(["train", *prepared, *arguments])
-    assert said in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("--micro-batch 5 --batch-size 12", "--micro-batch 5: 12 rows a step can't be divided"),
+        pytest.param(
+            "--precision fp16",
+            "--precision fp16: needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_impossible_settings_are_one_line(call, shared, project, flags, problem):
+    said = call("train", *shared, *flags.split(), cwd=project, code=1)
+    assert f"app.py train: {problem}" in said
 
 
 def test_precision_can_be_forced(build):
-    import torch
-
+    """Adapters stay in 32 bits."""
     trainer = build(precision="bf16", max_steps=2)
-    assert trainer.args.bf16 and all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
+    assert trainer.args.bf16
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+
+
+def test_history_has_no_timings(whole):
+    history = read(whole / RUN / "run.json")["history"]
+    text = json.dumps(history)
+    assert "runtime" not in text
+    assert "per_second" not in text

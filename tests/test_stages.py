@@ -1,342 +1,555 @@
-"""prepare, train and eval on a tiny Llama in real nf4, through the command line where users meet it."""
+"""prepare, train and eval of a tiny Llama in real nf4, through the command line where users are."""
+
 import csv
 import html
 import json
 import os
+import shutil
+import statistics
 
+import bitsandbytes
+import numpy
 import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
 
-import app
 import util
-from app import RECIPES, build_quant_config, build_trainer, load_base, load_tokenizer
-from conftest import TRAIN, write_catalogue
-from items import load_prompts
+from app import RECIPES, build_quant_config
+from conftest import DATASET, TRAIN, read, write_catalogue
+from items import IGNORED, load_prompts
 
-
-def read(path):
-    return json.loads(path.read_text("utf-8"))
+RUN = "outputs/price-first"
+JUDGE = ("eval", "--local", "--run-name", "first")
+SHORT = ("--max-steps", "2", "--batch-size", "4")
+ADAPTER = util.ADAPTER_FILE
+WITHOUT_CHANCE = {
+    "batch_size": 16,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "lora_dropout": 0.0,
+}
+MISTAKES = (  # what a user types, where only the run `first` is: what the one line says
+    ("eval --local --run-name nosuch", "no such run in outputs. There are: first."),
+    (
+        "eval --local --demo",
+        "no finished run of project price in this mode. Run `python app.py train --demo` first",
+    ),
+    ("eval --run-name nosuch", "For one on the Hub set HF_TOKEN."),
+    ("train --demo --base-model {base}", "Run `python app.py prepare --demo` first"),
+    ("train --lite --local --base-model {base} --run-name first", "first exists already"),
+    ("train --lite", "HF_TOKEN is not set"),
+    ("prepare --lite", "HF_TOKEN is not set"),
+    ("prepare --local --base-model {base} --source nosuch.csv", "can't be read: No such file"),
+    ("prepare --demo --base-model .", "holds no config.json"),
+    ("prepare --demo --base-model no/such-model", "no/such-model: not on the Hub"),
+    ("prepare --local --lite --base-model {base}", "ed-donner/items_lite: not on the Hub"),
+    ("prepare --local --output-dir /proc/nowhere", "/proc/nowhere: can't be written to"),
+)
 
 
 @pytest.fixture(scope="module")
-def splits(run, prepared):
-    return load_prompts(run.folder / "outputs/datasets/items_prompts_lite")
+def splits(prepared):
+    return load_prompts(prepared / DATASET)
 
 
-@pytest.fixture()
-def trainer(tiny_base, splits, tmp_path):
-    recipe = RECIPES["lite"] | {"batch_size": 4, "max_steps": 6, "learning_rate": 1e-2}
-    return build_trainer(load_base(tiny_base), load_tokenizer(tiny_base), splits, recipe, tmp_path, 1, False)
+@pytest.fixture(scope="module")
+def judged(call, trained, tmp_path_factory):
+    """The folder of a run that is judged on all test items, as is the base. Not to be written."""
+    folder = tmp_path_factory.mktemp("judged")
+    shutil.copytree(trained / "outputs", folder / "outputs")
+    call(*JUDGE, "--compare-base", "--size", "all", cwd=folder)
+    return folder / RUN
 
 
-def test_prepare_says_what_it_found(run, prepared):
-    folder = run.folder / "outputs/datasets/items_prompts_lite"
-    found = read(folder / "prepare.json")
-    assert sum(found["kept"].values()) + sum(map(len, found["dropped"].values())) == 80
-    assert sorted(os.listdir(folder)) == ["prepare.json", "prepare.png", "test.parquet", "train.parquet", "val.parquet"]
+def read_csv(path):
+    with open(path, encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
-def test_prepare_again_replaces_and_a_failed_one_leaves_the_old(run, prepared, tmp_path):
-    folder = run.folder / "outputs/datasets/items_prompts_lite"
-    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"title": "A", "text": "a", "price": 0}')
-    done = run("prepare", *prepared, "--source", str(bad), code=1)
-    assert done.stderr.strip().splitlines()[-1].startswith(f"app.py prepare: {bad}: none of 1 rows is usable")
-    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+def contents(folder):
+    """{file: its bytes} of all files below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_base_is_nf4_with_double_quantisation_and_only_adapters_train(trainer):
-    import bitsandbytes
-
-    layers = [m for m in trainer.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-    assert len(layers) == 2 * 7
-    assert all(m.weight.quant_state.quant_type == "nf4" and m.weight.quant_state.nested for m in layers)
-    trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert len(trainable) == 2 * 4 * 2 and all("lora_" in name for name in trainable)
-    assert {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad} == {"torch.float32"}
+def logged_losses(history):
+    return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def test_the_loss_is_on_completions_only_and_ends_with_eos(trainer, splits):
-    tokenizer = trainer.processing_class
-    for row, source in zip(trainer.train_dataset, splits["train"]):
-        labels = [label for label in row["labels"] if label != -100]
-        assert tokenizer.decode(labels) == source["completion"] + tokenizer.eos_token
-        assert row["labels"][-len(labels):] == labels  # nothing of the prompt
-
-
-def test_training_lowers_the_loss(tiny_base, splits, tmp_path):
-    recipe = RECIPES["demo"] | {"batch_size": 8, "max_steps": 30, "learning_rate": 3e-2, "logging_steps": 5}
-    trainer = build_trainer(load_base(tiny_base), load_tokenizer(tiny_base), splits, recipe, tmp_path, 1, False)
+def losses_of(trainer):
+    """The logged losses of a training."""
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return logged_losses(trainer.state.log_history)
+
+
+def quantised_layers(model):
+    return [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+
+
+# Prepare
+
+
+def test_prepare_records_each_row(prepared):
+    """Every row of the catalogue was kept or dropped, and is recorded as that."""
+    record = read(prepared / DATASET / "prepare.json")
+    dropped = [line for lines in record["dropped"].values() for line in lines]
+    assert sum(record["kept"].values()) + len(dropped) == 80
+
+
+def test_prepare_leaves_whole_dataset(prepared):
+    found = sorted(os.listdir(prepared / DATASET))
+    splits = ["test.parquet", "train.parquet", "val.parquet"]
+    assert found == ["prepare.json", "prepare.png", *splits]
+
+
+def test_prepare_replaces_older_data(call, shared, project):
+    catalogue = write_catalogue(project / "new.jsonl", 60)
+    said = call("prepare", *shared, "--source", catalogue, cwd=project)
+    assert "catalogue.jsonl, split 90/5/5 by title" in said.split("replacing: ")[1]
+    assert sum(read(project / DATASET / "prepare.json")["kept"].values()) == 60
+
+
+def test_failed_prepare_changes_nothing(call, shared, project):
+    before = contents(project / "outputs")
+    bad = project / "bad.jsonl"
+    bad.write_text('{"title": "A", "text": "a", "price": 0}', encoding="utf-8")
+    said = call("prepare", *shared, "--source", str(bad), cwd=project, code=1)
+    last_line = said.splitlines()[-1]
+    assert last_line.startswith(f"app.py prepare: {bad}: none of 1 rows is usable")
+    assert contents(project / "outputs") == before
+
+
+# Train
+
+
+def test_base_is_nf4_doubly_quantised(build):
+    layers = quantised_layers(build(base_weights="nf4").model)
+    assert len(layers) == 2 * 7
+    for layer in layers:
+        assert layer.weight.quant_state.quant_type == "nf4"
+        assert layer.weight.quant_state.nested
+
+
+def test_only_adapters_train_in_fp32(build):
+    model = build(base_weights="nf4").model
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trainable) == 2 * 4 * 2
+    for name, parameter in trainable.items():
+        assert "lora_" in name
+        assert parameter.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", ["lite", "full"])
+def test_recipe_reaches_the_trainer(build, mode):
+    trainer = build(mode, micro_batch=8)
+    recipe, args, lora = RECIPES[mode], trainer.args, trainer.model.peft_config["default"]
+    assert (lora.r, lora.lora_alpha) == (recipe.lora_r, 2 * recipe.lora_r)
+    assert lora.target_modules == set(recipe.targets)
+    assert lora.lora_dropout == recipe.lora_dropout
+    assert args.num_train_epochs == recipe.epochs
+    assert args.train_batch_size * args.gradient_accumulation_steps == recipe.batch_size
+    assert args.learning_rate == recipe.learning_rate
+    assert args.lr_scheduler_type == "cosine"
+
+
+def test_loss_is_on_completions_only(build, splits):
+    """Labels are the completion and the end of text; nothing of the prompt."""
+    trainer = build()
+    tokenizer = trainer.processing_class
+    for row, source in zip(trainer.train_dataset, splits["train"], strict=True):
+        labels = [label for label in row["labels"] if label != IGNORED]
+        assert tokenizer.decode(labels) == source["completion"] + tokenizer.eos_token
+        assert row["labels"][-len(labels) :] == labels
+
+
+def test_training_lowers_the_loss(build):
+    changes = {"batch_size": 8, "max_steps": 15, "learning_rate": 3e-2, "logging_steps": 3}
+    losses = losses_of(build("demo", **changes))
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_the_recipe_is_the_courses(tiny_base, splits, tmp_path):
-    for mode, r, targets, epochs, batch in (("lite", 32, 4, 1, 32), ("full", 256, 7, 3, 256)):
-        trainer = build_trainer(load_base(tiny_base), load_tokenizer(tiny_base), splits, RECIPES[mode], tmp_path, 1, False)
-        args, lora = trainer.args, trainer.model.peft_config["default"]
-        assert (lora.r, lora.lora_alpha, len(lora.target_modules), lora.lora_dropout, lora.bias) == (r, 2 * r, targets, 0.1, "none")
-        assert (args.num_train_epochs, args.train_batch_size * args.gradient_accumulation_steps) == (epochs, batch)
-        assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps) == (1e-4, "cosine", 0.01)
-        assert (args.weight_decay, args.max_grad_norm, args.save_total_limit, args.optim) == (0.001, 0.3, 10, "adamw_torch_fused")
+def test_gradients_equal_the_dequantised_models(build):
+    """After an evaluation, too.
+
+    It would repack the weights on some CPUs, and gradients be lost, unless that is switched off.
+    """
+    trainer = build(base_weights="nf4", batch_size=4)
+    trainer.evaluate()
+    model = trainer.model.eval()
+    for layer in quantised_layers(model):
+        assert not layer.support_avx512bf16_for_cpu
+    batch = next(iter(trainer.get_train_dataloader()))
+    randomise_adapters(model)
+
+    found = gradients(model, batch)
+    model.base_model.model.dequantize()
+    assert not quantised_layers(model)
+    expected = gradients(model, batch)
+
+    assert len(expected) == 16
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_gradients_after_an_evaluation_equal_the_dequantised_models(trainer):
-    import bitsandbytes
-    import torch
-
-    trainer.evaluate()  # repacks the weights on some CPUs, unless that is switched off
-    model, batch = trainer.model.eval(), next(iter(trainer.get_train_dataloader()))
-    assert not any(m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit))
-    with torch.no_grad():  # B starts at zero, and so would half of the gradients
+def randomise_adapters(model):
+    """Half of the gradients would be zero else, since each B starts at zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
-
-    def gradients():
-        model.zero_grad()
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if "lora_" in name}
-
-    found = gradients()
-    model.base_model.model.dequantize()
-    assert not any(isinstance(m, bitsandbytes.nn.Linear4bit) for m in model.modules())
-    expected = gradients()
-    assert expected.keys() == found.keys() and len(found) == 16
-    for name in expected:
-        assert expected[name].abs().max() > 0
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
+                parameter.normal_(std=0.02, generator=generator)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_training_without_padding_has_the_padded_losses(tiny_base, splits, packed_attention, tmp_path, compiled):
-    recipe, histories = RECIPES["lite"] | {"batch_size": 16, "max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1, "lora_dropout": 0}, []
-    for attention in ("sdpa", "packed"):
-        model = load_base(tiny_base)
-        model.config._attn_implementation_internal = attention
-        trainer = build_trainer(model, load_tokenizer(tiny_base), splits, recipe, tmp_path / attention, 1, compiled=compiled and attention == "packed")
-        batches = list(trainer.get_train_dataloader())  # the last one of an epoch has fewer rows
-        if attention == "packed":
-            assert all(batch["input_ids"].shape[1] % 64 == 0 and len(batch["cu_seq_lens_q"]) == 16 + 8 + 1 for batch in batches)
-            assert all(batch["cu_seq_lens_q"].diff().max() <= batch["max_length_q"] for batch in batches)
-        trainer.evaluate = lambda *_, **__: {"eval_mae": 0.0}
-        trainer.train()
-        histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert histories[1] == pytest.approx(histories[0], abs=1e-4) and len(histories[0]) == 6
+def gradients(model, batch):
+    """{name: gradient} of the adapters for the loss of a batch."""
+    model.zero_grad()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs).logits.float()
+    targets = batch["labels"][:, 1:].flatten()
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if "lora_" in name}
 
 
-def test_batches_to_be_recorded_have_one_shape():
-    import numpy
+@pytest.fixture()
+def build_packed(build, packed_attention, monkeypatch):
+    """As `build`, for training without padding, which CPUs don't do else."""
 
+    def build_packed(**changes):
+        with monkeypatch.context() as patch:
+            patch.setattr(util, "can_pack", lambda *_: True)
+            return build(**changes)
+
+    return build_packed
+
+
+def test_packed_training_has_padded_losses(build, build_packed):
+    """An epoch's last batch, which has fewer rows, included."""
+    padded = losses_of(build(max_steps=6, **WITHOUT_CHANCE))
+    packed = losses_of(build_packed(max_steps=6, **WITHOUT_CHANCE))
+    assert len(padded) == 6
+    assert packed == pytest.approx(padded, abs=1e-4)
+
+
+def test_packed_validation_has_padded_figures(build, build_packed):
+    padded = build(**WITHOUT_CHANCE).evaluate()
+    assert build_packed(**WITHOUT_CHANCE).evaluate() == pytest.approx(padded, rel=1e-5)
+
+
+def test_compiled_training_has_padded_losses(build, build_packed):
+    """Both layers use the code of one, which batches of other lengths use, too."""
+    changes = WITHOUT_CHANCE | {"max_steps": 2, "targets": ("q_proj",)}
+    padded = losses_of(build(**changes))
+    counters.clear()
+    # Scalar code: to find out which vectors this CPU has takes half of the time
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
+        compiled = losses_of(build_packed(compile="on", **changes))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert compiled == pytest.approx(padded, abs=1e-4)
+
+
+def test_packed_batches_come_in_few_shapes(build_packed):
+    """Multiples of 64 tokens, and always as many sequences; none is longer than is said."""
+    batches = list(build_packed(**WITHOUT_CHANCE).get_train_dataloader())
+    assert len(batches) == 5
+    for batch in batches:
+        ends = batch["cu_seq_lens_q"]
+        assert batch["input_ids"].shape[1] % 64 == 0
+        assert len(ends) == 16 + util.SPARE_SEQUENCES + 1
+        assert ends.diff().max() <= batch["max_length_q"]
+
+
+def test_batches_to_record_have_one_shape():
+    """But for one in thousands; that of CUDA graphs, with an epoch's last batch."""
     rng = numpy.random.default_rng(0)
     lengths = rng.normal(102, 18, 8000).clip(33, 127).astype(int)
-    collate = app.pack(32, lengths, one_shape=True)
-    rows = [{"input_ids": [1] * n, "labels": [-100] * (n - 3) + [5, 6, 7]} for n in lengths]
-    batches = [collate(rows[first : first + 32]) for first in range(0, len(rows), 32)] + [collate(rows[:20])]
+    rows = [{"input_ids": [1] * n, "labels": [IGNORED] * (n - 3) + [5, 6, 7]} for n in lengths]
+    collate = util.PackedCollator(32, lengths, one_shape=True)
+    batches = [collate(rows[first : first + 32]) for first in range(0, len(rows), 32)]
+    batches.append(collate(rows[:20]))
+
     sizes = [batch["input_ids"].shape[1] for batch in batches]
-    assert sizes.count(sizes[0]) > 0.98 * len(sizes) and len({len(batch["cu_seq_lens_q"]) for batch in batches}) == 1
-    for batch, size in zip(batches, sizes):
-        assert batch["position_ids"].shape == batch["labels"].shape == (1, size) and batch["cu_seq_lens_q"][-1] == size
-        assert len(batch["logits_to_keep"]) % 3 == 0 and set(batch["labels"][0, batch["logits_to_keep"] + 1].tolist()) == {5, 6, 7}
+    assert sizes.count(sizes[0]) > 0.98 * len(sizes)
+    assert len({len(batch["cu_seq_lens_q"]) for batch in batches}) == 1
+    for batch, size in zip(batches, sizes, strict=True):
+        assert batch["position_ids"].shape == (1, size)
+        assert batch["labels"].shape == (1, size)
+        assert batch["cu_seq_lens_q"][-1] == size
+        kept = batch["logits_to_keep"]
+        assert len(kept) % 3 == 0
+        assert set(batch["labels"][0, kept + 1].tolist()) == {5, 6, 7}
 
 
-def test_the_dequantised_base_gives_the_same_training(run, call, prepared):
-    for weights in ("nf4", "bf16-from-nf4"):
-        said = call("train", *prepared, "--run-name", weights, "--base-weights", weights, *TRAIN)
-        assert "float32 from nf4 (--base-weights)" in said if weights != "nf4" else "nf4 (--base-weights)" in said
-    one, other = (read(run.folder / f"outputs/price-{name}/run.json")["history"] for name in ("nf4", "bf16-from-nf4"))
-    assert [entry.get("loss", 0) for entry in one] == pytest.approx([entry.get("loss", 0) for entry in other], abs=1e-4)
-    assert "from nf4: dequantised once, memory has room" in call("train", *prepared, "--dry-run")
+def test_base_weights_change_no_loss(call, shared, trained, project):
+    """Dequantised once where memory has room, or in each layer of each step: the same numbers."""
+    call("train", *shared, "--run-name", "nf4", "--base-weights", "nf4", *TRAIN, cwd=project)
+    dequantised = read(trained / RUN / "run.json")
+    quantised = read(project / "outputs/price-nf4/run.json")
+    assert "float32 from nf4: dequantised once, memory has room" in dequantised["base_weights"]
+    assert quantised["base_weights"] == "nf4 (--base-weights)"
+    expected = logged_losses(dequantised["history"])
+    assert logged_losses(quantised["history"]) == pytest.approx(expected, abs=1e-4)
 
 
-def test_one_seed_gives_one_adapter_bit_for_bit(run, call, prepared, trained):
-    for name, seed in (("again", "42"), ("other", "43")):
-        call("train", *prepared, "--run-name", name, "--seed", seed, *TRAIN)
-    first, again, other = [(run.folder / f"outputs/price-{name}" / app.ADAPTER_FILE).read_bytes()
-                           for name in ("first", "again", "other")]
-    assert first == again != other
+def test_dequantised_base_can_be_forced(call, shared, project):
+    said = call("train", *shared, "--base-weights", "bf16-from-nf4", "--dry-run", cwd=project)
+    assert "float32 from nf4 (--base-weights)" in said
 
 
-def test_train_leaves_a_whole_run(trained):
-    record = read(trained / "run.json")
-    assert record["steps"] == 6 and record["seed"] == 42
-    assert record["recipe"]["lora_r"] == 32 and record["recipe"]["max_steps"] == 6
-    assert len(record["data"]["fingerprint"]) == 16 and record["versions"].keys() >= {"torch", "trl", "peft"}
-    assert {"adapter_config.json", app.ADAPTER_FILE, "tokenizer.json", "loss.png", "checkpoint-3", "checkpoint-6"} <= set(os.listdir(trained))
+def test_one_seed_gives_one_adapter(call, shared, trained, project):
+    """Bit for bit; another seed gives another."""
+    for seed in ("42", "43"):
+        call("train", *shared, "--run-name", seed, "--seed", seed, *TRAIN, cwd=project)
+    first = (trained / RUN / ADAPTER).read_bytes()
+    assert (project / "outputs/price-42" / ADAPTER).read_bytes() == first
+    assert (project / "outputs/price-43" / ADAPTER).read_bytes() != first
 
 
-def test_a_run_name_is_used_once(run, prepared, trained):
-    before = (trained / app.ADAPTER_FILE).read_bytes()
-    assert "exists already" in run("train", *prepared, "--run-name", "first", *TRAIN, code=1).stderr
-    assert (trained / app.ADAPTER_FILE).read_bytes() == before
+def test_train_leaves_whole_run(trained):
+    found = set(os.listdir(trained / RUN))
+    assert found >= {"adapter_config.json", ADAPTER, "tokenizer.json", "README.md", "loss.png"}
+    assert found >= {"checkpoint-3", "checkpoint-6"}
 
 
-def test_eval_reports_the_run_the_base_and_the_constants(run, call, trained):
-    call("eval", "--local", "--run-name", "first", "--compare-base", "--size", "all")  # base and data: the run's own
-    results = read(trained / "eval/results.json")
-    keys = {"n", "mae", "mae_ci95", "mse", "r2", "parse_failures", "items_per_s", "seconds"}
-    assert keys <= results.keys() and keys - {"items_per_s", "seconds"} <= results["base"].keys()
-    assert results["decode"] == "median" and results["decodings"].keys() == {"median", "mean", "greedy"}
-    assert results["decodings"]["median"]["mae"] == results["mae"] and 0 <= results["distribution"]["coverage_80"] <= 1
-    assert results["baselines"].keys() == {"constant_mean", "constant_median"}
-    with open(trained / "eval/predictions.csv", encoding="utf-8") as file:
-        table = list(csv.DictReader(file))
-    assert len(table) == results["n"] and list(table[0]) == ["index", "title", "category", "truth", "guess", "error", "low", "high"]
-    assert all(float(row["low"]) <= float(row["guess"]) <= float(row["high"]) for row in table)
-    assert results["mae"] == pytest.approx(sum(float(row["error"]) for row in table) / len(table), abs=0.01)
-    prices = sorted(float(price) for price in load_prompts(run.folder / "outputs/datasets/items_prompts_lite")["train"]["completion"])
-    median = (prices[(len(prices) - 1) // 2] + prices[len(prices) // 2]) / 2
-    expected = sum(abs(median - float(row["truth"])) for row in table) / len(table)
-    assert results["baselines"]["constant_median"]["mae"] == pytest.approx(expected)
-    assert set(os.listdir(trained / "eval")) == {"results.json", "predictions.csv", "report.html", "scatter.png", "running_error.png",
-                                                 "reliability.png", "comparison.png"}
+def test_train_records_the_run(trained):
+    record = read(trained / RUN / "run.json")
+    assert record["steps"] == 6
+    assert record["seed"] == 42
+    assert record["recipe"]["lora_r"] == 32
+    assert record["recipe"]["max_steps"] == 6
+    assert len(record["data"]["fingerprint"]) == 16
+    assert record["versions"].keys() >= {"torch", "trl", "peft"}
 
 
-def test_the_report_is_one_file_with_everything_in_it(run, call, trained):
-    call("eval", "--local", "--run-name", "first", "--size", "all")
-    page, results = (trained / "eval/report.html").read_text("utf-8"), read(trained / "eval/results.json")
-    assert "<script" not in page and "http" not in page and page.count('src="data:image/png;base64,') == 4
-    for figures in (results, *results["decodings"].values(), *results["baselines"].values()):
+def test_validation_measures_loss_and_dollars(build, splits):
+    """The loss is TRL's, the error that of the median price."""
+    trainer = build(max_steps=3, batch_size=4, learning_rate=1e-2)
+    trainer.train()
+    found = util.training_log(trainer)[-1]
+    assert found["eval_loss"] == pytest.approx(SFTTrainer.evaluate(trainer)["eval_loss"], rel=1e-3)
+
+    rows = list(splits["val"])
+    reader = util.PriceReader(trainer.model.eval(), trainer.processing_class)
+    guesses = [estimate.median for estimate in reader.estimate(rows)]
+    truths = [float(row["completion"]) for row in rows]
+    assert found["eval_mae"] == pytest.approx(util.metrics(guesses, truths)["mae"])
+
+
+def test_keep_best_ends_with_least_error(call, shared, project):
+    """The adapter is that of the checkpoint with the least validation error, not the last one."""
+    steps = ("--max-steps", "8", "--save-steps", "2", "--batch-size", "4")
+    rate = ("--learning-rate", "0.3")  # too high, so that the last isn't the best
+    call("train", *shared, "--run-name", "best", "--keep-best", *steps, *rate, cwd=project)
+    folder = project / "outputs/price-best"
+    history = read(folder / "run.json")["history"]
+    errors = {entry["step"]: entry["eval_mae"] for entry in history if "eval_mae" in entry}
+    best = min(errors, key=errors.get)
+    assert list(errors) == [2, 4, 6, 8]
+    assert best != 8
+    adapter = (folder / ADAPTER).read_bytes()
+    same = [step for step in errors if checkpoint_adapter(folder, step) == adapter]
+    assert same == [best]
+
+
+def checkpoint_adapter(folder, step):
+    return (folder / f"checkpoint-{step}" / ADAPTER).read_bytes()
+
+
+def test_used_run_name_is_refused(call, shared, trained_project):
+    before = contents(trained_project / RUN)
+    said = call("train", *shared, "--run-name", "first", *TRAIN, cwd=trained_project, code=1)
+    assert "--run-name first: outputs/price-first exists already." in said
+    assert contents(trained_project / RUN) == before
+
+
+def test_eight_bit_stays_reachable(call, shared, project):
+    call("train", *shared, "--run-name", "eight", "--no-4bit", *SHORT, cwd=project)
+    call("eval", "--local", "--run-name", "eight", "--size", "2", cwd=project)
+    assert not read(project / "outputs/price-eight/run.json")["use_4bit"]
+    assert build_quant_config(False, False).load_in_8bit
+
+
+def test_four_bits_are_those_of_qlora():
+    config = build_quant_config(True, True)
+    assert config.bnb_4bit_quant_type == "nf4"
+    assert config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+# Eval
+
+
+def test_eval_leaves_figures_and_charts(judged):
+    files = {"results.json", "predictions.csv", "report.html"}
+    charts = {"scatter.png", "running_error.png", "reliability.png", "comparison.png"}
+    assert set(os.listdir(judged / "eval")) == files | charts
+
+
+def test_eval_judges_run_and_base(judged):
+    results = read(judged / "eval/results.json")
+    figures = {"n", "mae", "mae_ci95", "mse", "r2", "parse_failures"}
+    assert results.keys() >= figures | {"items_per_s", "seconds"}
+    assert results["base"].keys() >= figures
+
+
+def test_eval_judges_each_decoding(judged):
+    results = read(judged / "eval/results.json")
+    assert results["decode"] == "median"
+    assert results["decodings"].keys() == {"median", "mean", "greedy"}
+    assert results["decodings"]["median"]["mae"] == results["mae"]
+    assert 0 <= results["distribution"]["coverage_80"] <= 1
+
+
+def test_eval_judges_the_constants(judged, splits):
+    """They are the training prices' mean and median."""
+    baselines = read(judged / "eval/results.json")["baselines"]
+    prices = [float(price) for price in splits["train"]["completion"]]
+    truths = [float(price) for price in splits["test"]["completion"]]
+    constants = {
+        "constant_mean": statistics.fmean(prices),
+        "constant_median": statistics.median(prices),
+    }
+    assert baselines.keys() == constants.keys()
+    for name, constant in constants.items():
+        expected = statistics.fmean(abs(constant - truth) for truth in truths)
+        assert baselines[name]["mae"] == pytest.approx(expected)
+
+
+def test_predictions_agree_with_the_figures(judged):
+    results = read(judged / "eval/results.json")
+    table = read_csv(judged / "eval/predictions.csv")
+    columns = ["index", "title", "category", "truth", "guess", "error", "low", "high"]
+    assert list(table[0]) == columns
+    assert len(table) == results["n"]
+    errors = [float(row["error"]) for row in table]
+    assert results["mae"] == pytest.approx(statistics.fmean(errors), abs=0.01)
+    for row in table:
+        assert float(row["low"]) <= float(row["guess"]) <= float(row["high"])
+
+
+def test_report_is_one_file(judged):
+    """It needs no script, no network and no file beside it."""
+    page = (judged / "eval/report.html").read_text("utf-8")
+    assert "<script" not in page
+    assert "http" not in page
+    assert page.count('src="data:image/png;base64,') == 4
+
+
+def test_report_has_all_figures(judged):
+    page = (judged / "eval/report.html").read_text("utf-8")
+    results = read(judged / "eval/results.json")
+    judged_ones = [results, results["base"]]
+    judged_ones += [*results["decodings"].values(), *results["baselines"].values()]
+    for figures in judged_ones:
         assert f"{figures['mae']:,.2f}" in page
-    assert all(html.escape(row["title"]) in page for row in results["worst"])
-    assert all(html.escape(group) in page for group in results["by_category"])
-    assert f"${results['mae']:,.2f}"[1:] in (trained / "README.md").read_text("utf-8")  # the card has the same figures
+    for row in results["worst"]:
+        assert html.escape(row["title"]) in page
+    for group in results["by_category"]:
+        assert html.escape(group) in page
 
 
-def test_eval_compares_with_earlier_runs_on_the_same_items(run, call, prepared, trained, tmp_path):
-    import shutil
-
-    shutil.copytree(run.folder / "outputs", tmp_path / "outputs")
-    call("train", *prepared, "--run-name", "second", "--seed", "7", *TRAIN, cwd=tmp_path)
-    judge = ("eval", "--local", "--size", "4", "--run-name")
-    shutil.rmtree(tmp_path / "outputs/price-first/eval", ignore_errors=True)
-    assert "--compare first: not judged yet. Run `python app.py eval --run-name first --size 4`" in call(
-        *judge, "second", "--compare", "first", cwd=tmp_path, code=1)
-    call(*judge, "first", cwd=tmp_path)
-    said = call(*judge, "second", "--compare", "first", cwd=tmp_path)
-    first, second = (read(tmp_path / f"outputs/price-{name}/eval/results.json") for name in ("first", "second"))
-    found = second["earlier"]["first"]
-    assert found["mae"] == first["mae"] and found["difference"] == pytest.approx(second["mae"] - first["mae"])
-    assert found["low"] <= found["difference"] <= found["high"] and "less that of first" in said
+def test_card_has_the_figures(judged):
+    results = read(judged / "eval/results.json")
+    assert f"{results['mae']:,.2f}" in (judged / "README.md").read_text("utf-8")
 
 
-def test_own_items_are_priced_as_the_test_items_are(run, call, prepared, trained, tmp_path):
-    test = load_prompts(run.folder / "outputs/datasets/items_prompts_lite")["test"]
-    lines = [{"title": "x", "text": row["prompt"].split("\n\n")[1], "price": row["completion"]} for row in test]
-    lines[1]["price"] = ""  # is priced all the same
-    lines += [{"title": "", "text": "no title", "price": "5"}, lines[0]]  # left out; priced a second time
-    own = tmp_path / "own.jsonl"
-    own.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    call("eval", "--local", "--run-name", "first", "--size", "all")
-    said = call("eval", "--local", "--run-name", "first", "--input", str(own), "--output", str(tmp_path / "out.csv"))
-    with open(tmp_path / "out.csv", encoding="utf-8") as file:
-        found = list(csv.DictReader(file))
-    with open(trained / "eval/predictions.csv", encoding="utf-8") as file:
-        expected = list(csv.DictReader(file))
-    assert [row["line"] for row in found] == ["1", "2", "3", "4", "6"] and found[1]["price"] == ""
-    for one, other in zip(found, [*expected, expected[0]]):
-        assert [one[name] for name in ("guess", "low", "high")] == [other[name] for name in ("guess", "low", "high")]
-    assert "5 priced, 1 left out: 1 × title is empty or not text (line 5)" in said and "n = 4" in said
+def test_eval_compares_with_earlier_runs(call, shared, trained_project):
+    """On the same items, by the difference of the errors and its interval."""
+    folder = trained_project
+    second = ("eval", "--local", "--size", "4", "--run-name", "second", "--compare", "first")
+    call("train", *shared, "--run-name", "second", *SHORT, cwd=folder)
+    said = call(*second, cwd=folder, code=1)
+    assert "--compare first: not evaluated yet." in said
+    assert "Run `python app.py eval --run-name first --size 4` first." in said
+
+    call(*JUDGE, "--size", "4", cwd=folder)
+    said = call(*second, cwd=folder)
+    first = read(folder / RUN / "eval/results.json")
+    results = read(folder / "outputs/price-second/eval/results.json")
+    found = results["earlier"]["first"]
+    assert found["mae"] == first["mae"]
+    assert found["difference"] == pytest.approx(results["mae"] - first["mae"])
+    assert found["low"] <= found["difference"] <= found["high"]
+    assert "This run's error less that of first, on the same items" in said
 
 
-def test_one_description_is_priced(run, call, trained, tmp_path):
-    said = call("eval", "--local", "--run-name", "first", "--text", "Brass lamp\nwith a shade", "--output", str(tmp_path / "o.jsonl"))
-    row = json.loads((tmp_path / "o.jsonl").read_text("utf-8"))
-    assert row["title"] == "Brass lamp" and row["low"] <= row["guess"] <= row["high"] and row["price"] is None
+def test_own_items_get_same_prices(call, trained_project, judged, splits):
+    """Rows without a price are priced, repeated ones each time; those of no use are skipped."""
+    rows = []
+    for row in splits["test"]:
+        text = row["prompt"].split("\n\n")[1]
+        rows.append({"title": "x", "text": text, "price": row["completion"]})
+    rows[1]["price"] = ""
+    rows += [{"title": "", "text": "no title", "price": "5"}, rows[0]]
+    own = trained_project / "own.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    said = call(*JUDGE, "--input", "own.jsonl", "--output", "out.csv", cwd=trained_project)
+
+    found = read_csv(trained_project / "out.csv")
+    expected = read_csv(judged / "eval/predictions.csv")
+    assert [row["line"] for row in found] == ["1", "2", "3", "4", "6"]
+    assert found[1]["price"] == ""
+    for row, other in zip(found, [*expected, expected[0]], strict=True):
+        for name in ("guess", "low", "high"):
+            assert row[name] == other[name]
+    assert "5 priced, 1 skipped: 1 × title is empty or not text (line 5)" in said
+    assert "n = 4" in said
+
+
+def test_one_description_is_priced(call, trained_project):
+    text = "Brass lamp\nwith a shade"
+    said = call(*JUDGE, "--text", text, "--output", "o.jsonl", cwd=trained_project)
+    row = read(trained_project / "o.jsonl")
+    assert row["title"] == "Brass lamp"
+    assert row["price"] is None
+    assert row["low"] <= row["guess"] <= row["high"]
     assert f"(80 %: ${row['low']:.0f} to ${row['high']:.0f})  Brass lamp" in said
 
 
-def test_an_exported_model_answers_as_the_run_does_with_transformers_alone(run, call, trained, tmp_path):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    call("eval", "--local", "--run-name", "first", "--export", str(tmp_path / "plain"))
-    call("eval", "--local", "--run-name", "first", "--size", "all", "--decode", "greedy")
-    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(os.listdir(tmp_path / "plain"))
-    assert "quantization_config" not in read(tmp_path / "plain/config.json")
-    model, tokenizer = (kind.from_pretrained(tmp_path / "plain") for kind in (AutoModelForCausalLM, AutoTokenizer))
+def test_exported_model_answers_as_run(call, trained_project, splits):
+    """With transformers alone."""
+    call(*JUDGE, "--export", "plain", cwd=trained_project)
+    plain = trained_project / "plain"
+    assert set(os.listdir(plain)) >= {"model.safetensors", "tokenizer.json", "README.md"}
+    assert "quantization_config" not in read(plain / "config.json")
+    model = AutoModelForCausalLM.from_pretrained(plain)
     assert model.dtype == torch.bfloat16
-    probabilities, greedy = app.price_reader(model.float(), app.load_tokenizer(str(tmp_path / "plain")))(
-        list(load_prompts(run.folder / "outputs/datasets/items_prompts_lite")["test"]))
-    with open(trained / "eval/predictions.csv", encoding="utf-8") as file:
-        assert greedy == [float(row["guess"]) for row in csv.DictReader(file)]
-    assert "is there already" in call("eval", "--local", "--run-name", "first", "--export", str(tmp_path / "plain"), code=1)
+
+    call(*JUDGE, "--size", "all", "--decode", "greedy", cwd=trained_project)
+    expected = read_csv(trained_project / RUN / "eval/predictions.csv")
+    reader = util.PriceReader(model.float(), util.load_tokenizer(str(plain)))
+    found = reader.read(list(splits["test"])).greedy
+    assert found == [float(row["guess"]) for row in expected]
 
 
-def test_validation_measures_the_metric_beside_the_loss(trainer, splits):
-    from trl import SFTTrainer
-
-    trainer.train()
-    found = [entry for entry in app.history(trainer) if "eval_mae" in entry][-1]
-    assert found["eval_loss"] == pytest.approx(SFTTrainer.evaluate(trainer)["eval_loss"], rel=1e-3)
-    rows = list(splits["val"])
-    read = app.price_reader(trainer.model.eval(), trainer.processing_class)
-    guesses = [answer["median"] for answer in util.decodings(*read(rows), rows)]
-    assert found["eval_mae"] == pytest.approx(util.metrics(guesses, [util.truth_of(row) for row in rows])["mae"])
+def test_export_overwrites_nothing(call, trained_project):
+    (trained_project / "plain").mkdir()
+    said = call(*JUDGE, "--export", "plain", cwd=trained_project, code=1)
+    assert "--export plain: exists already. Give a new folder." in said
+    assert not os.listdir(trained_project / "plain")
 
 
-def test_keep_best_ends_with_the_least_validation_error(run, call, prepared, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file
-
-    shutil.copytree(run.folder / "outputs/datasets", tmp_path / "outputs/datasets")
-    call("train", *prepared, "--run-name", "best", "--keep-best", *TRAIN[:-1], "0.3", "--max-steps", "8", "--save-steps", "2", cwd=tmp_path)
-    folder = tmp_path / "outputs/price-best"
-    errors = {entry["step"]: entry["eval_mae"] for entry in read(folder / "run.json")["history"] if "eval_mae" in entry}
-    best = min(errors, key=errors.get)
-    adapter = load_file(folder / app.ADAPTER_FILE)
-    for step in errors:
-        saved = load_file(folder / f"checkpoint-{step}" / app.ADAPTER_FILE)
-        assert all(saved[name].equal(adapter[name]) for name in saved) == (step == best)
+def test_eval_of_untouched_base(call, shared, project):
+    call("eval", *shared, "--run-name", "base", "--size", "2", cwd=project)
+    assert read(project / "outputs/price-base/eval/results.json")["n"] == 2
 
 
-def test_eval_of_the_untouched_base(run, call, prepared):
-    call("eval", *prepared, "--run-name", "base", "--size", "2")
-    assert read(run.folder / "outputs/price-base/eval/results.json")["n"] == 2
+def test_eval_notices_changed_data(call, shared, trained_project):
+    catalogue = write_catalogue(trained_project / "new.jsonl", 60)
+    call("prepare", *shared, "--source", catalogue, cwd=trained_project)
+    said = call(*JUDGE, cwd=trained_project)
+    assert "these are not the data that the run was trained on" in said
 
 
-def test_eval_notices_changed_data(run, call, prepared, trained, tmp_path):
-    import shutil
-
-    shutil.copytree(run.folder / "outputs", tmp_path / "outputs")
-    shared = prepared[:-2] + ("--base-model", prepared[-1])
-    call("prepare", *shared, "--source", write_catalogue(tmp_path / "new.jsonl", 60), cwd=tmp_path)
-    assert "not the data that the run was trained on" in call("eval", "--local", "--run-name", "first", cwd=tmp_path)
+# Mistakes
 
 
-def test_eight_bit_stays_reachable(call, prepared):
-    call("train", *prepared, "--run-name", "eight", "--no-4bit", *TRAIN)
-    call("eval", "--local", "--run-name", "eight", "--size", "2")
-    assert build_quant_config(False, False).load_in_8bit
-    four = build_quant_config(True, True)
-    assert (four.bnb_4bit_quant_type, four.bnb_4bit_use_double_quant, str(four.bnb_4bit_compute_dtype)) == ("nf4", True, "torch.bfloat16")
-
-
-def test_without_cuda_bf16_is_not_supported_and_nothing_raises():
-    import torch
-
-    if not torch.cuda.is_available():
-        assert app.detect_bf16_support() is False
-
-
-# Errors: one line that says what to do
-
-@pytest.mark.parametrize("arguments, said", [
-    (("eval", "--local", "--run-name", "nosuch"), "no such run"),
-    (("eval", "--local", "--demo"), "no finished run of project price in this mode. Run `python app.py train --demo` first"),
-    (("train", "--demo"), "Run `python app.py prepare --demo` first"),
-    (("prepare", "--lite"), "HF_TOKEN is not set"),
-    (("train", "--lite"), "HF_TOKEN is not set"),
-    (("prepare", "--local", "--source", "nosuch.csv"), "can't be read: No such file"),
-    (("prepare", "--local", "--source", "catalogue.jsonl", "--base-model", "."), "holds no config.json"),
-    (("prepare", "--local", "--source", "catalogue.jsonl", "--base-model", "no/such-model"), "no/such-model: the Hub can't be reached"),
-    (("prepare", "--local", "--lite"), "ed-donner/items_lite: the Hub can't be reached"),
-    (("prepare", "--local", "--source", "catalogue.jsonl", "--output-dir", "/proc/nowhere"), "can't be written to"),
-])
-def test_what_a_user_can_cause_ends_in_one_line(run, trained, arguments, said, tmp_path):
-    done = run(*arguments, code=1, HF_TOKEN="", HF_HOME=str(tmp_path))
-    lines = [line for line in done.stderr.splitlines() if line.startswith(f"app.py {arguments[0]}: ")]
-    assert any(said in line for line in lines)
+@pytest.mark.parametrize("arguments, line", MISTAKES, ids=[typed for typed, _ in MISTAKES])
+def test_mistakes_end_in_one_line(call, tiny_base, trained_project, arguments, line):
+    """With exit code 1; the line says what is wrong."""
+    said = call(*arguments.format(base=tiny_base).split(), cwd=trained_project, code=1)
+    stage = arguments.split()[0]
+    lines = [one for one in said.splitlines() if one.startswith(f"app.py {stage}: ")]
+    assert len(lines) == 1
+    assert line in lines[0]

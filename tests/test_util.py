@@ -1,119 +1,265 @@
 """Answers, figures, charts and reports, without a model."""
+
 import csv
 import math
 import random
 
+import numpy
 import pytest
+from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 
 import util
-from util import color, evaluate, headline, metrics, parse_price
+from util import color, evaluate, headline, metrics, paired_difference, parse_price
 
 
-def rows(truths, title="Lamp"):
-    return [{"prompt": f"What?\n\nTitle: {title} {i}\nCategory: Light\n\nPrice is $", "completion": str(t)}
-            for i, t in enumerate(truths)]
+def make_rows(truths, category="Light"):
+    """One row for each true price: `Lamp 0`, `Lamp 1`, …"""
+    rows = []
+    for i, truth in enumerate(truths):
+        description = f"Title: Lamp {i}\nCategory: {category}"
+        rows.append({"prompt": f"What?\n\n{description}\n\nPrice is $", "completion": str(truth)})
+    return rows
 
 
-@pytest.mark.parametrize("answer, price", [
-    ("219.00", 219.0), ("$1,299.50", 1299.5), (" 12 dollars, or 13", 12.0), (".5", 0.5), ("-3.5", -3.5), ("-3", 3.0),
-    ("about $7.", 7.0), ("1.2.3", 1.2), ("none", None), ("", None), (42, 42.0), (3.5, 3.5), (math.nan, None), (None, None)])
-def test_the_first_number_of_an_answer_is_its_price(answer, price):
+def always(answer):
+    """A function that gives this answer to every row."""
+    return lambda row: answer
+
+
+# Answers
+
+
+@pytest.mark.parametrize(
+    "answer, price",
+    [
+        ("219.00", 219.0),
+        ("$1,299.50", 1299.5),
+        (" 12 dollars, or 13", 12.0),
+        (".5", 0.5),
+        ("-3.5", -3.5),
+        ("-3", 3.0),
+        ("about $7.", 7.0),
+        ("1.2.3", 1.2),
+        ("none", None),
+        ("", None),
+        (42, 42.0),
+        (3.5, 3.5),
+        (math.nan, None),
+        (None, None),
+    ],
+)
+def test_first_number_is_the_price(answer, price):
     assert parse_price(answer) == price
 
 
-@pytest.mark.parametrize("error, truth, expected", [
-    (39.99, 1, "green"), (40, 201, "green"), (40, 200, "orange"), (79.99, 1, "orange"), (80, 201, "orange"),
-    (80, 200, "red"), (0, 0, "green"), (50, 0, "orange"), (90, 0, "red")])
-def test_colors(error, truth, expected):
+@pytest.mark.parametrize(
+    "error, truth, expected",
+    [
+        (39.99, 1, "green"),
+        (40, 201, "green"),
+        (40, 200, "orange"),
+        (79.99, 1, "orange"),
+        (80, 201, "orange"),
+        (80, 200, "red"),
+        (0, 0, "green"),
+        (50, 0, "orange"),
+        (90, 0, "red"),
+    ],
+)
+def test_colors_are_the_courses(error, truth, expected):
     assert color(error, truth) == expected
 
 
-def test_figures_agree_with_scikit_learn():
-    from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
+def test_title_and_fields_of_prompts():
+    prompt = make_rows([1])[0]["prompt"]
+    assert util.title_of(prompt) == "Lamp 0"
+    assert util.field_of(prompt, "Category") == "Light"
 
+
+def test_free_text_begins_with_the_title():
+    """Where a description has no title line, its first line is the title; it has no fields."""
+    prompt = "What?\n\nOld lamp\nmade of brass\n\nPrice is $"
+    assert util.title_of(prompt) == "Old lamp"
+    assert util.field_of(prompt, "Category") == ""
+
+
+# Figures
+
+
+def test_metrics_agree_with_scikit_learn():
     rng = random.Random(0)
-    truths, guesses = [[rng.lognormvariate(4, 1) for _ in range(500)] for _ in "ab"]
+    truths = [rng.lognormvariate(4, 1) for _ in range(500)]
+    guesses = [rng.lognormvariate(4, 1) for _ in range(500)]
     found = metrics(guesses, truths)
     assert found["mae"] == pytest.approx(mean_absolute_error(truths, guesses))
     assert found["mse"] == pytest.approx(mean_squared_error(truths, guesses))
     assert found["r2"] == pytest.approx(100 * r2_score(truths, guesses))
 
 
-def test_figures_worked_by_hand():
-    found = metrics([10, 20, 60], [10, 30, 40])  # errors 0, 10, 20: mean 10, population sd √(200/3)
-    assert found["n"] == 3 and found["mae"] == 10 and found["mse"] == pytest.approx(500 / 3)
-    assert found["mae_ci95"] == pytest.approx(1.96 * math.sqrt(200 / 3) / math.sqrt(3))
-    assert found["r2"] == pytest.approx(100 * (1 - 500 / (16.6667**2 + 3.3333**2 + 13.3333**2)), abs=1e-2)
+def test_metrics_worked_by_hand():
+    """Errors are 0, 10 and 20, the truths' distances from their mean 50/3, 10/3 and 40/3."""
+    found = metrics([10, 20, 60], [10, 30, 40])
+    deviation = math.sqrt(200 / 3)
+    assert found["n"] == 3
+    assert found["mae"] == 10
+    assert found["mse"] == pytest.approx(500 / 3)
+    assert found["mae_ci95"] == pytest.approx(1.96 * deviation / math.sqrt(3))
+    assert found["r2"] == pytest.approx(100 * (1 - 500 / (4200 / 9)))
+
+
+def test_equal_errors_have_no_interval():
     assert metrics([1, 2], [3, 4])["mae_ci95"] == 0
-    assert math.isnan(metrics([5], [7])["r2"])
 
 
-def test_headline_has_two_none_and_one_decimals():
-    assert headline({"mae": 1065.4012, "mse": 12345.6, "r2": -3.25}) == "Error: $1,065.40 MSE: 12,346 r²: -3.2%"
+@pytest.mark.parametrize("truths", [[7], [7, 7]])
+def test_r2_needs_different_truths(truths):
+    assert math.isnan(metrics([5] * len(truths), truths)["r2"])
 
 
-def test_evaluate_judges_any_function_one_by_one_or_in_batches_in_order(tmp_path, capsys):
-    data = rows([10, 20.5, 300, 0, 50])
-    answers = dict(zip((row["prompt"] for row in data), ("$10", "25 or so", "no idea", "3", "50.00")))
-    one = evaluate(lambda row: answers[row["prompt"]], data, folder=tmp_path)
-    batches = evaluate(lambda batch: [answers[row["prompt"]] for row in batch], data, batch_size=2)
-    for name in ("n", "mae", "mae_ci95", "mse", "r2", "parse_failures"):
-        assert one[name] == batches[name]
-    assert one["n"] == 5 and one["parse_failures"] == 1 and one["mae"] == pytest.approx((0 + 4.5 + 300 + 3 + 0) / 5)
-    assert {"items_per_s", "seconds"} <= one.keys()
-    with open(tmp_path / "predictions.csv", encoding="utf-8") as file:
-        table = list(csv.DictReader(file))
-    assert table[1] == {"index": "1", "title": "Lamp 1", "category": "Light", "truth": "20.5", "guess": "25.0", "error": "4.5"}
-    assert [(tmp_path / name).read_bytes()[:4] for name in ("scatter.png", "running_error.png")] == [b"\x89PNG"] * 2
+def test_headline_letter_by_letter():
+    """Two decimals, none and one; an r² without meaning is a dash."""
+    figures = {"mae": 1065.4012, "mse": 12345.6, "r2": -3.25}
+    assert headline(figures) == "Error: $1,065.40 MSE: 12,346 r²: -3.2%"
+    figures["r2"] = math.nan
+    assert headline(figures) == "Error: $1,065.40 MSE: 12,346 r²: –"
+
+
+def test_equal_runs_differ_by_nothing():
+    errors = [1.0, 20.0, 300.0]
+    difference = paired_difference(errors, errors, seed=1)
+    assert difference == {"difference": 0, "low": 0, "high": 0}
+
+
+def test_paired_difference_knows_its_noise():
+    """Its interval is as wide as the pairs' spread (10) makes it, not the errors' own (40)."""
+    rng = random.Random(0)
+    errors = [rng.expovariate(1 / 40) for _ in range(400)]
+    others = [error + rng.gauss(5, 10) for error in errors]
+    found = paired_difference(others, errors, seed=1)
+    assert found["difference"] == pytest.approx(5, abs=1.5)
+    assert found["low"] < found["difference"] < found["high"]
+    width = found["high"] - found["low"]
+    assert width == pytest.approx(2 * 1.96 * 10 / math.sqrt(400), rel=0.2)
+
+
+# Evaluating any function
+
+TRUTHS = [10, 20.5, 300, 0, 50]
+ANSWERS = ["$10", "25 or so", "no idea", "3", "50.00"]
+
+
+def answer_of(row):
+    """The answer from ANSWERS to one of the five rows."""
+    number = util.title_of(row["prompt"]).removeprefix("Lamp ")
+    return ANSWERS[int(number)]
+
+
+def answers_of(rows):
+    return [answer_of(row) for row in rows]
+
+
+def test_evaluate_judges_any_function(capsys):
+    """An answer without a price counts as $0, and is counted."""
+    found = evaluate(answer_of, make_rows(TRUTHS))
+    assert found["n"] == 5
+    assert found["mae"] == pytest.approx((0 + 4.5 + 300 + 3 + 0) / 5)
+    assert found["parse_failures"] == 1
+    assert found["seconds"] > 0
+    assert found["items_per_s"] == pytest.approx(5 / found["seconds"])
     assert "1 answers named no price" in capsys.readouterr().out
 
 
-def test_size_takes_the_first_rows_and_no_more_than_there_are():
-    assert evaluate(lambda row: 1, rows(range(1, 6)), size=2)["mae"] == 0.5
-    assert evaluate(lambda row: 1, rows([1, 1]), size=200)["n"] == 2
-    assert evaluate(lambda row: 1, rows([1] * 300), size=None)["n"] == 300
-    assert evaluate(lambda row: 1, rows([7]))["mae"] == 6
-    with pytest.raises(ValueError):
-        evaluate(lambda row: 1, [])
+def test_batches_are_judged_alike():
+    """Batches are made by length; the answers come back in the rows' order."""
+    rows = make_rows(TRUTHS)
+    rows[3]["prompt"] = rows[3]["prompt"].replace("Light", "Light for large rooms")
+    single = evaluate(answer_of, rows)
+    batched = evaluate(answers_of, rows, batch_size=2)
+    for name in ("n", "mae", "mae_ci95", "mse", "r2", "parse_failures", "worst"):
+        assert batched[name] == single[name]
 
 
-def test_title_and_fields_come_from_the_prompt():
-    assert util.title_of(rows([1])[0]["prompt"]) == "Lamp 0"
-    assert util.title_of("What?\n\nOld lamp\nmade of brass\n\nPrice is $") == "Old lamp"
-    assert util.field_of(rows([1])[0]["prompt"], "Category") == "Light"
-    assert util.field_of("What?\n\nOld lamp\n\nPrice is $", "Category") == ""
+def test_evaluate_writes_table_and_charts(tmp_path):
+    evaluate(answer_of, make_rows(TRUTHS), folder=tmp_path)
+    with open(tmp_path / "predictions.csv", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert table[1] == {
+        "index": "1",
+        "title": "Lamp 1",
+        "category": "Light",
+        "truth": "20.5",
+        "guess": "25.0",
+        "error": "4.5",
+    }
+    for name in ("scatter.png", "running_error.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_errors_by_category_by_price_and_the_worst():
-    data = [row | {"prompt": row["prompt"].replace("Light", kind)} for row, kind in
-            zip(rows([10, 30, 300, 2000]), ("Light > Floor", "Light", "Audio | Ears", "Audio"))]
-    found = evaluate(lambda row: 0, data)
-    assert found["by_category"]["Light"] == {"n": 2, "mae": 20, "mae_ci95": pytest.approx(1.96 * 10 / math.sqrt(2))}
+def test_size_takes_the_first_rows():
+    """As many as there are where `size` is larger, and all for None."""
+    assert evaluate(always(1), make_rows(range(1, 6)), size=2)["mae"] == 0.5
+    assert evaluate(always(1), make_rows([1, 1]), size=200)["n"] == 2
+    assert evaluate(always(1), make_rows([1] * 300))["n"] == 200
+    assert evaluate(always(1), make_rows([1] * 300), size=None)["n"] == 300
+
+
+def test_evaluate_needs_a_row():
+    with pytest.raises(ValueError, match="at least one row"):
+        evaluate(always(1), [])
+
+
+def test_errors_by_category_and_price():
+    """Categories are the top ones; the worst items come first."""
+    rows = [
+        *make_rows([10], "Light > Floor"),
+        *make_rows([30], "Light"),
+        *make_rows([300], "Audio | Ears"),
+        *make_rows([2000], "Audio"),
+    ]
+    found = evaluate(always(0), rows)
+    interval = 1.96 * 10 / math.sqrt(2)
+    light = {"n": 2, "mae": 20, "mae_ci95": pytest.approx(interval)}
+    assert found["by_category"]["Light"] == light
     assert found["by_category"]["Audio"]["n"] == 2
-    assert {band: group["n"] for band, group in found["by_price"].items()} == {"$0 to 20": 1, "$20 to 50": 1, "$250 to 1000": 2}
+    counts = {band: group["n"] for band, group in found["by_price"].items()}
+    assert counts == {"$0 to 20": 1, "$20 to 50": 1, "$250 to 1000": 2}
     assert [row["truth"] for row in found["worst"]] == [2000, 300, 30, 10]
-    assert evaluate(lambda row: 0, rows([5, 6]))["by_category"] == {}  # one only
 
 
-def test_a_paired_difference_knows_when_it_is_noise():
-    rng = random.Random(0)
-    errors = [rng.expovariate(1 / 40) for _ in range(400)]
-    same = util.paired_difference(errors, errors, seed=1)
-    assert same == {"difference": 0, "low": 0, "high": 0}
-    worse = util.paired_difference([error + rng.gauss(5, 10) for error in errors], errors, seed=1)
-    assert worse["low"] < worse["difference"] < worse["high"] and worse["difference"] == pytest.approx(5, abs=1.5)
-    assert worse["high"] - worse["low"] == pytest.approx(2 * 1.96 * 10 / math.sqrt(400), rel=0.2)  # the pairs' spread, not 40's
+def test_single_category_has_no_table():
+    assert evaluate(always(0), make_rows([5, 6]))["by_category"] == {}
 
 
-def test_the_published_ladder_stands_beside_the_courses_data_only():
-    figures = {"n": 5, "mae": 10.0, "mae_ci95": 1.0, "mse": 200.0, "r2": 50.0, "parse_failures": 0, "run": "a"}
-    figures["decodings"] = {"median": figures.copy()}
-    assert "GPT-5.1" in util.compare(figures | {"course": True}) and "2025-11" in util.compare(figures | {"course": True})
-    assert "GPT-5.1" not in util.compare(figures)
-    assert len(util.bars(figures | {"course": True}).axes[0].patches) == 1 + len(util.LADDER)
+# Tables and charts
 
 
-def test_intervals_that_keep_their_promise_lie_on_the_line():
-    ranks = [(i + 0.5) / 1000 for i in range(1000)]
+@pytest.fixture()
+def results():
+    """What results.json has of a run, as far as tables and charts need it."""
+    figures = {"n": 5, "mae": 10.0, "mae_ci95": 1.0, "mse": 200.0, "r2": 50.0}
+    decodings = {"median": figures, "mean": figures | {"mae": 12.0}}
+    return figures | {"run": "a", "parse_failures": 0, "decodings": decodings}
+
+
+def test_ladder_stands_beside_course_data(results):
+    """What the course published is compared on its own data only."""
+    assert "GPT-5.1" not in util.format_table(results)
+    table = util.format_table(results | {"course": True})
+    assert "GPT-5.1" in table
+    assert "2025-11" in table
+
+
+def test_chart_has_a_bar_each(results):
+    """A bar for each row of the table, as long as the row's error."""
+    results["course"] = True
+    rows = util.table_rows(results)
+    bars = util.comparison(results).axes[0].patches
+    assert len(rows) == 2 + len(util.LADDER)
+    assert [bar.get_width() for bar in reversed(bars)] == [figures["mae"] for _, figures in rows]
+
+
+def test_reliable_intervals_lie_on_the_line():
+    """Where the truths' ranks are spread evenly, intervals hold the share that they promise."""
+    ranks = (numpy.arange(1000) + 0.5) / 1000
     line = util.reliability(ranks, "uniform").axes[0].lines[1]
     assert list(line.get_ydata()) == pytest.approx(list(line.get_xdata()), abs=0.2)

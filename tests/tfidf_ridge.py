@@ -1,8 +1,11 @@
-"""The classical yardstick: TF-IDF + ridge regression on the same prompts, judged by the same figures.
+"""The classical yardstick: TF-IDF + ridge regression on the same prompts, by the same figures.
 
     python tests/tfidf_ridge.py outputs/datasets/items_prompts_demo
-    python tests/tfidf_ridge.py outputs/datasets/items_prompts_demo FILE outputs/base    # the file's items instead, cut by
-"""                                                                                      # that model's tokenizer
+    python tests/tfidf_ridge.py outputs/datasets/items_prompts_demo FILE outputs/base
+
+The second line judges the items of FILE instead, cut by that model's tokenizer.
+"""
+
 import sys
 from pathlib import Path
 
@@ -11,20 +14,28 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
-from transformers import AutoTokenizer
 
 from items import load_prompts, own_rows
-from util import evaluate
+from util import evaluate, load_tokenizer
+
+CUTOFF = 110  # tokens
 
 
 def main(folder, source=None, base=None):
     splits = load_prompts(folder)
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2), RidgeCV((0.1, 0.3, 1, 3, 10)))
-    model.fit(splits["train"]["prompt"], [float(price) for price in splits["train"]["completion"]])
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+    model = make_pipeline(words, RidgeCV((0.1, 0.3, 1, 3, 10)))
+    train = splits["train"]
+    model.fit(train["prompt"], [float(price) for price in train["completion"]])
+
     test = splits["test"]
     if source:
-        test = own_rows(source, None, AutoTokenizer.from_pretrained(base), 110)[0]
-    evaluate(lambda rows: list(model.predict([row["prompt"] for row in rows])), test, None, 1000, title="TF-IDF + ridge")
+        test, _ = own_rows(source, None, load_tokenizer(base), CUTOFF)
+
+    def guess(rows):
+        return list(model.predict([row["prompt"] for row in rows]))
+
+    evaluate(guess, test, size=None, batch_size=1000, title="TF-IDF + ridge")
 
 
 if __name__ == "__main__":

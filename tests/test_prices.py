@@ -1,0 +1,403 @@
+"""The probability of every price, read from one forward pass, against a pass for each number."""
+
+import math
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import bitsandbytes
+import numpy
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import util
+from app import build_quant_config
+from util import NumberTree, PriceReader, RunReader, estimate_prices, spell_numbers
+
+QUESTION = "What does this cost to the nearest dollar?"
+CHECKED_NUMBERS = (0, 5, 9, 10, 42, 74, 99, 100, 219, 407, 555, 740, 999)
+PRICES = (3, 7, 12, 40, 100, 219, 640, 999)
+
+
+def make_row(description, completion=""):
+    return {"prompt": f"{QUESTION}\n\n{description}\n\nPrice is $", "completion": completion}
+
+
+ROWS = [make_row("A red lamp of brass. " * count) for count in (1, 3, 8)]
+
+
+def make_model(tokenizer):
+    """A random Llama with two layers for the tokenizer, always the same."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.4,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return make_model(tokenizer)
+
+
+@dataclass
+class Speaker:
+    """A model that has learnt to answer with whole dollars, and its prompts."""
+
+    model: object
+    tokenizer: object
+    rows: list
+
+    @property
+    def reader(self):
+        return PriceReader(self.model, self.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def speaker(tokenizer):
+    rows = []
+    for i, price in enumerate(PRICES):
+        rows.append(make_row("shelf " * (i % 5) + f"number {i}", f"{price}.00"))
+    texts = [row["prompt"] + row["completion"] + tokenizer.eos_token for row in rows]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    answer_len = len(tokenizer.encode(f"999.00{tokenizer.eos_token}", add_special_tokens=False))
+    labels = batch["input_ids"][:, -answer_len:]
+
+    model = make_model(tokenizer).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    for _ in range(30):
+        logits = model(**batch, logits_to_keep=answer_len + 1).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return Speaker(model.eval(), tokenizer, rows)
+
+
+# Numbers and their tokens
+
+
+def test_numbers_are_spelled_by_tokenizer(tokenizer):
+    for number, spelling in enumerate(spell_numbers(tokenizer)):
+        assert tokenizer.decode(spelling) == str(number)
+
+
+@pytest.mark.parametrize("name, lengths", [("llama", [1] * 6), ("smol", [1, 1, 2, 2, 3, 3])])
+def test_spellings_have_known_lengths(request, name, lengths):
+    """Llama 3 has a token for each number, SmolLM2 one for each digit."""
+    spellings = spell_numbers(request.getfixturevalue(f"{name}_tokenizer"))
+    assert [len(spellings[number]) for number in (0, 9, 10, 99, 100, 999)] == lengths
+
+
+def test_number_tree_by_hand():
+    """Three numbers: the token 5, the tokens 5 and 6, and the token 7. Token 0 ends an answer."""
+    tree = NumberTree([(5,), (5, 6), (7,)], "cpu")
+    probabilities = torch.full((2, 3, 8), 1e-9)
+    start, five, seven = (tree.node_at[node] for node in ((), (5,), (7,)))
+    probabilities[:, start, [0, 5, 7]] = torch.tensor([0.1, 0.6, 0.3])
+    probabilities[0, five, [0, 6, 7]] = torch.tensor([0.7, 0.25, 0.05])
+    probabilities[1, five, [0, 6]] = torch.tensor([0.2, 0.8])
+    probabilities[:, seven, [0, 6]] = torch.tensor([0.9, 0.1])
+    logits = probabilities.log()
+
+    first, second = tree.number_probabilities(logits).tolist()
+    assert first == pytest.approx([0.6 * 0.7, 0.6 * 0.25, 0.3 * 0.9], rel=1e-5)
+    assert second == pytest.approx([0.6 * 0.2, 0.6 * 0.8, 0.3 * 0.9], rel=1e-5)
+    assert tree.greedy_numbers(logits) == [0, 1]
+
+
+# Reading
+
+
+def assert_close(found, expected):
+    """Two arrays of probabilities are equal but for rounding."""
+    numpy.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def read_number(model, tokenizer, prompt, number):
+    """The number's probability from a pass over the prompt and this number alone."""
+    spellings = spell_numbers(tokenizer)
+    spelling = list(spellings[number])
+    ids = torch.tensor([tokenizer.encode(prompt) + spelling])
+    with torch.inference_mode():
+        logits = model(ids, logits_to_keep=len(spelling) + 1).logits[0]
+    shares = logits.softmax(-1)
+    probability = math.prod(float(shares[k, token]) for k, token in enumerate(spelling))
+    if len(spelling) < max(len(other) for other in spellings):
+        number_tokens = sorted({token for other in spellings for token in other})
+        probability *= 1 - float(shares[-1, number_tokens].sum())
+    return probability
+
+
+def test_one_pass_equals_many(model, tokenizer):
+    """The probability of a number is that of a pass for this number alone."""
+    found = PriceReader(model, tokenizer).read(ROWS).probabilities
+    for row, probabilities in zip(ROWS, found, strict=True):
+        for number in CHECKED_NUMBERS:
+            expected = read_number(model, tokenizer, row["prompt"], number)
+            assert probabilities[number] == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_read_alike_in_batches(model, tokenizer):
+    """A row's prices don't depend on the rows that are read with it."""
+    reader = PriceReader(model, tokenizer)
+    together = reader.read(ROWS)
+    alone = [reader.read([row]) for row in ROWS]
+    probabilities = numpy.concatenate([reading.probabilities for reading in alone])
+    numpy.testing.assert_allclose(together.probabilities, probabilities, rtol=1e-4)
+    assert together.greedy == [reading.greedy[0] for reading in alone]
+
+
+def test_missing_probability_is_outside(model, tokenizer):
+    """The probabilities of the prices and of an answer that is none of them sum to one."""
+    reader = PriceReader(model, tokenizer)
+    sums = reader.read(ROWS).probabilities.sum(1)
+    outside = [estimate.outside for estimate in reader.estimate(ROWS)]
+    assert min(outside) > 0
+    assert max(outside) < 1
+    assert list(sums) == pytest.approx([1 - share for share in outside])
+
+
+def test_greedy_equals_generation(speaker):
+    prompts = [row["prompt"] for row in speaker.rows]
+    batch = speaker.tokenizer(prompts, return_tensors="pt", padding=True)
+    tokens = speaker.model.generate(
+        **batch,
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=speaker.tokenizer.eos_token_id,
+        pad_token_id=speaker.tokenizer.pad_token_id,
+    )
+    answers = tokens[:, batch["input_ids"].shape[1] :]
+    texts = speaker.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    strange = [text for text in texts if not re.fullmatch(r"\d{1,3}(\.\d*)?", text)]
+    assert strange == []
+    assert len(set(texts)) > 4
+    assert speaker.reader.read(speaker.rows).greedy == [int(float(text)) for text in texts]
+
+
+def plain_losses(speaker, row):
+    """The losses of a completion's tokens, from a pass over this row alone."""
+    prompt = speaker.tokenizer.encode(row["prompt"])
+    answer = row["completion"] + speaker.tokenizer.eos_token
+    completion = speaker.tokenizer.encode(answer, add_special_tokens=False)
+    with torch.inference_mode():
+        logits = speaker.model(torch.tensor([prompt + completion])).logits[0]
+    logs = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return [-float(logs[i, token]) for i, token in enumerate(completion)]
+
+
+def test_losses_equal_plain_passes(speaker):
+    losses = speaker.reader.read(speaker.rows, with_loss=True).losses
+    for row, found in zip(speaker.rows, losses, strict=True):
+        assert found == pytest.approx(plain_losses(speaker, row), abs=1e-4)
+
+
+def test_losses_leave_prices_unchanged(speaker):
+    """Branches don't see the completion whose losses are asked for."""
+    without = speaker.reader.read(speaker.rows)
+    with_loss = speaker.reader.read(speaker.rows, with_loss=True)
+    assert without.losses is None
+    assert with_loss.greedy == without.greedy
+    assert_close(with_loss.probabilities, without.probabilities)
+
+
+# The fast path
+
+
+@contextmanager
+def packed(model):
+    """The model has the attention of packed rows."""
+    model.set_attn_implementation(util.PACKED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def assert_read_alike(found, expected):
+    """Two Readings are equal but for rounding."""
+    assert_close(found.probabilities, expected.probabilities)
+    assert found.greedy == expected.greedy
+    for losses, expected_losses in zip(found.losses, expected.losses, strict=True):
+        assert losses == pytest.approx(expected_losses, abs=1e-4)
+
+
+@pytest.mark.parametrize("tokenizer", ["llama"], indirect=True)
+def test_one_row_reads_alike(speaker, packed_attention):
+    """All prompts in one row are read as they are with padding, with losses and without."""
+    padded_reader = speaker.reader
+    expected = padded_reader.read(speaker.rows, with_loss=True)
+    with packed(speaker.model):
+        reader = speaker.reader
+        found = reader.read(speaker.rows, with_loss=True)
+        without_loss = reader.read(speaker.rows)
+    assert not padded_reader.in_one_row
+    assert reader.in_one_row
+    assert_read_alike(found, expected)
+    assert_close(without_loss.probabilities, expected.probabilities)
+
+
+@pytest.mark.parametrize("tokenizer", ["smol"], indirect=True)
+def test_trees_keep_their_mask(speaker):
+    """Where numbers have several tokens, a model with packed attention reads them as others do."""
+    expected = speaker.reader.read(speaker.rows, with_loss=True)
+    with packed(speaker.model):
+        reader = speaker.reader
+        found = reader.read(speaker.rows, with_loss=True)
+    assert not reader.in_one_row
+    assert_read_alike(found, expected)
+
+
+def test_fused_norms_read_alike(model, tokenizer):
+    expected = PriceReader(model, tokenizer).read(ROWS)
+    fused = util.fuse_norms(make_model(tokenizer))
+    norms = [module for module in fused.modules() if isinstance(module.forward, util.FusedNorm)]
+    assert len(norms) == 5  # two a layer and the last
+    found = PriceReader(fused, tokenizer).read(ROWS)
+    assert_close(found.probabilities, expected.probabilities)
+
+
+# Estimates
+
+
+def estimate_one(distribution, greedy, completion="", decode="median"):
+    """The Estimate of one row from {price: probability}."""
+    probabilities = numpy.zeros((1, 1000))
+    for price, probability in distribution.items():
+        probabilities[0, price] = probability
+    rows = [make_row("a lamp", completion)]
+    return estimate_prices(probabilities, [greedy], rows, decode)[0]
+
+
+def test_estimate_by_hand():
+    """Half of the mass is no price; of the rest $10 and $20 have 0.4 each, $300 has 0.2."""
+    estimate = estimate_one({10: 0.2, 20: 0.2, 300: 0.1}, 10, "20.4", "mean")
+    assert estimate.median == 20
+    assert estimate.mean == pytest.approx(0.4 * 10 + 0.4 * 20 + 0.2 * 300)
+    assert estimate.greedy == 10
+    assert estimate.guess == estimate.mean
+    assert estimate.low == 10
+    assert estimate.high == 300
+    assert estimate.outside == pytest.approx(0.5)
+    assert estimate.nll == pytest.approx(-math.log(0.2))
+    assert estimate.rank == pytest.approx(0.4 + 0.4 / 2)
+    # ∫ (F(x) − [x ≥ 20.4])² dx: 10 … 20 at 0.4², 20 … 20.4 at 0.8², 20.4 … 300 at 0.2²
+    assert estimate.crps == pytest.approx(10 * 0.16 + 0.4 * 0.64 + 279.6 * 0.04)
+
+
+def test_estimate_without_truth():
+    """The answer needs no true price; the scores do, and are NaN."""
+    estimate = estimate_one({999: 0.5}, 999)
+    assert estimate.guess == 999
+    assert estimate.outside == pytest.approx(0.5)
+    assert estimate.median == 999
+    for score in (estimate.nll, estimate.crps, estimate.rank):
+        assert math.isnan(score)
+
+
+@pytest.mark.parametrize("decode", ["median", "mean", "greedy"])
+def test_decode_names_the_guess(decode):
+    estimate = estimate_one({10: 0.4, 20: 0.3, 300: 0.3}, 10, decode=decode)
+    assert len({estimate.median, estimate.mean, estimate.greedy}) == 3
+    assert estimate.guess == getattr(estimate, decode)
+
+
+def test_median_has_least_absolute_error():
+    """No other answer has a smaller error to be expected."""
+    rng = numpy.random.default_rng(0)
+    probabilities = rng.dirichlet(numpy.full(1000, 0.05), 20)
+    prices = numpy.arange(1000)
+    distances = abs(prices[:, None] - prices)
+    expected_errors = probabilities @ distances  # rows × answers
+    estimates = estimate_prices(probabilities, [0] * 20, [{}] * 20)
+    answers = [int(estimate.guess) for estimate in estimates]
+    assert expected_errors[numpy.arange(20), answers] == pytest.approx(expected_errors.min(1))
+
+
+# Merging an adapter into the dequantised base
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return util.Base(tiny_base, util.load_tokenizer(tiny_base))
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base, tmp_path_factory):
+    """The folder of an adapter with random weights."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_base), config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def open_run_reader(base, precision="fp32"):
+    quant_config = build_quant_config(True, False, util.DTYPES[precision])
+    return RunReader(base, quant_config, precision, use_bf16=False)
+
+
+def read_prices(model, base):
+    return PriceReader(model, base.tokenizer).read(ROWS).probabilities
+
+
+def is_quantised(model):
+    return any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
+
+
+def test_merging_changes_no_price(base, adapter):
+    """By 1e-6 of the probability at most, against nf4 and adapter side by side, in fp32."""
+    reader = open_run_reader(base)
+    quantised = util.load_quantised(base.path, reader.quant_config, "fp32")
+    expected = read_prices(util.load_adapter(quantised, adapter), base)
+
+    merged = reader.load(adapter)
+    assert not is_quantised(merged)
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    found = read_prices(merged, base)
+    assert abs(found - expected).max() < 1e-6
+    untouched = read_prices(reader.load(None), base)
+    assert abs(untouched - expected).max() > 1e-5  # the adapter does something
+
+
+def test_merged_weights_are_rounded_once(base, adapter):
+    """They are added in 32 bits, also where the run is read in 16."""
+    reader = open_run_reader(base, "bf16")
+    quantised = util.load_quantised(base.path, reader.quant_config, "bf16")
+    in_32_bits = util.dequantise(quantised, torch.float32)
+    projections = [w for name, w in in_32_bits.named_parameters() if "q_proj" in name]
+    assert not any(weight.equal(weight.bfloat16().float()) for weight in projections)
+
+    exact = util.load_adapter(in_32_bits, adapter).state_dict()
+    merged = reader.load(adapter).state_dict()
+    assert merged.keys() == exact.keys()
+    for name, weight in exact.items():
+        assert merged[name].equal(weight.bfloat16()), name
+
+
+def test_little_memory_keeps_base_quantised(base, adapter, monkeypatch):
+    """Without room for the dequantised weights nothing is merged, unless it has to be."""
+    no_room = util.Memory(used=2**30, available=2**30, peak=2**30)
+    reader = open_run_reader(base)
+    monkeypatch.setattr(util, "memory", lambda: no_room)
+    assert is_quantised(reader.load(adapter))
+    exported = reader.load(adapter, out_precision="bf16")
+    assert not is_quantised(exported)
+    assert exported.dtype == torch.bfloat16
