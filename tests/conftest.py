@@ -30,6 +30,7 @@ os.environ |= {
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     "NO_PROXY": "127.0.0.1",
 }
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process trains on one GPU
 for name in (  # some are read when the clients are imported
     "HF_TOKEN",
     "HF_HUB_OFFLINE",
