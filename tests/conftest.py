@@ -128,10 +128,13 @@ def tiny_base(smol_tokenizer, tmp_path_factory):
 
 def attend_on_cpu(query, key, value, starts, _, longest, __, scale, window_size, enable_gqa=True):
     """What PyTorch's `varlen_attn` computes, which needs a GPU: each sequence sees itself."""
-    assert window_size == (-1, 0)  # a token and what is before it
+    assert window_size[1] == 0  # a token and what is before it
     token = torch.arange(len(query))
     sequence = torch.searchsorted(starts, token, right=True)
-    before = token[:, None] >= token
+    distance = token[:, None] - token
+    before = distance >= 0
+    if window_size[0] != -1:
+        before &= distance <= window_size[0]
     mask = (sequence[:, None] == sequence) & before
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     out = torch.nn.functional.scaled_dot_product_attention(

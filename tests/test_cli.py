@@ -133,7 +133,6 @@ def test_recipes_are_the_courses():
     assert (full.epochs, full.batch_size, full.lora_r, full.val_size) == (3, 256, 256, 1000)
     assert (lite.logging_steps, lite.save_steps) == (5, 100)
     assert (full.logging_steps, full.save_steps) == (10, 200)
-    assert lite.targets == ("q_proj", "k_proj", "v_proj", "o_proj")
-    assert full.targets == (*lite.targets, "gate_proj", "up_proj", "down_proj")
+    assert (lite.targets, full.targets) == ("attention", "all")
     assert lite.lora_dropout == full.lora_dropout == 0.1
     assert lite.learning_rate == full.learning_rate == 1e-4

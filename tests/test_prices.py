@@ -261,7 +261,7 @@ def test_trees_keep_their_mask(speaker):
 
 def test_fused_norms_read_alike(model, tokenizer):
     expected = PriceReader(model, tokenizer).read(ROWS)
-    fused = util.fuse_norms(make_model(tokenizer))
+    fused = util.fuse_norms(make_model(tokenizer), "fp32")
     norms = [module for module in fused.modules() if isinstance(module.forward, util.FusedNorm)]
     assert len(norms) == 5  # two a layer and the last
     found = PriceReader(fused, tokenizer).read(ROWS)
@@ -330,7 +330,7 @@ def test_median_has_least_absolute_error():
 
 @pytest.fixture(scope="module")
 def base(tiny_base):
-    return util.Base(tiny_base, util.load_tokenizer(tiny_base))
+    return util.Base(tiny_base)
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +365,7 @@ def is_quantised(model):
 def test_merging_changes_no_price(base, adapter):
     """By 1e-6 of the probability at most, against nf4 and adapter side by side, in fp32."""
     reader = open_run_reader(base)
-    quantised = util.load_quantised(base.path, reader.quant_config, "fp32")
+    quantised = util.load_quantised(base, reader.quant_config, "fp32")
     expected = read_prices(util.load_adapter(quantised, adapter), base)
 
     merged = reader.load(adapter)
@@ -380,12 +380,12 @@ def test_merging_changes_no_price(base, adapter):
 def test_merged_weights_are_rounded_once(base, adapter):
     """They are added in 32 bits, also where the run is read in 16."""
     reader = open_run_reader(base, "bf16")
-    quantised = util.load_quantised(base.path, reader.quant_config, "bf16")
+    quantised = util.load_quantised(base, reader.quant_config, "bf16")
     in_32_bits = util.dequantise(quantised, torch.float32)
     projections = [w for name, w in in_32_bits.named_parameters() if "q_proj" in name]
     assert not any(weight.equal(weight.bfloat16().float()) for weight in projections)
 
-    exact = util.load_adapter(in_32_bits, adapter).state_dict()
+    exact = util.merge_adapter(util.load_adapter(in_32_bits, adapter)).state_dict()
     merged = reader.load(adapter).state_dict()
     assert merged.keys() == exact.keys()
     for name, weight in exact.items():

@@ -440,8 +440,8 @@ def test_smallest_plan_has_no_smaller(planner):
 
 
 @pytest.fixture(scope="module")
-def large_skeleton():
-    """The shape of Llama-3.2-3B, without weights."""
+def large_base(tiny_base):
+    """A Base in the shape of Llama-3.2-3B."""
     config = LlamaConfig(
         vocab_size=128256,
         hidden_size=3072,
@@ -451,19 +451,20 @@ def large_skeleton():
         num_key_value_heads=8,
         tie_word_embeddings=True,
     )
+    base = util.Base(tiny_base)
+    base.config = config
     with torch.device("meta"):
-        return LlamaForCausalLM(config).bfloat16()
+        base.skeleton = LlamaForCausalLM(config).bfloat16()
+    return base
 
 
 @pytest.fixture()
-def planner(large_skeleton, tiny_base, tmp_path):
+def planner(large_base):
     """A Planner of the lite recipe for the shape of Llama-3.2-3B, on this machine."""
-    config = app.RunConfig(base_model=tiny_base, lite_mode=True, local=True)
+    config = app.RunConfig(base_model=large_base.path, lite_mode=True, local=True)
     run = util.new_run(config, "planned", app.RECIPES["lite"], True, {})
-    base = util.Base(tiny_base, None)
-    base.skeleton = large_skeleton
     lengths = numpy.array([100, 128])
-    return util.Planner(base, run, lengths, use_bf16=False, micro_batch=None, fast=True)
+    return util.Planner(large_base, run, lengths, use_bf16=False, micro_batch=None, fast=True)
 
 
 def peak_bytes(planner, rows, checkpointing):
@@ -500,11 +501,13 @@ def test_asked_micro_batch_is_kept(planner, monkeypatch):
     assert planner.place() == util.Placement(8, True, False)
 
 
-def test_memory_estimate_of_a_large_model(large_skeleton):
+def test_memory_estimate_of_a_large_model(large_base):
     """32 rows of Llama-3.2-3B took 17.2 GiB; sizes of that kind need 64-bit integers."""
     lengths = row_lengths(Dataset.from_dict({"input_ids": [[0] * 128] * 2}))
+    recipe = app.RECIPES["lite"]
+    targets = util.find_targets(large_base, recipe.targets)
     estimate = util.MemoryEstimate(
-        large_skeleton, app.RECIPES["lite"], lengths, "bf16", packed=False, storage="nf4"
+        large_base, recipe, targets, lengths, "bf16", packed=False, storage="nf4"
     )
     peak = estimate.peak(util.Placement(32, checkpointing=False, compiled=False))
     assert 16 < peak / 2**30 < 32

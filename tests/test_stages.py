@@ -140,12 +140,16 @@ def test_only_adapters_train_in_fp32(build):
         assert parameter.dtype == torch.float32
 
 
-@pytest.mark.parametrize("mode", ["lite", "full"])
-def test_recipe_reaches_the_trainer(build, mode):
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+ALL_LINEAR = ATTENTION | {"gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(("mode", "targets"), [("lite", ATTENTION), ("full", ALL_LINEAR)])
+def test_recipe_reaches_the_trainer(build, mode, targets):
     trainer = build(mode, micro_batch=8)
     recipe, args, lora = RECIPES[mode], trainer.args, trainer.model.peft_config["default"]
     assert (lora.r, lora.lora_alpha) == (recipe.lora_r, 2 * recipe.lora_r)
-    assert lora.target_modules == set(recipe.targets)
+    assert lora.target_modules == targets
     assert lora.lora_dropout == recipe.lora_dropout
     assert args.num_train_epochs == recipe.epochs
     assert args.train_batch_size * args.gradient_accumulation_steps == recipe.batch_size
