@@ -504,7 +504,7 @@ def export_model(
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
     base = util.open_base(config.for_run(run))
     model = open_reader(run, base).load(run.adapter, out_precision="bf16")
-    util.save_merged(model, base.tokenizer, folder, run)
+    util.save_merged(model, base, folder, run)
     print(f"Exported: {folder}, bf16")
     return Path(folder)
 

@@ -1001,6 +1001,7 @@ def completion_losses(logits, completions):
 PACKED = "packed"  # the name of our attention in transformers' registry
 PACKING_MULTIPLE = 64  # tokens; total lengths are multiples of it, so that few shapes occur
 SPARE_SEQUENCES = 8  # at most so many sequences of padding end a packed row
+QUANTISED = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
 GRAPH_ROWS = 64  # at most: kernels of larger batches run longer than their launch takes
 
 
@@ -1188,10 +1189,13 @@ def dequantise(model, dtype=None):
     400 times a step.
     """
     dtype = dtype or model.dtype
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+    layers = [module for module in model.modules() if isinstance(module, QUANTISED)]
+    if not layers:
+        return model
+    for layer in layers:
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
             # Otherwise weights would be rounded to the model's own type first
-            module.weight.quant_state.dtype = dtype
+            layer.weight.quant_state.dtype = dtype
     return model.dequantize(dtype)
 
 
@@ -1262,14 +1266,26 @@ class Base:
     @cached_property
     def linear_layers(self):
         """{name: layer} of what can be adapted: the decoder's linear layers, but not the head."""
-        decoder = self.skeleton.get_decoder()
         head = self.skeleton.get_output_embeddings()
-        prefix = next(name for name, module in self.skeleton.named_modules() if module is decoder)
+        decoder = self.skeleton.get_decoder()
+        if decoder is head:  # ModernBERT calls it that
+            decoder = self.skeleton.base_model
+        inside = set(decoder.modules())
         return {
-            f"{prefix}.{name}": module
-            for name, module in decoder.named_modules()
-            if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+            name: module
+            for name, module in self.skeleton.named_modules()
+            if module in inside and is_linear(module) and module is not head
         }
+
+    def is_in_attention(self, name):
+        """Whether the layer of that name is part of an attention, by names or classes around it."""
+        parts = name.split(".")
+        inner = len(in_layer(name).split("."))
+        for end in range(len(parts) - inner + 1, len(parts)):
+            class_name = type(self.skeleton.get_submodule(".".join(parts[:end]))).__name__
+            if ATTENTION_WORD.search(f"{parts[end - 1]} {class_name}".lower()):
+                return True
+        return False
 
     @cached_property
     def identity(self):
@@ -1397,9 +1413,9 @@ def find_targets(base, wanted):
     if wanted == "all":
         chosen = linear
     elif wanted == "attention":
-        chosen = {n: layer for n, layer in linear.items() if ATTENTION_WORD.search(in_layer(n))}
+        chosen = {name: layer for name, layer in linear.items() if base.is_in_attention(name)}
     else:
-        chosen = {n: layer for n, layer in linear.items() if n.split(".")[-1] in wanted}
+        chosen = {name: x for name, x in linear.items() if name.split(".")[-1] in wanted}
     if not chosen:
         meant = TARGETS.get(wanted, wanted)
         there = ", ".join(sorted({in_layer(name) for name in linear}))
@@ -1414,6 +1430,15 @@ def find_targets(base, wanted):
         linear_layers=len(linear),
         has_experts=any("experts" in name and weight.ndim == 3 for name, weight in parameters),
     )
+
+
+def is_linear(module):
+    """Whether a module without weights is a linear layer; routers of experts return more."""
+    if type(module) is torch.nn.Linear or isinstance(module, Conv1D):
+        return True
+    if not isinstance(module, torch.nn.Linear):
+        return False
+    return torch.is_tensor(module(torch.empty(1, module.in_features, device="meta")))
 
 
 def in_layer(name):
@@ -1495,7 +1520,9 @@ def load_quantised(base, quant_config, precision):
     """The model of a Base, quantised, on the GPU if there is one."""
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     is_stored_quantised = hasattr(base.config, "quantization_config")
-    quantisation = {} if is_stored_quantised else {"quantization_config": quant_config}
+    quantisation = {"quantization_config": quant_config}
+    if is_stored_quantised or not quantised_layers(base.skeleton):
+        quantisation = {}
     with hub_errors(base.path):
         model = AutoModelForCausalLM.from_pretrained(
             base.path,
@@ -1605,8 +1632,11 @@ def adapter_weights(adapted):
 
 
 def merge_adapter(adapted):
-    """The model of a PeftModel with its adapter merged into the weights."""
-    untie_adapted(adapted.get_base_model())
+    """The model of a PeftModel on a dequantised base, its adapter merged into the weights."""
+    base = adapted.get_base_model()
+    # transformers 5.23 leaves these marks when it dequantises, and PEFT refuses to merge IA3 then
+    base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
+    untie_adapted(base)
     return adapted.merge_and_unload()
 
 
@@ -1665,7 +1695,7 @@ class Checked:
         if self.used:
             parts.append(f"{' and '.join(self.used)} as by plain forward passes")
         if self.unused:
-            parts.append(f"not used, since they differ from those: {' and '.join(self.unused)}")
+            parts.append(f"not so, and not used: {' and '.join(self.unused)}")
         if not self.in_tree:
             parts.append("prices are read number by number, which is slow")
         return "; ".join(parts)
@@ -2008,12 +2038,12 @@ def input_size(layer):
 
 
 def quantised_layers(skeleton):
-    """The layers that bitsandbytes quantises: all linear ones but the head."""
+    """The layers that bitsandbytes quantises: all linear ones but the head and subclasses."""
     head = skeleton.get_output_embeddings()
     return [
         module
         for module in skeleton.modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and module is not head
     ]
 
 
@@ -2191,6 +2221,8 @@ class Planner:
         extra_bytes = self.memory_estimate.dequantised_bytes
         size = f"{extra_bytes / 2**30:.1f} GiB"
         dequantised = f"{str(DTYPES[self.precision]).removeprefix('torch.')} from {self.storage}"
+        if not extra_bytes:
+            return False, f"{self.precision}: bitsandbytes can quantise none of its layers"
         if asked == "nf4":
             return False, f"{self.storage} (--base-weights)"
         if asked != "auto":
@@ -3203,16 +3235,20 @@ def render_card(template, **values):
     return environment.from_string(template).render(**values)
 
 
-def save_merged(model, tokenizer, folder, run):
+def save_merged(model, base, folder, run):
     """Writes a merged model as an ordinary 16-bit one into a new folder.
 
-    Safetensors, tokenizer, card.
+    Safetensors, tokenizer, card. The model can't be used afterwards.
     """
+    for name, module in base.skeleton.named_modules():
+        if isinstance(module, Conv1D):  # bitsandbytes made it a linear layer, the other way round
+            weight = model.get_submodule(name).weight
+            weight.data = weight.data.T.contiguous()
     with replacing(folder) as new:
         model.save_pretrained(new)
         for weights in new.glob("*.safetensors"):
             weights.chmod(0o644)  # written for its owner only; servers run as somebody else
-        tokenizer.save_pretrained(new)
+        base.tokenizer.save_pretrained(new)
         card = render_card(MERGED_CARD, run=run, prompt_form=PROMPT_FORM)
         ModelCard(card).save(new / "README.md")
 

@@ -63,6 +63,10 @@ TRAIN = (
 DATASET = "outputs/datasets/items_prompts_lite"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all-bases", action="store_true", help="all families in test_bases.py")
+
+
 def read(path):
     """The content of a JSON file."""
     return json.loads(Path(path).read_text("utf-8"))
