@@ -773,6 +773,9 @@ def parse_arguments(argv):
         parser.error(f"@FILE: {error}")
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}; see `python app.py {args.stage} --help`")
+    for name in ("run_name", "resume"):  # a folder's name is accepted, too
+        if getattr(args, name, None):
+            setattr(args, name, getattr(args, name).removeprefix(f"{args.project_name}-"))
     if args.lite and args.demo:  # one before, one after the subcommand
         parser.error("--lite and --demo exclude each other")
     if args.stage == "train" and args.resume is not None and args.run_name:

@@ -1179,7 +1179,8 @@ def is_rms_norm(module, precision):
         4, *weight.shape, device=weight.device, dtype=weight.dtype, generator=generator
     )
     with torch.no_grad():
-        return agrees(lambda: FusedNorm(module)(x), lambda: module(x), precision)
+        tolerance = LAYER_TOLERANCES[precision]
+        return agrees(lambda: FusedNorm(module)(x), lambda: module(x), tolerance)
 
 
 def dequantise(model, dtype=None):
@@ -1475,6 +1476,8 @@ def open_base(config):
                 f"--base-model {name}: holds no config.json; give a model's folder or its name."
             )
         path = str(Path(name).resolve())
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"--base-model {name}: no such folder.")
     else:
         with hub_errors(name):
             hf_hub_download(name, "config.json")
@@ -1675,8 +1678,11 @@ def untie_adapted(model):
 # Architectures differ in what their layers do with masks and positions, and new ones appear. So
 # what the tree of prices and the fast path are right for is measured on each model that is loaded.
 
-# Relative differences of logits that are rounding. Measured, see tests/BENCHMARKS.md.
-TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 6e-2}
+# Relative differences of a model's logits that may be rounding. SmolLM2-135M has 0.01 in fp16 and
+# 0.10 in bf16, and 0.44 and more where tokens see others that they shouldn't.
+TOLERANCES = {"fp32": 1e-3, "fp16": 4e-2, "bf16": 0.2}
+# The same of a single layer; SmolLM2's norms have 0.0006 and 0.005
+LAYER_TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 ANY_COMPLETION = "219.00"
 
 
@@ -1755,7 +1761,8 @@ class SelfCheck:
             along, at_nodes = reader.logits(self.prompts, self.completions)
             return torch.cat([along, at_nodes[:, list(self.chosen)]], 1)
 
-        return agrees(read, lambda: torch.cat([self.along, self.at_nodes], 1), self.precision)
+        expected = torch.cat([self.along, self.at_nodes], 1)
+        return agrees(read, lambda: expected, TOLERANCES[self.precision])
 
     def packed_rows_agree(self):
         """Whether a micro-batch of concatenated rows is computed as by plain passes."""
@@ -1771,7 +1778,8 @@ class SelfCheck:
             inputs = {name: to_device(value, self.model.device) for name, value in inputs.items()}
             return self.model(**inputs, use_cache=False).logits
 
-        return agrees(compute, lambda: self.along.flatten(0, 1)[None], self.precision)
+        expected = self.along.flatten(0, 1)[None]
+        return agrees(compute, lambda: expected, TOLERANCES[self.precision])
 
     def lora_agrees(self):
         """Whether FastLora layers on `layers` compute what PEFT's do."""
@@ -1809,8 +1817,8 @@ def difference(found, expected):
     return relative.nan_to_num(math.inf).max().item()
 
 
-def agrees(compute, expect, precision):
-    """Whether two functions return the same but for rounding; False if either can't be computed.
+def agrees(compute, expect, tolerance):
+    """Whether two functions return the same to a relative tolerance; False if either raises.
 
     Architectures refuse unusual inputs by all kinds of errors.
     """
@@ -1821,7 +1829,7 @@ def agrees(compute, expect, precision):
     except Exception:
         return False
     same_shape = found.shape == expected.shape
-    return same_shape and difference(found, expected) <= TOLERANCES[precision]
+    return same_shape and difference(found, expected) <= tolerance
 
 
 def lora_agrees(layer, precision):
@@ -1831,7 +1839,8 @@ def lora_agrees(layer, precision):
     adapted = FastLora(layer, "check", config, r=8, lora_alpha=16).to(weight.device).eval()
     x = torch.randn(2, 7, layer.in_features, device=weight.device, dtype=DTYPES[precision])
     with torch.autocast(weight.device.type, DTYPES[precision], enabled=precision != "fp32"):
-        return agrees(lambda: adapted(x), lambda: lora.Linear.forward(adapted, x), precision)
+        tolerance = LAYER_TOLERANCES[precision]
+        return agrees(lambda: adapted(x), lambda: lora.Linear.forward(adapted, x), tolerance)
 
 
 def check_plan(plan, model, base, data):
@@ -2558,13 +2567,19 @@ class Progress(ProgressCallback):
     FORMATS = {
         "loss": "loss {:.3f}",
         "eval_loss": "validation loss {:.3f}",
-        "eval_mae": "validation error ${:.2f}",
+        "eval_mae": "validation error ${:.2f} (n = {n})",
         "learning_rate": "LR {:.1e}",
     }
 
+    def __init__(self, val_size):
+        super().__init__()
+        self.val_size = val_size  # rows
+
     def on_log(self, args, state, control, logs=None, **_):
         parts = [
-            text.format(float(logs[name])) for name, text in self.FORMATS.items() if name in logs
+            text.format(float(logs[name]), n=self.val_size)
+            for name, text in self.FORMATS.items()
+            if name in logs
         ]
         if parts and self.training_bar is not None:
             self.training_bar.write(f"step {state.global_step:>5}  {'  '.join(parts)}")
@@ -2612,7 +2627,7 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
     trainer.remove_callback(ProgressCallback)
     # The order matters: StopOnSignal requests a checkpoint, LogWithCheckpoints logs with it,
     # SealCheckpoints completes it for PushCheckpoints
-    for callback in (stopper, LogWithCheckpoints(), SealCheckpoints(), Progress()):
+    for callback in (stopper, LogWithCheckpoints(), SealCheckpoints(), Progress(len(data.val_rows))):
         trainer.add_callback(callback)
     if run.hub and is_first_process():
         trainer.add_callback(PushCheckpoints(run.hub))
@@ -2920,6 +2935,8 @@ def find_resumable(config, name, recipe_type, hf_user):
     run.is_local = config.local or not run.hub
     if run.is_finished:
         print(f"{name} is finished")
+    elif not any(run.folder.glob("checkpoint-*")):
+        print(f"{name} has no checkpoint yet: starting at step 0")
     if run.processes != world_size():  # its micro-batch was chosen for another share of the batch
         run.processes = world_size()
         run.micro_batch = None
@@ -2990,7 +3007,7 @@ def refuse_changes(run, changes, data, base):
     settings = asdict(run.recipe) | {"seed": run.seed}
     pairs = {name.replace("_", " "): (settings[name], value) for name, value in changes.items()}
     if run.data:
-        pairs["data"] = (run.data["fingerprint"], data["fingerprint"])
+        pairs["data"] = tuple(f"{one['source']} ({one['fingerprint']})" for one in (run.data, data))
         pairs["base model"] = (run.base_identity, base.identity)
     changed = [f"{name} was {old} and is {new}" for name, (old, new) in pairs.items() if old != new]
     if changed:

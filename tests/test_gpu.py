@@ -69,8 +69,9 @@ def largest_difference(first, second):
     return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
-def test_packed_attention_equals_separate_rows():
-    """Forward and backward, in bf16, for grouped heads."""
+@pytest.mark.parametrize("window", [None, 16])
+def test_packed_attention_equals_separate_rows(window):
+    """Forward and backward, in bf16, for grouped heads, with a sliding window and without."""
     torch.manual_seed(0)
     sizes = [5, 64, 17, 1]
     ends = torch.tensor([0, *sizes], device="cuda").cumsum(0)
@@ -83,13 +84,17 @@ def test_packed_attention_equals_separate_rows():
     module.num_key_value_groups = 4
     module.is_causal = True
     inputs = util.packed_attention_inputs(ends, max(sizes))
-    packed, _ = util.packed_attention(module, query, key, value, scaling=0.125, **inputs)
+    options = {"scaling": 0.125, "sliding_window": window}
+    packed, _ = util.packed_attention(module, query, key, value, **options, **inputs)
 
     separate = []
     sdpa = util.ALL_ATTENTION_FUNCTIONS["sdpa"]
     for start, size in zip(ends.tolist(), sizes, strict=False):
         rows = [x[:, :, start : start + size] for x in (query, key, value)]
-        separate.append(sdpa(module, *rows, None, scaling=0.125)[0])
+        sees = torch.ones(size, size, dtype=torch.bool, device="cuda").tril()
+        if window:
+            sees = sees.triu(1 - window)
+        separate.append(sdpa(module, *rows, sees[None, None], scaling=0.125)[0])
     separate = torch.cat(separate, 1)
     torch.testing.assert_close(packed, separate, atol=2e-2, rtol=2e-2)
 
