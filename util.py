@@ -2625,9 +2625,10 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
             # TRL casts them to bf16: small updates round to nothing, T4s fail (TRL issue 4901)
             parameter.data = parameter.data.float()
     trainer.remove_callback(ProgressCallback)
+    progress = Progress(len(data.val_rows))
     # The order matters: StopOnSignal requests a checkpoint, LogWithCheckpoints logs with it,
     # SealCheckpoints completes it for PushCheckpoints
-    for callback in (stopper, LogWithCheckpoints(), SealCheckpoints(), Progress(len(data.val_rows))):
+    for callback in (stopper, LogWithCheckpoints(), SealCheckpoints(), progress):
         trainer.add_callback(callback)
     if run.hub and is_first_process():
         trainer.add_callback(PushCheckpoints(run.hub))
