@@ -300,11 +300,13 @@ def prepare_prompts(
     with items.replacing(folder) as new:
         items.save_prompts(new, prompts, about)
         util.save_figure(util.data_chart(counts["train"], about), new, "prepare.png")
+        items.write_manifest(new)
     print(f"Saved: {folder}{replaced}")
     if account:
         name = f"{account}/{config.dataset_name}"
         items.push_or_explain(name, partial(prompts.push_to_hub, name, private=True))
         items.write_json(folder / "prepare.json", {"hub": name} | about)
+        items.write_manifest(folder)
     return folder
 
 
@@ -341,7 +343,7 @@ def train_model(
         recipe = RECIPES[config.mode]
         run = util.open_run(config, name, resume, recipe, use_4bit, changes, hf_user)
         run.wandb = run.wandb or log_wandb
-        if run.is_finished:
+        if run.is_finished():
             return run.folder if dry_run else util.push_run(run)
         config = config.for_run(run)
         data, base = util.preflight(config, run, hf_user, use_bf16, micro_batch, changes)
@@ -356,8 +358,8 @@ def train_model(
     # 3) Train: resumes, stops on signals, needs less memory each time it runs out
     quant_config = build_quant_config(run.use_4bit, use_bf16, plan.dtype)
     stopper = util.StopOnSignal()
-    run.begin(plan)
-    with util.explain_training_errors(run):
+    with util.claimed(run, config, rename=run_name is None), util.explain_training_errors(run):
+        run.begin(plan)
         while True:
             model = util.load_base(base, plan, quant_config)
             plan = util.check_plan(plan, model, base, data)
@@ -411,7 +413,7 @@ def evaluate_model(
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
     config = config.for_run(run)
     prompts = items.find_prompts(config, run.data.get("hub"))
-    base = util.open_base(config)
+    base = util.open_base(config, run)
     rows = util.first_rows(prompts.splits["test"], size)
     earlier_guesses = util.read_earlier(config, earlier, rows)
     util.warn_if_data_differ(run, prompts)
@@ -463,7 +465,7 @@ def price_items(
 
     items.check_output(output, source)
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
-    base = util.open_base(config.for_run(run))
+    base = util.open_base(config.for_run(run), run)
     cutoff = run.data.get("cutoff") or DEFAULT_CUTOFF
     rows, dropped = items.own_rows(source, text, base.tokenizer, cutoff)
     if dropped:
@@ -502,7 +504,7 @@ def export_model(
     if Path(folder).exists():
         raise items.UserError(f"--export {folder}: exists already. Give a new folder.")
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
-    base = util.open_base(config.for_run(run))
+    base = util.open_base(config.for_run(run), run)
     model = open_reader(run, base).load(run.adapter, out_precision="bf16")
     util.save_merged(model, base, folder, run)
     print(f"Exported: {folder}, bf16")

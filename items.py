@@ -13,6 +13,7 @@ datasets and ours can be exchanged.
 """
 
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -21,12 +22,14 @@ import random
 import re
 import shlex
 import shutil
-from contextlib import contextmanager
+import socket
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import httpx2
 import numpy
+import psutil
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
@@ -374,34 +377,75 @@ def tokenizer_identity(tokenizer):
 # 3. Atomic files
 
 
+def temporary_name(path, ending):
+    """A hidden name beside `path` that no other process uses."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.{ending}")
+
+
 @contextmanager
 def replacing(target):
     """Yields a temporary folder beside `target`; on success it takes the place of `target`.
 
     A folder can't be replaced in one step, so the old one is renamed meanwhile, and
     `finish_interrupted_replace` puts it back after a kill between the two renames. After an error
-    the old content stays. The other names are hidden ones, which users don't use themselves.
+    the old content stays. Of two processes at once the later one's folder stays, whole.
     """
     target = finish_interrupted_replace(target)
-    new = target.with_name(f".{target.name}.new")
-    old = target.with_name(f".{target.name}.old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(target)
+    new = temporary_name(target, "new")
     new.mkdir(parents=True)
     yield new
-    if target.exists():
-        os.rename(target, old)
-    os.rename(new, target)
-    shutil.rmtree(old, ignore_errors=True)
+    for path in new.rglob("*"):
+        sync(path)
+    sync(new)
+    put_in_place(new, target)
+    sync(target.parent)
+
+
+def put_in_place(new, target):
+    """Renames the folder `new` to `target`, which may exist, and removes the old one."""
+    old = temporary_name(target, "old")
+    while True:
+        with suppress(FileNotFoundError):
+            os.rename(target, old)
+        try:
+            os.rename(new, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # Another process has just put its folder there
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+            return
+
+
+def sync(path):
+    """Has a file's content, or a folder's names, on the disk before anything relies on it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def finish_interrupted_replace(target):
     """Undoes a `replacing` that was killed between its two renames. Returns `target` as a Path."""
     target = Path(target)
-    old = target.with_name(f".{target.name}.old")
-    if old.exists() and not target.exists():
-        os.rename(old, target)
+    if not target.exists():
+        for old in target.parent.glob(f".{target.name}.*.old"):
+            os.rename(old, target)
+            break
     return target
+
+
+def remove_leftovers(target):
+    """Removes what killed processes of this machine left of their `replacing` of `target`."""
+    host = socket.gethostname()
+    for path in target.parent.glob(f".{target.name}.{host}-*"):
+        process = int(path.name.rsplit(".", 1)[0].rsplit("-", 1)[1])
+        if process == os.getpid() or not psutil.pid_exists(process):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -410,12 +454,13 @@ def writing(path):
 
     It is written under another name, flushed to the disk, then renamed.
     """
-    new = Path(f"{path}.new")
+    new = temporary_name(Path(path), "new")
     with open(new, "w", encoding="utf-8", newline="") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
+    sync(new.parent)
 
 
 def write_json(path, value):
@@ -442,17 +487,16 @@ def write_table(path, table):
             writer.writerows(table)
 
 
-def write_manifest(folder):
-    """Writes MANIFEST into `folder`: size in bytes and SHA-256 of each file.
+def write_manifest(folder, skipped=()):
+    """Writes MANIFEST into `folder`: size in bytes and SHA-256 of each file but the `skipped`.
 
     The files are on the disk before it is. A folder with a manifest is complete, since it is
     written last.
     """
     files = {}
     for path in sorted(Path(folder).iterdir()):
-        if path.name != MANIFEST:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        if path.is_file() and path.name not in (MANIFEST, *skipped):
+            sync(path)
             files[path.name] = file_identity(path)
     write_json(Path(folder, MANIFEST), files)
 
@@ -608,9 +652,19 @@ def save_prompts(folder, prompts, about):
     write_json(Path(folder, "prepare.json"), about)
 
 
+def check_dataset(folder):
+    """Raises UserError if a dataset's files aren't those that `prepare` wrote."""
+    problem = manifest_problem(folder) if Path(folder, MANIFEST).exists() else None
+    if problem:
+        raise UserError(f"{folder}: {problem}. Run `python app.py prepare` again.")
+
+
 def replaced_source(folder, about):
     """A note that a dataset replaces one from another source, '' if it doesn't."""
-    older = read_json(finish_interrupted_replace(folder) / "prepare.json")
+    try:
+        older = read_json(finish_interrupted_replace(folder) / "prepare.json")
+    except ValueError:
+        return ", replacing a corrupt one"
     if not older or older["source"] == about["source"]:
         return ""
     return f", replacing: {older['source']}"
@@ -673,6 +727,8 @@ def locate_prompts(config, trained_on):
     local = finish_interrupted_replace(config.dataset_folder)
     if config.data_user:
         return f"{config.data_user}/{config.dataset_name}", "--data-user"
+    if local.exists():
+        check_dataset(local)
     if local.exists() and trained_on in (None, read_json(local / "prepare.json").get("hub")):
         return str(local), "the local copy that prepare left"
     if trained_on:

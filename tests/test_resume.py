@@ -24,7 +24,7 @@ import child
 import items
 import util
 from conftest import read
-from items import MANIFEST, row_lengths
+from items import MANIFEST, row_lengths, write_manifest
 from util import ADAPTER_FILE
 
 # 12 steps in 2 epochs, a checkpoint every second one
@@ -95,8 +95,8 @@ def copy_unfinished(whole, folder, last=12):
         ("kill_at_step", 9, 8),
         ("kill_at_the_end_of_epoch", 1, 6),
         ("kill_when_opening", "checkpoint-8/trainer_state.json", 6),
-        ("kill_when_opening", f"checkpoint-8/{MANIFEST}.new", 6),
-        ("kill_when_opening", "adapter.new/run.json.new", 12),
+        ("kill_when_opening", f"checkpoint-8/.{MANIFEST}.", 6),
+        ("kill_when_opening", "adapter.new/.run.json.", 12),
     ],
 )
 def test_killed_run_resumes_exactly(call, begin, whole, project, hook, option, step):
@@ -325,6 +325,7 @@ def change_base(folder, base):
 def change_data(folder, base):
     data = folder / "outputs/datasets/items_prompts_lite"
     shutil.copy(data / "test.parquet", data / "val.parquet")
+    write_manifest(data)
 
 
 def change_nothing(folder, base):

@@ -100,7 +100,7 @@ def test_prepare_records_each_row(prepared):
 def test_prepare_leaves_whole_dataset(prepared):
     found = sorted(os.listdir(prepared / DATASET))
     splits = ["test.parquet", "train.parquet", "val.parquet"]
-    assert found == ["prepare.json", "prepare.png", *splits]
+    assert found == ["manifest.json", "prepare.json", "prepare.png", *splits]
 
 
 def test_prepare_replaces_older_data(call, shared, project):
