@@ -327,7 +327,7 @@ def predict(function, rows, batch_size=None, name="the model", threads=1):
 
     def answer(batch):
         chosen = [rows[i] for i in batch]
-        return function(chosen) if batch_size else [function(chosen[0])]
+        return answer_in_memory(function, chosen) if batch_size else [function(chosen[0])]
 
     answers = [None] * len(rows)
     bar = ErrorBar(len(rows), name)
@@ -343,6 +343,25 @@ def predict(function, rows, batch_size=None, name="the model", threads=1):
         bar.close()
         pool.shutdown(cancel_futures=True)
     return answers, time.perf_counter() - start
+
+
+def answer_in_memory(function, rows):
+    """The answers of `function` to rows, in smaller batches if memory runs out.
+
+    Raises UserError if it runs out with one row.
+    """
+    try:
+        return function(rows)
+    except torch.OutOfMemoryError as error:
+        if len(rows) == 1:
+            raise UserError(
+                f"Out of memory with one row of {len(rows[0]['prompt']):,} characters. Free the "
+                "GPU, or take a smaller --base-model."
+            ) from error
+    torch.cuda.empty_cache()
+    middle = len(rows) // 2
+    halves = (rows[:middle], rows[middle:])
+    return [answer for half in halves for answer in answer_in_memory(function, half)]
 
 
 class ErrorBar:
@@ -2374,6 +2393,7 @@ class PriceTrainer(SFTTrainer):
         super().__init__(**options)
         self.val_rows = val_rows  # of prompt and completion
         self.stopper = stopper
+        self.has_begun = False  # a step; before it a checkpoint may be loaded
         self.reader = PriceReader(self.model, self.processing_class, in_tree)
         # Otherwise each gradient is held, and copied, twice
         self.accelerator.ddp_handler.gradient_as_bucket_view = True
@@ -2411,6 +2431,7 @@ class PriceTrainer(SFTTrainer):
 
         TRL's also measures entropy and accuracy, and waits for the GPU each time.
         """
+        self.has_begun = True
         if "logits_to_keep" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")[0]
@@ -2497,23 +2518,33 @@ class LogWithCheckpoints(TrainerCallback):
     """Logs the loss with each checkpoint, and stops the run if a logged number is not finite.
 
     So no checkpoint with such numbers is saved, and a resumed run loses no part of a logged loss.
-    Checking every step would mean waiting for the GPU in every step.
+    Checking every step would mean waiting for the GPU in every step. In fp16 the scaler skips steps
+    with such gradients, and lowers the scale: there only many in a row stop the run.
     """
+
+    MOST_SKIPPED = 10  # logged steps in a row
+
+    def __init__(self):
+        self.skipped = 0
 
     def on_step_end(self, args, state, control, **_):
         control.should_log = control.should_log or control.should_save
 
     def on_log(self, args, state, control, logs=None, **_):
-        names = {"loss": "loss"}
-        if not args.fp16:  # its scaler skips steps with such gradients
-            names["grad_norm"] = "gradient"
-        for key, name in names.items():
-            if not math.isfinite(logs.get(key, 0)):
-                raise UserError(
-                    f"step {state.global_step:,}: the {name} is not finite, at learning rate "
-                    f"{logs['learning_rate']:.1e}. Older checkpoints are complete. "
-                    "Start again with a lower --learning-rate."
-                )
+        if "grad_norm" in logs:
+            self.skipped = 0 if math.isfinite(logs["grad_norm"]) else self.skipped + 1
+        most = self.MOST_SKIPPED if args.fp16 else 1
+        bad = None
+        if not math.isfinite(logs.get("loss", 0)):
+            bad = "loss"
+        elif self.skipped >= most:
+            bad = "gradient"
+        if bad:
+            raise UserError(
+                f"step {state.global_step:,}: the {bad} is not finite, at learning rate "
+                f"{logs['learning_rate']:.1e}. Older checkpoints are complete. "
+                "Start again with a lower --learning-rate."
+            )
 
 
 class SealCheckpoints(TrainerCallback):
@@ -2727,6 +2758,11 @@ def fit(trainer, run, plan):
         return None
 
     step = trainer.state.global_step
+    if not trainer.has_begun:  # smaller micro-batches don't help
+        raise UserError(
+            "Out of memory while the run's state was loaded; its checkpoints are complete. Free "
+            f"memory, or take a larger GPU, then resume by {run.resume_command}."
+        ) from out_of_memory
     if world_size() > 1:
         raise UserError(
             f"Out of memory at step {step + 1:,}. Resume from the last checkpoint with a "

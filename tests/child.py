@@ -217,6 +217,34 @@ def limit_memory(max_rows, after_passes=0, then_rows=None):
     util.load_base = load_with_limit
 
 
+def limit_validation(max_rows):
+    """Memory runs out in validations with more rows at once."""
+    import torch
+
+    import util
+
+    read = util.PriceReader.read
+
+    def read_with_limit(self, rows, with_loss=False):
+        if len(rows) > max_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return read(self, rows, with_loss)
+
+    util.PriceReader.read = read_with_limit
+
+
+def no_memory_for_optimizer():
+    """Memory runs out when a checkpoint's optimizer state is loaded."""
+    import torch
+
+    import util
+
+    def load(self, checkpoint):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    util.PriceTrainer._load_optimizer_and_scheduler = load
+
+
 def forbid_import(name):
     """An import of the package ends the stage with an error."""
 

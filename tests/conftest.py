@@ -65,6 +65,7 @@ DATASET = "outputs/datasets/items_prompts_lite"
 
 def pytest_addoption(parser):
     parser.addoption("--all-bases", action="store_true", help="all families in test_bases.py")
+    parser.addoption("--fault-table", action="store_true", help="print that of test_faults.py")
 
 
 def read(path):

@@ -222,6 +222,27 @@ def test_published_adapter_loads_at_revision(online, hub, prepared, trained):
     assert results["revision"] == revision
 
 
+def test_run_keeps_the_commit_of_its_base(online, hub, data, tiny_base):
+    """Whatever is pushed to the base's repository later, weights included."""
+    commit = hub.commits("models", "meta/tiny")[-1]
+    online("train", *SHARED, "--run-name", "pinned", *SHORT)
+    run = OUTPUTS / "price-pinned"
+    assert read(run / "run.json")["base_identity"] == commit
+    adapter = (run / ADAPTER).read_bytes()
+    online("eval", "--run-name", "pinned", "--size", "2")
+    guesses = (run / "eval/predictions.csv").read_bytes()
+
+    other = contents(tiny_base) | {"README.md": b"# Edited"}
+    other["model.safetensors"] = bytes(reversed(other["model.safetensors"]))
+    hub.put("models", "meta/tiny", other)
+    (run / ADAPTER).unlink()
+    online("train", "--resume", "pinned")
+    assert (run / ADAPTER).read_bytes() == adapter
+    online("eval", "--run-name", "pinned", "--size", "2")
+    assert (run / "eval/predictions.csv").read_bytes() == guesses
+    online("eval", "--run-name", "pinned", "--export", "merged")
+
+
 def test_pickled_adapter_is_not_loaded(online, hub, trained):
     """It isn't even fetched: a pickle may hold any code."""
     config = (trained / RUN / "adapter_config.json").read_bytes()

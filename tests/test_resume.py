@@ -4,6 +4,7 @@ The measure is the uninterrupted run.
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -414,6 +416,56 @@ def test_out_of_memory_saves_the_step(call, shared, project):
     assert "micro-batches of 1, × 12 accumulated × 1 processes = 12, activation ch" in said
     assert "Out of memory with one row at a time" in said
     assert items.manifest_problem(project / RUN / "checkpoint-2") is None
+
+
+def test_out_of_memory_keeps_logged_loss(call, shared, project):
+    """In a later micro-batch of a step: none of its loss is counted twice."""
+    flags = ("--batch-size", "12", "--max-steps", "4", "--save-steps", "1")
+    logged = []
+    for name, rows in (("whole", 12), ("short", 4)):
+        start = ("train", *shared, "--run-name", name, *flags, "--micro-batch", "6")
+        said = call(*start, cwd=project, hook="limit_memory", options=(12, 5, rows))
+        assert ("Out of memory at step 3" in said) == (name == "short")
+        history = read(project / f"outputs/price-{name}/run.json")["history"]
+        logged.append([entry["loss"] for entry in history if "loss" in entry])
+    assert logged[1] == pytest.approx(logged[0], rel=0.05)  # dropout draws other numbers
+
+
+def test_validation_out_of_memory_halves_its_batch(call, shared, project):
+    """And leaves the micro-batch as it is; what is measured stays the same."""
+    start = ("train", *shared, *TRAIN)
+    call(*start, "--run-name", "whole", cwd=project)
+    said = call(*start, "--run-name", "short", cwd=project, hook="limit_validation", options=(1,))
+    assert "Out of memory" not in said
+    records = [read(project / f"outputs/price-{name}/run.json") for name in ("whole", "short")]
+    assert records[0]["micro_batch"] == records[1]["micro_batch"]
+    measured = [[e["eval_mae"] for e in r["history"] if "eval_mae" in e] for r in records]
+    assert len(measured[0]) == 6
+    assert measured[0] == pytest.approx(measured[1])
+
+
+def test_out_of_memory_while_resuming(call, whole, tmp_path):
+    """One line, and the checkpoint stays whole."""
+    run = copy_unfinished(whole, tmp_path, last=4)
+    said = call(*RESUME, cwd=tmp_path, code=1, hook="no_memory_for_optimizer")
+    assert "Out of memory while the run's state was loaded" in said
+    assert said.count("Out of memory") == 1
+    assert items.manifest_problem(run / "checkpoint-4") is None
+
+
+@pytest.mark.parametrize(("fp16", "most"), [(False, 1), (True, 10)])
+def test_bad_gradients_stop_the_run(fp16, most):
+    """In fp16, whose scaler skips such steps, ten logged ones in a row."""
+    callback = util.LogWithCheckpoints()
+    arguments, state = SimpleNamespace(fp16=fp16), SimpleNamespace(global_step=5)
+    bad = {"loss": 1.0, "grad_norm": math.inf, "learning_rate": 1e-4}
+    for _ in range(most - 1):
+        callback.on_log(arguments, state, None, logs=bad)
+    callback.on_log(arguments, state, None, logs=bad | {"grad_norm": 1.0})
+    for _ in range(most - 1):
+        callback.on_log(arguments, state, None, logs=bad)
+    with pytest.raises(items.UserError, match="the gradient is not finite"):
+        callback.on_log(arguments, state, None, logs=bad)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 import csv
 import math
 import random
+from functools import partial
 
 import numpy
 import pytest
+import torch
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 
 import util
+from items import UserError
 from util import color, evaluate, headline, metrics, paired_difference, parse_price
 
 
@@ -263,3 +266,21 @@ def test_reliable_intervals_lie_on_the_line():
     ranks = (numpy.arange(1000) + 0.5) / 1000
     line = util.reliability(ranks, "uniform").axes[0].lines[1]
     assert list(line.get_ydata()) == pytest.approx(list(line.get_xdata()), abs=0.2)
+
+
+def test_out_of_memory_halves_the_batch():
+    """Answers stay in their order; only one row that doesn't fit is an error."""
+    rows = [{"prompt": "x" * length} for length in (5, 2, 9, 4, 7, 1, 3)]
+    sizes = []
+
+    def answer(batch, most):
+        sizes.append(len(batch))
+        if len(batch) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return [len(row["prompt"]) for row in batch]
+
+    answers, _ = util.predict(partial(answer, most=2), rows, batch_size=5, name=None)
+    assert answers == [5, 2, 9, 4, 7, 1, 3]
+    assert max(sizes) == 5
+    with pytest.raises(UserError, match="Out of memory with one row of 9 characters"):
+        util.predict(partial(answer, most=0), rows, batch_size=5, name=None)
