@@ -33,6 +33,7 @@ import psutil
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
+import xxhash
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import HfApi, constants, errors
@@ -488,7 +489,7 @@ def write_table(path, table):
 
 
 def write_manifest(folder, skipped=()):
-    """Writes MANIFEST into `folder`: size in bytes and SHA-256 of each file but the `skipped`.
+    """Writes MANIFEST into `folder`: size in bytes and checksum of each file but the `skipped`.
 
     The files are on the disk before it is. A folder with a manifest is complete, since it is
     written last.
@@ -521,9 +522,16 @@ def manifest_problem(folder):
 
 
 def file_identity(path):
+    """Size in bytes and checksum of a file.
+
+    XXH3 reads a checkpoint of 5 GB in a fifth of a second, SHA-256 in two and a half. It tells
+    damage, no forgery.
+    """
+    digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return {"size": path.stat().st_size, "xxh3": digest.hexdigest()}
 
 
 def check_output(path, source=None):
