@@ -338,9 +338,8 @@ def train_model(
     util.join_processes()
     changes = util.without_none(changes | {"seed": seed})
     name = util.broadcast(run_name or default_run_name(config))
-    use_bf16 = detect_bf16_support()
+    recipe, use_bf16 = RECIPES[config.mode], detect_bf16_support()
     with util.main_process_first():
-        recipe = RECIPES[config.mode]
         run = util.open_run(config, name, resume, recipe, use_4bit, changes, hf_user)
         run.wandb = run.wandb or log_wandb
         if run.is_finished():
