@@ -696,8 +696,8 @@ def add_eval_flags(parser):
         "--decode",
         choices=["median", "mean", "greedy"],
         default="median",
-        help="answer with the median or mean of the model's price distribution, or with the "
-        "likeliest number (default %(default)s)",
+        help="answer with the median or mean of the model's price distribution, or greedy, with "
+        "what generation answers (default %(default)s)",
     )
     parser.add_argument(
         "--compare-base",

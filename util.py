@@ -125,7 +125,7 @@ except ImportError:
 DECODINGS = {
     "median": "the median price",
     "mean": "the mean price",
-    "greedy": "the likeliest number",
+    "greedy": "what generation answers",  # token by token; not always the likeliest number
 }
 BAND_STARTS = (0, 20, 50, 100, 250)  # dollars, of the bands that errors are grouped by
 BAND_END = 1000
@@ -147,6 +147,7 @@ class Estimate:
     greedy: float  # the number that greedy generation would spell
     low: float  # ends of the central 80 % interval
     high: float
+    mass: float  # share of the distribution in it, both ends included: at least 0.8
     outside: float  # probability of an answer that is none of these prices
     nll: float
     crps: float
@@ -166,9 +167,12 @@ def estimate_prices(probabilities, greedy, rows, decode="median"):
     def quantile(share):
         return (reached >= share - 1e-12).argmax(1)
 
+    low, high = quantile(0.1), quantile(0.9)
+    row_numbers = numpy.arange(len(rows))
+    below_low = reached[row_numbers, low] - shares[row_numbers, low]
     truths = numpy.array([truth_of(row) if row.get("completion") else math.nan for row in rows])
     nearest = numpy.nan_to_num(truths).round().clip(0, prices[-1]).astype(int)
-    at_truth = numpy.arange(len(rows)), nearest
+    at_truth = row_numbers, nearest
     is_known = numpy.where(numpy.isnan(truths), math.nan, 1)
     distance = (shares * abs(prices - truths[:, None])).sum(1)
     spread = (reached * (1 - reached)).sum(1)
@@ -177,8 +181,9 @@ def estimate_prices(probabilities, greedy, rows, decode="median"):
         "median": quantile(0.5),
         "mean": shares @ prices,
         "greedy": greedy,
-        "low": quantile(0.1),
-        "high": quantile(0.9),
+        "low": low,
+        "high": high,
+        "mass": reached[row_numbers, high] - below_low,
         "outside": 1 - inside[:, 0],
         "nll": -numpy.log(probabilities[at_truth].clip(1e-12)) * is_known,
         "crps": distance - spread,
@@ -212,15 +217,20 @@ def color(error, truth):
 
 
 def half_interval(errors):
-    """Half the 95 % interval of the mean: 1.96 · population standard deviation / √n."""
+    """Half the 95 % interval of the mean: 1.96 · population standard deviation / √n.
+
+    NaN for a single error, which has no spread.
+    """
+    if len(errors) < 2:
+        return math.nan
     return 1.96 * statistics.pstdev(errors) / math.sqrt(len(errors))
 
 
 def metrics(guesses, truths):
     """{n, mae, mae_ci95, mse, r2} of guesses against truths, two lists of dollars.
 
-    The errors are in dollars, mse in dollars², r2 in %. r² is NaN if it has no meaning: a single
-    item, or truths that are all the same.
+    The errors are in dollars, mse in dollars², r2 in %. NaN is what has no meaning: the interval of
+    a single item, r² of that or of truths that are all the same.
     """
     errors = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
     mse = statistics.fmean(error * error for error in errors)
@@ -237,9 +247,12 @@ def metrics(guesses, truths):
 def paired_difference(errors, others, seed, draws=2000):
     """How much larger the mean of `errors` is than that of `others`, on the same items.
 
-    {difference, low, high}, with the 95 % interval of the bootstrap over items (Efron 1979).
+    {difference, low, high}, with the 95 % interval of the bootstrap over items (Efron 1979), which
+    is NaN for a single item.
     """
     differences = numpy.subtract(errors, others)
+    if len(differences) < 2:
+        return {"difference": float(differences.mean()), "low": math.nan, "high": math.nan}
     rng = numpy.random.default_rng(seed)
     means = [rng.choice(differences, len(differences)).mean() for _ in range(draws)]
     low, high = numpy.quantile(means, (0.025, 0.975))
@@ -377,8 +390,9 @@ def score(rows, answers, title, folder=None):
     truths = [truth_of(row) for row in rows]
     figures = metrics(guesses, truths)
     figures["parse_failures"] = prices.count(None)
-    print(f"{title}: {headline(figures)} (± {figures['mae_ci95']:.2f}, n = {figures['n']:,})")
-    if len(rows) < 30:
+    interval = format_number(figures["mae_ci95"])
+    print(f"{title}: {headline(figures)} (± {interval}, n = {figures['n']:,})")
+    if 1 < len(rows) < 30:
         print("Fewer than 30 items: even the interval is a rough guess")
     if figures["parse_failures"]:
         print(f"{figures['parse_failures']:,} answers named no price and count as $0")
@@ -391,9 +405,8 @@ def score(rows, answers, title, folder=None):
     figures["worst"] = sorted(table, key=lambda row: -row["error"])[:10]
     if all(isinstance(answer, Estimate) for answer in answers):
         figures |= score_distributions(answers, truths)
-        save_figure(
-            reliability([answer.rank for answer in answers], title), folder, "reliability.png"
-        )
+        chart = reliability([answer.rank for answer in answers], title, figures["distribution"])
+        save_figure(chart, folder, "reliability.png")
     if folder:
         write_table(Path(folder) / "predictions.csv", table)
     return figures
@@ -419,13 +432,20 @@ def prediction_table(rows, answers, guesses):
 
 
 def score_distributions(estimates, truths):
-    """`decodings`, the figures by each way to answer, and scores of the `distribution`."""
+    """`decodings`, the figures by each way to answer, and scores of the `distribution`.
+
+    `coverage_80` is the share of true prices in the 80 % intervals, `promised_80` what these
+    intervals hold of the distributions: more than 0.8, since they end at whole dollars.
+    """
     decodings = {}
     for how in DECODINGS:
         decodings[how] = metrics([getattr(estimate, how) for estimate in estimates], truths)
     pairs = zip(estimates, truths, strict=True)
     covered = [estimate.low <= round(truth) <= estimate.high for estimate, truth in pairs]
-    distribution = {"coverage_80": statistics.fmean(covered)}
+    distribution = {
+        "coverage_80": statistics.fmean(covered),
+        "promised_80": statistics.fmean(estimate.mass for estimate in estimates),
+    }
     for name in ("nll", "crps", "outside"):
         distribution[name] = statistics.fmean(getattr(estimate, name) for estimate in estimates)
     return {"decodings": decodings, "distribution": distribution}
@@ -477,6 +497,29 @@ def format_number(value, digits=2):
     if value is None or math.isnan(value):
         return "–"
     return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def format_intervals(distribution):
+    """How many true prices the 80 % intervals hold, and how many they promise to hold."""
+    held = f"{100 * distribution['coverage_80']:.0f} %"
+    promised = f"{100 * distribution['promised_80']:.0f} %"
+    return f"The 80 % intervals hold {held} of the true prices and promise {promised}"
+
+
+def format_difference(name, figures):
+    """What a `paired_difference` to the earlier run `name` says, in words."""
+    difference = figures["difference"]
+    sign = "−" if difference < 0 else "+"
+    text = f"{sign}${abs(difference):,.2f}"
+    has_interval = not math.isnan(figures["low"])
+    if has_interval:
+        text += f" ({format_number(figures['low'])} to {format_number(figures['high'])})"
+    if difference == 0:
+        return f"{text}, equal to {name}"
+    text += f", {'better' if difference < 0 else 'worse'} than {name}"
+    if has_interval and figures["low"] <= 0 <= figures["high"]:
+        text += ", but within the noise"
+    return text
 
 
 def new_figure(columns=1, width=7.5, height=6.0):
@@ -538,7 +581,9 @@ def running_error(guesses, truths, figures, title):
     variances = (errors**2).cumsum() / count - means**2
     bands = 1.96 * numpy.sqrt(variances.clip(0) / count)
     axes.fill_between(count, means - bands, means + bands, color="0.85", label="95 % interval")
-    label = f"\\${means[-1]:,.2f} ± {bands[-1]:,.2f} after {len(means):,} items"
+    bands[0] = math.nan  # a single item has no interval
+    last_band = format_number(bands[-1])
+    label = f"\\${means[-1]:,.2f} ± {last_band} after {len(means):,} items"
     axes.plot(count, means, color="black", label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="items evaluated", ylabel="mean absolute error ($)", ylim=(0, None))
@@ -547,8 +592,11 @@ def running_error(guesses, truths, figures, title):
     return figure
 
 
-def reliability(ranks, title):
-    """The share of true prices within the central intervals, over their promised share."""
+def reliability(ranks, title, distribution=None):
+    """The share of true prices within the central intervals, over their promised share.
+
+    The `distribution` of score_distributions adds a line on the 80 % intervals of whole dollars.
+    """
     figure, axes = new_figure(height=5)
     widths = [width / 20 for width in range(21)]
     within = [statistics.fmean(abs(2 * rank - 1) <= width for rank in ranks) for width in widths]
@@ -556,12 +604,15 @@ def reliability(ranks, title):
     label = f"{len(ranks):,} items; above the line: too cautious, below: too sure"
     percent = [100 * width for width in widths], [100 * share for share in within]
     axes.plot(*percent, color="0.35", marker="o", markersize=4, label=label)
+    title = textwrap.fill(title, TITLE_WIDTH)
+    if distribution:
+        title += f"\n{format_intervals(distribution)}"
     axes.set(
         xlabel="promised: width of the interval (% of the probability)",
         ylabel="found: true prices within it (%)",
         xlim=(0, 100),
         ylim=(0, 100),
-        title=textwrap.fill(title, TITLE_WIDTH),
+        title=title,
     )
     axes.legend(loc="lower right")
     return figure
@@ -572,8 +623,9 @@ def comparison(results):
     rows = table_rows(results)[::-1]
     figure, axes = new_figure(width=9, height=1.6 + 0.36 * len(rows))
     for place, (name, row) in enumerate(rows):
-        interval = row.get("mae_ci95")
-        shade = "white" if interval is None else "0.75"
+        shade = "0.75" if "mae_ci95" in row else "white"
+        interval = row.get("mae_ci95", math.nan)
+        interval = None if math.isnan(interval) else interval
         if name.startswith("run "):
             shade = "0.5"
         outline = {"edgecolor": "black", "linewidth": 0.6}
@@ -653,16 +705,16 @@ def table_rows(results):
 def footnotes(results):
     """What a results.json says beyond the table, a line each."""
     lines = []
+    if results.get("differences"):
+        lines.append(f"Note: {'; '.join(results['differences'])}")
     for name, figures in results.get("earlier", {}).items():
-        interval = f"{figures['low']:+,.2f} to {figures['high']:+,.2f}"
-        difference = f"${figures['difference']:+,.2f} ({interval})"
+        difference = format_difference(name, figures)
         lines.append(f"This run's error less that of {name}, on the same items: {difference}")
     scores = results.get("distribution")
     if scores:
-        coverage = f"{100 * scores['coverage_80']:.0f} %"
         outside = f"{100 * scores['outside']:.2f} %"
         lines.append(
-            f"The 80 % intervals hold {coverage} of the true prices; "
+            f"{format_intervals(scores)}; "
             f"log score {scores['nll']:.3f}, CRPS ${scores['crps']:,.2f}, "
             f"probability of no price {outside}"
         )
@@ -683,7 +735,7 @@ def format_table(results):
     for name, row in rows:
         line = f"{name:<{width}}{row['n']:>8,}{row['mae']:>9,.2f}"
         if "mae_ci95" in row:
-            line += f"{row['mae_ci95']:>9,.2f}{format_number(row['r2'], 1):>9}"
+            line += f"{format_number(row['mae_ci95']):>9}{format_number(row['r2'], 1):>9}"
         lines.append(line)
     return "\n".join(lines + footnotes(results))
 
@@ -3629,8 +3681,8 @@ tags: [price]
 Estimates a product's price in dollars from its description: {{ run.base_model }}, quantised as in
 training, dequantised to bf16, with the run's LoRA adapter merged into it.
 
-{{ prompt_form }} Generated greedily, the next tokens are the likeliest number, which is less
-accurate than the median of the next tokens' distribution.
+{{ prompt_form }} Greedy generation then spells a number, token by token: not always the likeliest
+one, and less accurate than the median of the model's price distribution.
 """
 
 REPORT = """\
