@@ -94,6 +94,7 @@ from items import (
     hub_errors,
     is_first_process,
     manifest_problem,
+    parse_plain_number,
     prompt_of,
     push_or_explain,
     read_json,
@@ -2866,10 +2867,14 @@ class Run:
     is_local: bool = False  # nothing is pushed
     adapter: Path | None = None  # the folder it is read from; None for the untouched base
     revision: str | None = None  # the adapter's commit on the Hub, if one was asked for
+    owner: str | None = None  # the account it was fetched from, if the user can't write there
     resume_command: str = "the same command again"  # what resumes it, or pushes its folder
     started: float = 0.0
 
-    NOT_STORED = ("folder", "name", "is_local", "adapter", "revision", "resume_command", "started")
+    NOT_STORED = (
+        *("folder", "name", "is_local", "adapter", "revision", "owner"),
+        *("resume_command", "started"),
+    )
 
     @property
     def is_finished(self):
@@ -3118,8 +3123,17 @@ def find_run(config, name, recipe_type, hf_user, revision=None):
     run.is_local = config.local
     run.adapter = adapter
     run.revision = revision
+    if adapter != folder and hf_user and hf_user not in own_accounts():
+        run.owner = hf_user
     print(f"Run: {folder.name}")
     return run
+
+
+def own_accounts():
+    """The names on the Hub of HF_TOKEN's account and its organisations."""
+    with hub_errors("HF_TOKEN"):
+        account = HfApi().whoami()
+    return [account["name"], *(one["name"] for one in account.get("orgs", ()))]
 
 
 def newest_finished(config):
@@ -3231,7 +3245,9 @@ def save_run(run, trainer):
 
 
 def push_run(run):
-    """Pushes a run without its checkpoints, unless it is local. Returns its folder.
+    """Pushes a run without its checkpoints and the evaluations that are not its own (see Subject).
+
+    Unless it is local. Returns its folder.
 
     The client uploads only what has changed. Raises UserError, code 3, which names the command for
     later.
@@ -3243,7 +3259,7 @@ def push_run(run):
             repo_id=run.hub,
             folder_path=run.folder,
             delete_patterns="checkpoint-*",
-            ignore_patterns=["checkpoint-*", "*.new/*", "*.old/*"],
+            ignore_patterns=["checkpoint-*", "*.new/*", "*.old/*", "eval-*"],
         )
 
     if run.hub and not run.is_local and is_first_process():
@@ -3254,7 +3270,8 @@ def push_run(run):
 def write_card(folder, run, results=None):
     """Writes README.md of a run: base model, data, recipe, loss chart, how to load it.
 
-    With the results of an evaluation also its figures, in the metadata, too (model-index).
+    With the results of its own evaluation also the figures and what they were measured on, in the
+    metadata, too (model-index).
     """
     data = run.data
     is_on_hub = "/" in run.base_model and not Path(run.base_model).exists()
@@ -3262,7 +3279,7 @@ def write_card(folder, run, results=None):
         base_model=run.base_model if is_on_hub else None,
         library_name="peft",
         datasets=data.get("hub"),
-        eval_results=card_figures(data, results) if results else None,
+        eval_results=card_figures(results) if results else None,
         model_name=run.folder.name,
         tags=["lora", "price"],
     )
@@ -3275,27 +3292,33 @@ def write_card(folder, run, results=None):
         run=run,
         dataset=data.get("hub") or data.get("source"),
         settings=settings | run.plan,
+        results=results,
         table=format_table(results) if results else "",
         prompt_form=PROMPT_FORM,
     )
     ModelCard(text).save(Path(folder, "README.md"))
 
 
-def card_figures(data, results):
-    """The figures of an evaluation as the Hub's model-index has them."""
+def card_figures(results):
+    """The figures of an evaluation, and its data, as the Hub's model-index has them.
+
+    Those that have no value, such as r² of a single item, are left out.
+    """
     names = {
         "mae": ("mae", "mean absolute error in $"),
         "mse": ("mse", "mean squared error"),
         "r_squared": ("r2", "r² in %"),
     }
-    dataset = data.get("hub") or "own"
-    label = data.get("hub") or data["source"]
+    data = results["data"]
+    task = ("text-generation", data["hub"] or "own", data["hub"] or data["source"])
+    measured = {
+        "dataset_split": data["split"],
+        "dataset_args": {"n": results["n"], "fingerprint": data["fingerprint"]},
+    }
     figures = []
     for metric, (key, name) in names.items():
-        task = ("text-generation", dataset, label)
-        figures.append(
-            EvalResult(*task, metric, results[key], metric_name=name, dataset_split="test")
-        )
+        if math.isfinite(results[key]):
+            figures.append(EvalResult(*task, metric, results[key], metric_name=name, **measured))
     return figures
 
 
@@ -3354,7 +3377,9 @@ def log_evaluation(run, folder, results):
 
     check_wandb()
     values = {
-        f"test/{name}": value for name, value in results.items() if isinstance(value, int | float)
+        f"test/{name}": value
+        for name, value in results.items()
+        if isinstance(value, int | float) and math.isfinite(value)
     }
     for chart in folder.glob("*.png"):
         values[f"test/{chart.stem}"] = wandb.Image(str(chart))
@@ -3467,19 +3492,108 @@ def first_rows(test, size):
     return list(test.select(range(count)))
 
 
-def warn_if_data_differ(run, prompts):
-    """Warns if a run is evaluated on other data than it was trained on."""
-    if run.data and run.data["fingerprint"] != fingerprint(prompts.splits):
-        print(
-            "Note: these are not the data that the run was trained on; "
-            "its test items may have been in training"
+def check_completions(prompts, rows):
+    """Raises UserError if a test row to be evaluated, or a training row, has no price.
+
+    The training prices are those of the constant guesses.
+    """
+    columns = {
+        "train": prompts.splits["train"]["completion"][:],
+        "test": [row["completion"] for row in rows],
+    }
+    problems = Problems()
+    for split, completions in columns.items():
+        is_price = [math.isfinite(parse_plain_number(text)) for text in completions]
+        if not all(is_price):
+            first = is_price.index(False)
+            with problems:
+                raise UserError(
+                    f"{prompts.place}: {split}, row {first + 1}: the completion is "
+                    f"{completions[first]!r}, no number like 219.00 "
+                    f"({is_price.count(False):,} such rows of {len(is_price):,}). "
+                    "Correct the dataset, or name another account's by --data-user."
+                )
+    problems.report()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a run is evaluated on and by, and how this differs from the run's own.
+
+    An evaluation that differs is not the run's: it has a folder of its own, and isn't published.
+    """
+
+    prompts: object  # items.Prompts
+    data: dict  # as in run.json
+    base_model: str
+    base_identity: str
+    revision: str | None
+    differences: dict  # {short name, for the folder: what differs, in words}
+
+    def folder(self, run):
+        """Where the evaluation is written: `eval`, with the differences' names if it has any."""
+        return run.folder / "-".join(["eval", *self.differences])
+
+
+def make_subject(run, config, base, prompts):
+    """The Subject of an evaluation of the run on those prompts.
+
+    The untouched base has no data, base or card of its own. Of a run without run.json it isn't
+    known what it was trained on.
+    """
+    data = describe_data(prompts)
+    identity = base.identity
+    differences = {}
+    if run.owner:
+        differences[f"of-{run.owner}"] = f"the run is {run.owner}'s"
+    if run.revision:
+        differences[f"revision-{short_name(run.revision)}"] = (
+            f"the adapter is that of revision {run.revision}"
         )
+    if run.adapter and not is_own_base(run, config, base):
+        name = short_name(Path(config.base_name).name)
+        differences[f"base-{name}-{identity[:8]}"] = (
+            f"the base model is {config.base_name} ({identity[:8]}), not what the run was trained "
+            f"on, {run.base_model}"
+        )
+    if run.data and run.data["fingerprint"] != data["fingerprint"]:
+        differences[data_name(data)] = (
+            "these are not the data that the run was trained on; "
+            "test items may have been in training"
+        )
+    return Subject(prompts, data, config.base_name, identity, run.revision, differences)
 
 
-def read_earlier(config, names, rows):
-    """{run: its guesses} of earlier evaluations on the same rows.
+def is_own_base(run, config, base):
+    """Whether a base is the one that the run was trained on, under whichever name.
 
-    Raises one UserError that names all that can't be compared.
+    Its files decide, where they are known. A name on the Hub stays the same base when its
+    repository gets another commit.
+    """
+    has_same_name = config.base_name == run.base_model
+    is_on_hub = not Path(base.path).exists()
+    if not run.base_identity or (has_same_name and is_on_hub):
+        return has_same_name
+    return base.identity == run.base_identity
+
+
+def short_name(text):
+    """A text as part of a folder's name: at most 40 characters, of a commit 8."""
+    if re.fullmatch("[0-9a-f]{40}", text):
+        return text[:8]
+    return re.sub(r"[^\w.-]+", "-", text)[:40]
+
+
+def data_name(data):
+    """How the folder of an evaluation on other data than the run's names them."""
+    return f"data-{data['fingerprint'][:8]}"
+
+
+def read_earlier(config, names, rows, decode, data):
+    """{run: its guesses} of earlier evaluations on the same rows, by the same decoding.
+
+    `data` is what describe_data says of them. Raises one UserError that names all that can't be
+    compared.
     """
     guesses = {}
     problems = Problems()
@@ -3491,33 +3605,78 @@ def read_earlier(config, names, rows):
                     f"--compare {name}: no such finished run in {config.output_dir}. "
                     f"There are: {there}."
                 )
-            guesses[name] = read_guesses(config.run_folder(name), name, rows)
+            guesses[name] = read_guesses(config, name, rows, decode, data)
     problems.report()
     return guesses
 
 
-def read_guesses(run_folder, name, rows):
-    """The guesses, in dollars, of the evaluation of the run `name` in `run_folder`.
+def read_guesses(config, name, rows, decode, data):
+    """The guesses, in dollars, of the earlier evaluation of the run `name`.
 
-    Raises UserError unless it was on the same rows.
+    That is its own or, where its own data are others, the one on these. Raises UserError unless
+    it was on the same rows, by the same decoding.
     """
-    file = run_folder / "eval" / "predictions.csv"
-    command = f"`python app.py eval --run-name {name} --size {len(rows)}`"
-    if not file.exists():
+    run_folder = config.run_folder(name)
+    command = config.eval_command(name, len(rows), decode)
+    folders = [run_folder / f"eval-{data_name(data)}", run_folder / "eval"]
+    folders = [folder for folder in folders if (folder / "predictions.csv").exists()]
+    if not folders:
         raise UserError(f"--compare {name}: not evaluated yet. Run {command} first.")
-    with open(file, encoding="utf-8", newline="") as lines:
-        table = list(csv.DictReader(lines))[: len(rows)]
-    found = [(row["title"], float(row["truth"])) for row in table]
-    if found != [(title_of(row["prompt"]), truth_of(row)) for row in rows]:
+    for folder in folders:
+        guesses = guesses_for(rows, folder / "predictions.csv")
+        if guesses:
+            break
+    else:
         raise UserError(
             f"--compare {name}: was evaluated on other items or fewer. "
             f"Run {command} on the same data first."
         )
-    return [float(row["guess"]) for row in table]
+    other = read_results(folder).get("decode")
+    if other != decode:
+        raise UserError(
+            f"--compare {name}: its answers were {DECODINGS.get(other, other)}, this evaluation's "
+            f"are {DECODINGS[decode]}. Run {command} first, or give --decode {other}."
+        )
+    return guesses
 
 
-def score_run(run, config, prompts, rows, answers, earlier, folder):
+def guesses_for(rows, file):
+    """The guesses in a predictions.csv, dollars; None if they are for other rows or fewer."""
+    try:
+        with open(file, encoding="utf-8", newline="") as lines:
+            table = list(csv.DictReader(lines))[: len(rows)]
+        found = [(row["title"], float(row["truth"])) for row in table]
+        guesses = [float(row["guess"]) for row in table]
+    except (KeyError, TypeError, ValueError):  # the file is damaged
+        return None
+    expected = [(title_of(row["prompt"]), truth_of(row)) for row in rows]
+    return guesses if found == expected else None
+
+
+def read_results(folder):
+    """The content of an evaluation's results.json, {} if it is missing or damaged."""
+    try:
+        return read_json(folder / "results.json")
+    except ValueError:
+        return {}
+
+
+def replaced_evaluation(folder, results):
+    """A line on the evaluation in `folder` that is replaced, '' if there is none or one like it."""
+    older = read_results(folder)
+    if not older:
+        return ""
+    old, new = [
+        f"{one['n']:,} items of {one['data']['source']}, {DECODINGS[one['decode']]}, "
+        f"base model {one['base_model']}"
+        for one in (older, results)
+    ]
+    return "" if old == new else f"Replacing: the evaluation on {old}"
+
+
+def score_run(run, config, subject, rows, answers, earlier, folder):
     """The content of results.json of an evaluation; its charts go into `folder`."""
+    prompts = subject.prompts
     truths = [truth_of(row) for row in rows]
     title = f"{run.folder.name} on {prompts.source}"
     results = score(rows, answers.of_run, title, folder)
@@ -3527,20 +3686,17 @@ def score_run(run, config, prompts, rows, answers, earlier, folder):
         "decode": answers.decode,
         "items_per_s": len(rows) / answers.seconds,
         "seconds": answers.seconds,
-        "base_model": config.base_name,
-        "revision": run.revision,
+        "base_model": subject.base_model,
+        "base_identity": subject.base_identity,
+        "revision": subject.revision,
         "seed": config.seed,
-        "data": {
-            "place": prompts.place,
-            "source": prompts.source,
-            "split": "test",
-            "rows": len(prompts.splits["test"]),
-        },
+        "data": subject.data | {"split": "test", "rows": len(prompts.splits["test"])},
+        "differences": list(subject.differences.values()),
         "course": prompts.source.startswith(f"{config.course_user}/items_"),
         "device": describe_device(),
         "versions": versions(),
         "date": datetime.now().isoformat(timespec="seconds"),
-        "baselines": score_constants(constant_guesses(prompts.splits["train"]), truths),
+        "baselines": score_constants(subject.data["constants"], truths),
         "earlier": {},
     }
     errors = [
@@ -3571,7 +3727,12 @@ def write_evaluation(folder, results):
 
 
 def publish_evaluation(run, folder, results):
-    """Adds an evaluation to the run's card, and to the Hub and W&B if the run is there."""
+    """Adds an evaluation to the run's card, and to the Hub and W&B if the run is there.
+
+    One that differs from the run's own is not published.
+    """
+    if results["differences"]:
+        return
     if run.data:
         write_card(run.folder, run, results)
     push_run(run)
@@ -3651,6 +3812,10 @@ model = AutoPeftModelForCausalLM.from_pretrained("{{ run.hub or "outputs/" ~ run
 
 {% if table %}
 ## Evaluation
+
+Measured on the first {{ results.n }} of {{ results.data.rows }} test items of
+{{ results.data.hub or results.data.source }} (fingerprint {{ results.data.fingerprint }}), with the
+base model {{ results.base_model }} ({{ results.base_identity }}).
 
 ```
 {{ table }}
@@ -3755,9 +3920,13 @@ base model {{ results.base_model }}</p>
 <h2>How it was measured</h2>
 <table>
 <tr><td>date</td><td>{{ results.date }}</td></tr>
-<tr><td>base model</td><td>{{ results.base_model }}</td></tr>
+<tr><td>base model</td><td>{{ results.base_model }} ({{ results.base_identity }})</td></tr>
+{% if results.revision %}
+<tr><td>adapter</td><td>revision {{ results.revision }}</td></tr>
+{% endif %}
 <tr><td>answers</td><td>{{ results.decode }}: {{ decoding }}</td></tr>
-<tr><td>data</td><td>{{ results.data.source }}, test split of {{ results.data.rows }} rows</td></tr>
+<tr><td>data</td><td>{{ results.data.source }}, the first {{ results.n }} of
+{{ results.data.rows }} test items (fingerprint {{ results.data.fingerprint }})</td></tr>
 <tr><td>device</td><td>{{ results.device }}</td></tr>
 <tr><td>items a second</td><td>{{ results.items_per_s | number(1) }}</td></tr>
 <tr><td>seed</td><td>{{ results.seed }}</td></tr>
