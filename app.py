@@ -168,9 +168,18 @@ class RunConfig:
             command += f" --project-name {self.project_name}"
         return f"`{command}`"
 
-    def eval_command(self, run_name, size, decode):
-        """What a user types to evaluate a run on the first `size` rows of the same data."""
+    def eval_command(self, run_name, size, decode, is_untouched=False):
+        """What a user types to evaluate a run on the first `size` rows of the same data.
+
+        The untouched base has no record that knows its mode and name.
+        """
         command = f"python app.py eval --run-name {run_name} --size {size}"
+        if is_untouched and self.mode != "full":
+            command += f" --{self.mode}"
+        if is_untouched and self.local and not self.demo_mode:
+            command += " --local"
+        if is_untouched and self.base_name not in (DEFAULT_BASE_MODEL, DEMO_BASE_MODEL):
+            command += f" --base-model {shlex.quote(self.base_name)}"
         if decode != DEFAULT_DECODE:
             command += f" --decode {decode}"
         if self.data_user:

@@ -3617,7 +3617,7 @@ def read_guesses(config, name, rows, decode, data):
     it was on the same rows, by the same decoding.
     """
     run_folder = config.run_folder(name)
-    command = config.eval_command(name, len(rows), decode)
+    command = config.eval_command(name, len(rows), decode, is_untouched=name == UNTOUCHED)
     folders = [run_folder / f"eval-{data_name(data)}", run_folder / "eval"]
     folders = [folder for folder in folders if (folder / "predictions.csv").exists()]
     if not folders:

@@ -550,9 +550,15 @@ def test_export_overwrites_nothing(call, trained_project):
     assert not os.listdir(trained_project / "plain")
 
 
-def test_eval_of_untouched_base(call, shared, project):
-    call("eval", *shared, "--run-name", "base", "--size", "2", cwd=project)
-    assert read(project / "outputs/price-base/eval/results.json")["n"] == 2
+def test_eval_of_untouched_base(call, shared, trained_project, tiny_base):
+    """By the command that a comparison with it asks for."""
+    compare = (*JUDGE, "--size", "2", "--compare", "base")
+    said = call(*compare, cwd=trained_project, code=1)
+    command = f"eval --run-name base --size 2 --lite --local --base-model {tiny_base}"
+    assert f"Run `python app.py {command}` first" in said
+    call(*command.split(), cwd=trained_project)
+    assert read(trained_project / "outputs/price-base/eval/results.json")["n"] == 2
+    call(*compare, cwd=trained_project)
 
 
 def refuse_constant(name):
