@@ -3314,6 +3314,7 @@ def card_figures(results):
     measured = {
         "dataset_split": data["split"],
         "dataset_args": {"n": results["n"], "fingerprint": data["fingerprint"]},
+        "metric_args": {"decode": results["decode"]},
     }
     figures = []
     for metric, (key, name) in names.items():
@@ -3815,7 +3816,8 @@ model = AutoPeftModelForCausalLM.from_pretrained("{{ run.hub or "outputs/" ~ run
 
 Measured on the first {{ results.n }} of {{ results.data.rows }} test items of
 {{ results.data.hub or results.data.source }} (fingerprint {{ results.data.fingerprint }}), with the
-base model {{ results.base_model }} ({{ results.base_identity }}).
+base model {{ results.base_model }} ({{ results.base_identity }}). The figures in the metadata are
+those of `--decode {{ results.decode }}`.
 
 ```
 {{ table }}

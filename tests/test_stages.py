@@ -593,6 +593,7 @@ def test_card_says_what_was_measured(judged):
         assert figure.dataset_name == results["data"]["source"]
         measured = {"n": results["n"], "fingerprint": results["data"]["fingerprint"]}
         assert figure.dataset_args == measured
+        assert figure.metric_args == {"decode": "median"}
     page = (judged / "eval/report.html").read_text("utf-8")
     for text in (card.text, page):
         for part in (results["data"]["fingerprint"], results["base_identity"]):
