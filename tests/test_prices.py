@@ -116,6 +116,20 @@ def test_number_tree_by_hand():
     assert tree.greedy_numbers(logits) == [0, 1]
 
 
+def test_generation_may_miss_the_likeliest():
+    """Token by token: 7 is likelier than 5, but each number that begins with it is less likely."""
+    tree = NumberTree([(5,), (7, 1), (7, 2), (7, 3)], "cpu")
+    probabilities = torch.full((1, len(tree.nodes), 8), 1e-9)
+    start, five, seven = (tree.node_at[node] for node in ((), (5,), (7,)))
+    probabilities[:, start, [5, 7]] = torch.tensor([0.4, 0.6])
+    probabilities[:, five, 0] = 1
+    probabilities[:, seven, [1, 2, 3]] = torch.tensor([0.3, 0.4, 0.3])
+    logits = probabilities.log()
+    assert tree.greedy_numbers(logits) == [2]
+    assert tree.number_probabilities(logits).argmax().item() == 0
+    assert util.DECODINGS["greedy"] == "what generation answers"
+
+
 # Reading
 
 
@@ -294,6 +308,26 @@ def test_estimate_by_hand():
     assert estimate.rank == pytest.approx(0.4 + 0.4 / 2)
     # ∫ (F(x) − [x ≥ 20.4])² dx: 10 … 20 at 0.4², 20 … 20.4 at 0.8², 20.4 … 300 at 0.2²
     assert estimate.crps == pytest.approx(10 * 0.16 + 0.4 * 0.64 + 279.6 * 0.04)
+
+
+def test_interval_knows_its_mass():
+    """Whole dollars hold more than 80 %: here the ends have 0.3 each, of which 0.1 are needed."""
+    estimate = estimate_one({10: 0.15, 20: 0.2, 300: 0.14, 999: 0.01}, 10)
+    assert (estimate.low, estimate.high) == (10, 300)
+    assert estimate.mass == pytest.approx(0.98)
+    assert estimate_one({10: 0.5}, 10).mass == pytest.approx(1)
+
+
+def test_mass_is_the_intervals_own():
+    """It is the probability of what lies in the interval, of the prices' own."""
+    rng = numpy.random.default_rng(0)
+    probabilities = 0.7 * rng.dirichlet(numpy.full(1000, 0.02), 20)
+    for row, estimate in zip(
+        probabilities, estimate_prices(probabilities, [0] * 20, [{}] * 20), strict=True
+    ):
+        inside = row[int(estimate.low) : int(estimate.high) + 1].sum() / row.sum()
+        assert estimate.mass == pytest.approx(inside)
+        assert estimate.mass >= 0.8
 
 
 def test_estimate_without_truth():

@@ -4,6 +4,7 @@ import csv
 import html
 import json
 import os
+import re
 import shutil
 import statistics
 
@@ -11,6 +12,8 @@ import bitsandbytes
 import numpy
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
+from huggingface_hub import ModelCard
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
@@ -18,7 +21,7 @@ from trl import SFTTrainer
 import util
 from app import RECIPES, build_quant_config
 from conftest import DATASET, TRAIN, read, write_catalogue
-from items import IGNORED, load_prompts
+from items import IGNORED, Prompts, UserError, load_prompts, write_manifest
 
 RUN = "outputs/price-first"
 JUDGE = ("eval", "--local", "--run-name", "first")
@@ -403,6 +406,7 @@ def test_eval_judges_each_decoding(judged):
     assert results["decodings"].keys() == {"median", "mean", "greedy"}
     assert results["decodings"]["median"]["mae"] == results["mae"]
     assert 0 <= results["distribution"]["coverage_80"] <= 1
+    assert 0.8 <= results["distribution"]["promised_80"] <= 1
 
 
 def test_eval_judges_the_constants(judged, splits):
@@ -478,6 +482,18 @@ def test_eval_compares_with_earlier_runs(call, shared, trained_project):
     assert "This run's error less that of first, on the same items" in said
 
 
+def test_compare_refuses_other_decodings(call, trained_project):
+    """It says by which they were, and how to evaluate the other one again."""
+    call(*JUDGE, "--size", "2", "--decode", "mean", cwd=trained_project)
+    said = call(*JUDGE, "--size", "2", "--compare", "first", cwd=trained_project, code=1)
+    line = said.splitlines()[-1]
+    assert "--compare first: its answers were the mean price, this evaluation's are" in line
+    assert "Run `python app.py eval --run-name first --size 2` first" in line
+    same = ("--size", "2", "--decode", "mean", "--compare", "first")
+    said = call(*JUDGE, *same, cwd=trained_project)
+    assert "+$0.00 (0.00 to 0.00), equal to first" in said
+
+
 def test_own_items_get_same_prices(call, trained_project, judged, splits):
     """Rows without a price are priced, repeated ones each time; those of no use are skipped."""
     rows = []
@@ -534,16 +550,135 @@ def test_export_overwrites_nothing(call, trained_project):
     assert not os.listdir(trained_project / "plain")
 
 
-def test_eval_of_untouched_base(call, shared, project):
-    call("eval", *shared, "--run-name", "base", "--size", "2", cwd=project)
-    assert read(project / "outputs/price-base/eval/results.json")["n"] == 2
+def test_eval_of_untouched_base(call, shared, trained_project, tiny_base):
+    """By the command that a comparison with it asks for."""
+    compare = (*JUDGE, "--size", "2", "--compare", "base")
+    said = call(*compare, cwd=trained_project, code=1)
+    command = f"eval --run-name base --size 2 --lite --local --base-model {tiny_base}"
+    assert f"Run `python app.py {command}` first" in said
+    call(*command.split(), cwd=trained_project)
+    assert read(trained_project / "outputs/price-base/eval/results.json")["n"] == 2
+    call(*compare, cwd=trained_project)
 
 
-def test_eval_notices_changed_data(call, shared, trained_project):
+def refuse_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_single_item_leaves_no_nan(call, trained_project):
+    """What has no value is null in results.json, and left out of the card's metadata."""
+    said = call(*JUDGE, "--size", "1", "--compare-base", cwd=trained_project)
+    assert "(± –, n = 1)" in said
+    folder = trained_project / RUN
+    text = (folder / "eval/results.json").read_text("utf-8")
+    results = json.loads(text, parse_constant=refuse_constant)
+    assert results["mae_ci95"] is None
+    assert results["base"]["r2"] is None
+    pages = [folder / "README.md", folder / "eval/report.html"]
+    for page in [said, *(path.read_text("utf-8") for path in pages)]:
+        assert not re.search(r"\bnan\b", page)
+    figures = ModelCard.load(folder / "README.md").data.eval_results
+    assert [figure.metric_type for figure in figures] == ["mae", "mse"]
+
+
+def test_card_says_what_was_measured(judged):
+    """Data, base and number of items are those of the evaluation."""
+    results = read(judged / "eval/results.json")
+    record = read(judged / "run.json")
+    assert results["differences"] == []
+    assert results["base_identity"] == record["base_identity"]
+    assert results["data"]["fingerprint"] == record["data"]["fingerprint"]
+    card = ModelCard.load(judged / "README.md")
+    for figure in card.data.eval_results:
+        assert figure.dataset_name == results["data"]["source"]
+        measured = {"n": results["n"], "fingerprint": results["data"]["fingerprint"]}
+        assert figure.dataset_args == measured
+        assert figure.metric_args == {"decode": "median"}
+    page = (judged / "eval/report.html").read_text("utf-8")
+    for text in (card.text, page):
+        for part in (results["data"]["fingerprint"], results["base_identity"]):
+            assert part in text
+
+
+def test_other_data_are_evaluated_apart(call, shared, trained_project):
+    """In a folder of their own, with a note; the run's own evaluation and card stay."""
+    call(*JUDGE, "--size", "2", cwd=trained_project)
+    run = trained_project / RUN
+    before = contents(run)
     catalogue = write_catalogue(trained_project / "new.jsonl", 60)
     call("prepare", *shared, "--source", catalogue, cwd=trained_project)
-    said = call(*JUDGE, cwd=trained_project)
-    assert "these are not the data that the run was trained on" in said
+    said = call(*JUDGE, "--size", "3", cwd=trained_project)
+    note = "these are not the data that the run was trained on; test items may have been in"
+    assert said.count(f"Not the run's own evaluation, so it stays in {RUN}/eval-data-") == 1
+    assert f"Note: {note}" in said
+
+    new = {path: content for path, content in contents(run).items() if path not in before}
+    assert {path: contents(run)[path] for path in before} == before
+    (apart,) = {path.parent for path in new}
+    results = read(apart / "results.json")
+    fingerprint = results["data"]["fingerprint"]
+    assert apart.name == f"eval-data-{fingerprint[:8]}"
+    assert results["differences"][0].startswith(note)
+    assert note in (apart / "report.html").read_text("utf-8")
+
+    # Runs are compared on them, too
+    said = call(*JUDGE, "--size", "3", "--compare", "first", cwd=trained_project)
+    assert "equal to first" in said
+
+
+def test_other_base_is_evaluated_apart(call, tiny_base, trained_project):
+    """Another one by its files, not by its name."""
+    run = trained_project / RUN
+    copy = trained_project / "copy"
+    shutil.copytree(tiny_base, copy)
+    call(*JUDGE, "--size", "2", "--base-model", "copy", cwd=trained_project)
+    assert read(run / "eval/results.json")["base_model"] == "copy"
+
+    before = contents(run)
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    model.model.layers[0].self_attn.q_proj.weight.data.neg_()
+    model.config.rms_norm_eps *= 2  # the identity is that of the files' first MiB
+    model.save_pretrained(copy)
+    said = call(*JUDGE, "--size", "2", "--base-model", "copy", cwd=trained_project)
+    (apart,) = run.glob("eval-*")
+    results = read(apart / "results.json")
+    assert apart.name == f"eval-base-copy-{results['base_identity'][:8]}"
+    assert "the base model is copy" in said
+    assert {path: contents(run)[path] for path in before} == before
+
+
+def test_eval_says_what_it_replaces(call, trained_project):
+    """Where that was an evaluation of another size; one like it goes without saying."""
+    assert "Replacing" not in call(*JUDGE, "--size", "2", cwd=trained_project)
+    assert "Replacing" not in call(*JUDGE, "--size", "2", cwd=trained_project)
+    said = call(*JUDGE, "--size", "3", cwd=trained_project)
+    assert said.count("Replacing: the evaluation on 2 items of ") == 1
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("value", ["$219", "", None, "nan"])
+def test_rows_without_price_are_named(splits, split, value):
+    """By split, row and value; those of both splits in one error."""
+    rows = splits[split].to_list()
+    rows[1] = rows[1] | {"completion": value}
+    broken = DatasetDict(splits | {split: Dataset.from_list(rows)})
+    prompts = Prompts(broken, "bob/prompts", {})
+    with pytest.raises(UserError) as refusal:
+        util.check_completions(prompts, list(broken["test"]))
+    text = f"bob/prompts: {split}, row 2: the completion is {value!r}, no number"
+    assert str(refusal.value).startswith(text)
+    assert "(1 such rows of" in str(refusal.value)
+
+
+def test_unpriced_row_ends_eval_early(call, trained_project, splits):
+    """In one line, before a model is loaded."""
+    rows = splits["test"].to_list()
+    rows[0] = rows[0] | {"completion": "call us"}
+    Dataset.from_list(rows).to_parquet(trained_project / DATASET / "test.parquet")
+    write_manifest(trained_project / DATASET)
+    said = call(*JUDGE, cwd=trained_project, code=1)
+    assert f"app.py eval: {DATASET}: test, row 1: the completion is 'call us', no number" in said
+    assert "asking" not in said
 
 
 # Mistakes

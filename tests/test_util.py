@@ -114,6 +114,15 @@ def test_equal_errors_have_no_interval():
     assert metrics([1, 2], [3, 4])["mae_ci95"] == 0
 
 
+def test_single_item_has_no_interval():
+    """Neither its error nor its difference to another's; not even that of a constant."""
+    assert math.isnan(metrics([5], [7])["mae_ci95"])
+    difference = paired_difference([5], [7], seed=1)
+    assert difference["difference"] == -2
+    assert math.isnan(difference["low"])
+    assert math.isnan(difference["high"])
+
+
 @pytest.mark.parametrize("truths", [[7], [7, 7]])
 def test_r2_needs_different_truths(truths):
     assert math.isnan(metrics([5] * len(truths), truths)["r2"])
@@ -206,6 +215,14 @@ def test_size_takes_the_first_rows():
     assert evaluate(always(1), make_rows([1] * 300), size=None)["n"] == 300
 
 
+def test_single_item_is_judged(capsys):
+    """Where its interval would stand there is a dash."""
+    evaluate(always(1), make_rows([5]))
+    said = capsys.readouterr().out
+    assert "(± –, n = 1)" in said
+    assert "even the interval" not in said
+
+
 def test_evaluate_needs_a_row():
     with pytest.raises(ValueError, match="at least one row"):
         evaluate(always(1), [])
@@ -242,6 +259,44 @@ def results():
     figures = {"n": 5, "mae": 10.0, "mae_ci95": 1.0, "mse": 200.0, "r2": 50.0}
     decodings = {"median": figures, "mean": figures | {"mae": 12.0}}
     return figures | {"run": "a", "parse_failures": 0, "decodings": decodings}
+
+
+def test_table_has_dashes_for_one_item(results):
+    """In the row of a constant as well; the chart has bars without intervals."""
+    single = {"n": 1, "mae": 10.0, "mae_ci95": math.nan, "mse": 200.0, "r2": math.nan}
+    results |= single | {"decodings": {"median": single}}
+    results["baselines"] = {"constant_mean": single}
+    rows = util.format_table(results).splitlines()[1:]
+    assert len(rows) == 2
+    for row in rows:
+        assert row.split()[-3:] == ["10.00", "–", "–"]
+    bars = util.comparison(results).axes[0]
+    assert [bar.get_width() for bar in bars.patches] == [10, 10]
+    assert not bars.collections  # the intervals
+
+
+@pytest.mark.parametrize(
+    "difference, low, high, expected",
+    [
+        (-11.42, -18.87, -0.15, "−$11.42 (−18.87 to −0.15), better than a"),
+        (14.93, 1.5, 1020.25, "+$14.93 (1.50 to 1,020.25), worse than a"),
+        (-3, -9, 3, "−$3.00 (−9.00 to 3.00), better than a, but within the noise"),
+        (0, 0, 0, "+$0.00 (0.00 to 0.00), equal to a"),
+        (5, math.nan, math.nan, "+$5.00, worse than a"),
+    ],
+)
+def test_differences_say_which_is_better(difference, low, high, expected):
+    """A smaller error is better; a single item has no interval."""
+    figures = {"difference": difference, "low": low, "high": high}
+    assert util.format_difference("a", figures) == expected
+
+
+def test_table_says_what_intervals_promise(results):
+    scores = {"coverage_80": 0.95, "promised_80": 0.834, "nll": 5, "crps": 9, "outside": 0}
+    table = util.format_table(results | {"distribution": scores})
+    assert "The 80 % intervals hold 95 % of the true prices and promise 83 %;" in table
+    chart = util.reliability([0.5, 0.1], "a", scores)
+    assert "hold 95 % of the true prices and promise 83 %" in chart.axes[0].get_title()
 
 
 def test_ladder_stands_beside_course_data(results):
