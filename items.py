@@ -5,7 +5,7 @@ parquet
 
     1. Items and prompts       4. Datasets, on disk and on the Hub
     2. Tokens to train on      5. The user's own catalogue
-    3. Atomic files            6. The demo's synthetic catalogue
+    3. Atomic files, disks     6. The demo's synthetic catalogue
 
 Before them come the errors that users see, which all files share. No model is loaded here. The
 formats are those of the course "The Price Is Right", so that its
@@ -13,6 +13,7 @@ datasets and ours can be exchanged.
 """
 
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -30,7 +31,7 @@ import numpy
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import HfApi, constants, errors
 
@@ -45,6 +46,12 @@ TEXT_COLUMNS = ("summary", "text", "description")
 CATALOGUE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 IGNORED = -100  # the label of tokens that are not trained on, as in PyTorch
+# A completion that is trained on and judged as it is. RE2's syntax, as pyarrow has it
+PLAIN_COMPLETION = r"^(0|[1-9]\d{0,2})(\.\d+)?$"
+# Others that mean a number: 219. and .99, $219, with separators of thousands
+WRITTEN_NUMBER = r"^\$?\s*[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d*)?$"
+SHOWN_VALUE = 60  # characters of a value in an error
+
 MERGE_MARGIN = 8  # tokens that can merge where texts meet; in fact one or two do
 MANIFEST = "manifest.json"
 
@@ -371,7 +378,48 @@ def tokenizer_identity(tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. Atomic files
+# 3. Atomic files, full disks
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_disk_full(error):
+    """Whether a full disk, or a quota that is used up, is the reason of an exception."""
+    while error is not None:
+        is_named = any(os.strerror(number) in str(error) for number in DISK_FULL)
+        if is_named or getattr(error, "errno", None) in DISK_FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def explain_full_disk(*folders):
+    """Turns what libraries raise when a disk is full into a UserError.
+
+    It names that of the `folders`, in which the stage writes, that has the least room.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        folders = [str(folder) for folder in folders if Path(folder).is_dir()]
+        room = ""
+        if folders:  # what was half written is deleted again, so that none may be full now
+            least = min(folders, key=free_bytes)
+            room = f" (least room: {least}, {free_bytes(least) / 1e6:,.0f} MB)"
+        raise UserError(
+            f"the disk is full, or your quota on it{room}. What was there before is unchanged: "
+            "make room, then run the same command again."
+        ) from error
+
+
+def free_bytes(folder):
+    """The bytes that a user can write to the disk of a folder."""
+    return shutil.disk_usage(folder).free
 
 
 @contextmanager
@@ -387,8 +435,12 @@ def replacing(target):
     old = target.with_name(f".{target.name}.old")
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
-    yield new
+    try:
+        new.mkdir(parents=True)
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     if target.exists():
         os.rename(target, old)
     os.rename(new, target)
@@ -411,10 +463,14 @@ def writing(path):
     It is written under another name, flushed to the disk, then renamed.
     """
     new = Path(f"{path}.new")
-    with open(new, "w", encoding="utf-8", newline="") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(new, "w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
     os.replace(new, path)
 
 
@@ -539,11 +595,17 @@ def hub_errors(what):
         text = f"{what}: not on the Hub, or HF_TOKEN may not read it. Check the name and the token."
         raise UserError(text) from error
     except (
+        DatasetGenerationError,
         OSError,
         ValueError,
         RuntimeError,
     ) as error:  # a refusal, files that can't be loaded, an aborted upload
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if is_disk_full(error):
+            raise  # it isn't about `what`: explain_full_disk says it
+        reason = error
+        if isinstance(error, DatasetGenerationError):  # which only says that there is a cause
+            reason = error.__cause__ or error
+        lines = str(reason).strip().splitlines() or [type(reason).__name__]
         raise UserError(f"{what}: {lines[0]}") from error
 
 
@@ -553,7 +615,7 @@ def push_or_explain(name, upload, resume_command="the same command again"):
     Raises UserError with code 3 and the command that pushes later.
     """
     try:
-        with hub_errors(name):
+        with explain_full_disk(), hub_errors(name):
             upload()
     except UserError as error:
         text = f"{error} Everything is on disk; to push it later: {resume_command}"
@@ -604,7 +666,9 @@ def format_quantiles(values, digits=0):
 def save_prompts(folder, prompts, about):
     """Writes train.parquet, val.parquet, test.parquet and prepare.json into `folder`."""
     for name in SPLITS:
-        prompts[name].to_parquet(Path(folder, f"{name}.parquet"), batch_size=50_000)
+        path = Path(folder, f"{name}.parquet")
+        # Chunks by content, which spare uploads, would abort the process on a full disk (pyarrow 26)
+        prompts[name].to_parquet(path, batch_size=50_000, use_content_defined_chunking=False)
     write_json(Path(folder, "prepare.json"), about)
 
 
@@ -626,6 +690,8 @@ def load_prompts(folder):
     try:
         return load_dataset("parquet", data_files=files)
     except (OSError, DatasetGenerationError) as error:
+        if is_disk_full(error):
+            raise
         text = f"{folder}: the dataset is corrupt or incomplete ({error.__cause__ or error})."
         raise UserError(f"{text} Run `python app.py prepare` again.") from error
 
@@ -662,10 +728,10 @@ def find_prompts(config, trained_on=None):
         about = read_json(Path(place, "prepare.json"))
     else:
         with hub_errors(place):
-            splits = load_dataset(place)
+            splits = load_splits(place)
         about = {"source": place, "hub": place}
     check_columns(place, splits, SPLITS, ("prompt", "completion"))
-    return Prompts(splits, place, about)
+    return Prompts(read_prompts(place, splits), place, about)
 
 
 def locate_prompts(config, trained_on):
@@ -690,8 +756,27 @@ def locate_prompts(config, trained_on):
     return f"{config.course_user}/{config.dataset_name}", "the course's"
 
 
+def load_splits(name):
+    """The DatasetDict of a dataset on the Hub, whose splits may differ in their columns."""
+    try:
+        return load_dataset(name)
+    except DatasetGenerationError:
+        builder = load_dataset_builder(name)
+        files = builder.config.data_files or {}
+        if len(files) < 2:
+            raise
+        # `load_dataset` has one schema for all splits of a dataset
+        splits = DatasetDict()
+        for split, paths in files.items():
+            splits[str(split)] = load_dataset(builder.name, data_files=paths, split="train")
+        return splits
+
+
 def check_columns(place, splits, names, columns):
-    """Raises UserError if a dataset lacks one of the splits `names`, or of the `columns`."""
+    """Raises UserError if a dataset lacks one of the splits `names`, or of the `columns`.
+
+    Or if a split has no rows.
+    """
     missing = [name for name in names if name not in splits]
     if not missing:
         found = [set(splits[name].column_names) for name in names]
@@ -703,6 +788,143 @@ def check_columns(place, splits, names, columns):
     if missing:
         required = f"{', '.join(names)} with {' and '.join(columns)}"
         raise UserError(f"{place}: lacks {', '.join(missing)}; required: {required}.")
+    empty = [name for name in names if not len(splits[name])]
+    if empty:
+        raise UserError(f"{place}: {' and '.join(empty)} without rows. Give each split some.")
+
+
+def read_prompts(place, splits):
+    """The splits with exactly `prompt` and `completion`, as training and evaluation read them.
+
+    Completions that are plain numbers stay letter by letter; numbers and texts like $219 become
+    219.00. Prompts lose blanks behind PREFIX. Raises one UserError that names the first row whose
+    prompt doesn't end with PREFIX or whose completion is no price, and the number of such rows.
+    """
+    problem = None
+    bad_rows = 0
+    rewritten = 0
+    read = DatasetDict()
+    for split in SPLITS:
+        dataset = splits[split].with_format(None).select_columns(["prompt", "completion"])
+        columns = {name: dataset.data.column(name) for name in dataset.column_names}
+        prompts, is_prompt = read_prompt_column(columns["prompt"])
+        completions, prices = read_completion_column(columns["completion"])
+        is_price = (prices >= 0) & (prices <= MAX_PRICE)  # NaN isn't
+        bad = numpy.flatnonzero(~(is_prompt & is_price))
+        if len(bad):
+            bad_rows += len(bad)
+            problem = problem or describe_row(dataset, split, int(bad[0]), is_prompt[bad[0]])
+            continue
+
+        if prompts is not columns["prompt"]:
+            dataset = with_column(dataset, "prompt", prompts)
+        if completions is not columns["completion"]:
+            rewritten += count_changed(columns["completion"], completions)
+            dataset = with_column(dataset, "completion", completions)
+        read[split] = dataset
+    if problem:
+        total = sum(len(splits[split]) for split in SPLITS)
+        raise UserError(
+            f"{place}: {problem}. {bad_rows:,} of {total:,} rows can't be used: correct the "
+            "dataset, or name another by --data-user."
+        )
+    if rewritten:
+        print(f"Data: {rewritten:,} completions are written differently, and read as 219.00 is")
+    return read
+
+
+def describe_row(dataset, split, index, is_prompt):
+    """Which row can't be used and why, as text: its completion or, unless `is_prompt`, its prompt.
+
+    Rows count from 1.
+    """
+    row = dataset[index]
+    name = f"row {index + 1:,} of {split}"
+    if is_prompt:
+        value = shorten(repr(row["completion"]))
+        return f"{name}: the completion {value} is no price from $0 to ${MAX_PRICE}, like 219.00"
+    if isinstance(row["prompt"], str):
+        end = row["prompt"][-SHOWN_VALUE:]
+        return f"{name}: the prompt doesn't end with `{PREFIX}`, but with {end!r}"
+    value = shorten(repr(row["prompt"]))
+    return f"{name}: the prompt {value} is no text that ends with `{PREFIX}`"
+
+
+def read_prompt_column(column):
+    """(the prompts without blanks behind PREFIX, whether each ends with PREFIX).
+
+    An Arrow column and a numpy array.
+    """
+    if not is_text(column.type):
+        return column, numpy.zeros(len(column), bool)
+    is_prompt = pyarrow.compute.ends_with(column, PREFIX)
+    if not pyarrow.compute.all(is_prompt, skip_nulls=False).as_py():
+        column = pyarrow.compute.utf8_rtrim_whitespace(column)
+        is_prompt = pyarrow.compute.ends_with(column, PREFIX)
+    return column, is_prompt.fill_null(False).to_numpy()
+
+
+def read_completion_column(column):
+    """(the completions as texts, their prices in dollars, NaN for what is no number).
+
+    An Arrow column and a numpy array. Plain numbers in texts are left as they are.
+    """
+    if is_text(column.type):
+        is_plain = pyarrow.compute.match_substring_regex(column, PLAIN_COMPLETION)
+        if pyarrow.compute.all(is_plain, skip_nulls=False).as_py():
+            return column, column.cast("float64").to_numpy()
+        prices = parse_written_numbers(column)
+    elif is_number(column.type):
+        is_plain = None
+        prices = column.cast("float64", safe=False).fill_null(math.nan).to_numpy()
+    else:
+        return column, numpy.full(len(column), math.nan)
+    texts = pyarrow.array([f"{price:.2f}" for price in prices.tolist()])
+    if is_plain is not None:
+        texts = pyarrow.compute.if_else(is_plain, column.cast("string"), texts)
+    return texts, prices
+
+
+def parse_written_numbers(column):
+    """The numbers that texts mean, a numpy array of floats; NaN for all others."""
+    compute = pyarrow.compute
+    texts = compute.utf8_trim_whitespace(column)
+    is_number = compute.and_(
+        compute.match_substring_regex(texts, WRITTEN_NUMBER),
+        compute.match_substring_regex(texts, r"\d"),
+    )
+    digits = compute.replace_substring_regex(texts, r"[$,+\s]", "")
+    numbers = compute.if_else(is_number, digits, "nan")
+    return numbers.cast("float64").fill_null(math.nan).to_numpy()
+
+
+def is_text(kind):
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+
+
+def is_number(kind):
+    types = pyarrow.types
+    return types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
+
+
+def count_changed(old, new):
+    """The number of rows in which two columns differ; all if they are of different types."""
+    if new is old:
+        return 0
+    if not is_text(old.type):
+        return len(old)
+    return pyarrow.compute.sum(pyarrow.compute.not_equal(old.cast("string"), new)).as_py()
+
+
+def with_column(dataset, name, column):
+    """The Dataset with another Arrow column of that name."""
+    identity = f"{dataset._fingerprint}-{name}"  # a cache's key: the column depends on nothing else
+    return dataset.remove_columns(name).add_column(name, column, new_fingerprint=identity)
+
+
+def shorten(text):
+    """The text, cut to SHOWN_VALUE characters."""
+    return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}…"
 
 
 def fingerprint(splits):
@@ -757,7 +979,7 @@ def find_items(config, path=None):
 def published_items(name):
     """The Catalogue of a dataset of items on the Hub; what is dropped is named by split and row."""
     with hub_errors(name):
-        published = load_dataset(name)
+        published = load_splits(name)
     check_columns(name, published, ITEM_SPLITS, ("summary", "price"))
     dropped = {}
 

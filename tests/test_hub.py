@@ -317,6 +317,89 @@ def test_unknown_token_is_refused(online):
     assert "app.py train: HF_TOKEN: Invalid user token" in said
 
 
+# Data as people publish them
+
+
+def published(prepared, change, which=SPLITS):
+    """The prepared prompts, the rows of the splits `which` changed; Datasets by name."""
+    splits = {}
+    for name, rows in load_prompts(prepared / DATASET).items():
+        changed = [change(dict(row), i) for i, row in enumerate(rows)]
+        splits[name] = Dataset.from_list(changed if name in which else list(rows))
+    return splits
+
+
+def in_row_2(completion):
+    """A change of the second row's completion."""
+
+    def change(row, index):
+        return row | {"completion": completion} if index == 1 else row
+
+    return change
+
+
+def as_chat(row, index):
+    question = {"role": "user", "content": row["prompt"]}
+    return {"prompt": [question], "completion": [question | {"content": row["completion"]}]}
+
+
+@pytest.mark.parametrize(
+    "change, which, line",
+    [
+        (in_row_2("1,299.00"), SPLITS, "row 2 of train: the completion '1,299.00' is no price"),
+        (in_row_2(None), SPLITS, "row 2 of train: the completion None is no price"),
+        (in_row_2("nan"), ["test"], "row 2 of test: the completion 'nan' is no price"),
+        (as_chat, SPLITS, "row 1 of train: the prompt [{'"),
+        (as_chat, ["val"], "row 1 of val: the prompt [{'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "typed", ["train {shared} --run-name new", "eval {shared} --run-name base"]
+)
+def test_unusable_rows_are_named(online, hub, prepared, monkeypatch, typed, change, which, line):
+    """In one line, by train as by eval, before a model is loaded."""
+    put_dataset(hub, "bob/items_prompts_lite", published(prepared, change, which))
+    monkeypatch.setattr(util, "load_quantised", None)
+    typed = typed.format(shared=" ".join(SHARED))
+    said = online(*typed.split(), "--data-user", "bob", "--local", code=1)
+    printed = [one for one in said.splitlines() if one.startswith("app.py")]
+    assert len(printed) == 1
+    assert f": bob/items_prompts_lite: {line}" in printed[0]
+
+
+def test_dataset_without_a_split_is_refused(online, hub, prepared):
+    splits = published(prepared, as_chat, ())
+    del splits["val"]
+    put_dataset(hub, "bob/items_prompts_lite", splits)
+    said = online("train", *SHARED, "--data-user", "bob", "--local", code=1)
+    assert "bob/items_prompts_lite: lacks val; required: train, val, test" in said
+
+
+@pytest.mark.parametrize(
+    "change, which",
+    [
+        (lambda row, index: row | {"completion": "$" + row["completion"]}, ["test"]),
+        (lambda row, index: row | {"completion": float(row["completion"])}, SPLITS),
+        (lambda row, index: row | {"completion": float(row["completion"])}, ["train"]),
+        (lambda row, index: row | {"title": "x"}, ["val"]),
+        (lambda row, index: {"id": index, "text": "x"} | row, ["test"]),
+    ],
+    ids=["dollar-in-test", "floats", "floats-in-train", "title-in-val", "more-in-test"],
+)
+def test_plain_meaning_is_read(online, hub, data, prepared, change, which):
+    """The figures are those of the data that prepare made."""
+    put_dataset(hub, "bob/items_prompts_lite", published(prepared, change, which))
+    judge = ("eval", *SHARED, "--local", "--run-name", "base")
+    online(*judge)
+    expected = read("outputs/price-base/eval/results.json")
+    online(*judge, "--data-user", "bob")
+    results = read("outputs/price-base/eval/results.json")
+    assert results["data"]["source"] == "bob/items_prompts_lite"
+    for name in ("mae", "baselines"):
+        assert results[name] == expected[name]
+    online("train", *SHARED, "--local", "--data-user", "bob", "--run-name", "new", *SHORT)
+
+
 # Outages: nothing is lost, and the later push completes
 
 
