@@ -25,6 +25,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -866,6 +867,17 @@ def run_stage(args):
         )
 
 
+def written_folders(args):
+    """The folders in which a stage writes."""
+    from huggingface_hub.constants import HF_HOME
+
+    folders = [args.output_dir, HF_HOME, tempfile.gettempdir()]
+    for name in ("output", "export"):
+        if getattr(args, name, None):
+            folders.append(Path(getattr(args, name)).parent)
+    return folders
+
+
 def main(argv=None) -> None:
     """Parses the command line and calls the stage that it names."""
     args = parse_arguments(argv)
@@ -875,10 +887,11 @@ def main(argv=None) -> None:
             return
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
         os.environ["TQDM_DISABLE"] = "1"
-    from items import UserError
+    from items import UserError, explain_full_disk
 
     try:
-        run_stage(args)
+        with explain_full_disk(*written_folders(args)):
+            run_stage(args)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"app.py {args.stage}: {line}", file=sys.stderr)

@@ -91,7 +91,9 @@ from items import (
     find_prompts,
     fingerprint,
     finish_interrupted_replace,
+    free_bytes,
     hub_errors,
+    is_disk_full,
     is_first_process,
     manifest_problem,
     prompt_of,
@@ -104,6 +106,7 @@ from items import (
     write_json,
     write_manifest,
     write_table,
+    writing,
 )
 
 sys.modules.setdefault("wandb", None)  # or TRL imports it, which takes two seconds
@@ -2756,7 +2759,8 @@ def explain_training_errors(run):
         yield
     except Exception as error:
         print(file=sys.stderr)  # the progress bar is in this line
-        is_full = "No space left" in str(error) or shutil.disk_usage(run.folder).free < 2**20
+        # PyTorch doesn't say why it couldn't write
+        is_full = is_disk_full(error) or free_bytes(run.folder) < 2**20
         if is_full and not isinstance(error, UserError):
             raise UserError(
                 f"{run.folder}: the disk is full. Older checkpoints are complete: make room, then "
@@ -3226,7 +3230,8 @@ def write_card(folder, run, results=None):
         table=format_table(results) if results else "",
         prompt_form=PROMPT_FORM,
     )
-    ModelCard(text).save(Path(folder, "README.md"))
+    with writing(Path(folder, "README.md")) as file:
+        file.write(text)
 
 
 def card_figures(data, results):

@@ -8,6 +8,7 @@ That takes a second instead of ten. `hook` names a function of this module that 
 """
 
 import atexit
+import errno
 import multiprocessing
 import os
 import signal
@@ -146,6 +147,16 @@ def kill_when_opening(ending):
     def audit(event, arguments):
         if event == "open" and str(arguments[0]).endswith(ending):
             kill()
+
+    sys.addaudithook(audit)
+
+
+def exceed_quota_when_opening(ending):
+    """Opening a file with that ending fails as it does when a user's quota is used up."""
+
+    def audit(event, arguments):
+        if event == "open" and str(arguments[0]).endswith(ending):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), arguments[0])
 
     sys.addaudithook(audit)
 

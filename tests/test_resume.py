@@ -264,23 +264,6 @@ def test_second_signal_ends_at_once(begin, project):
 # Full disks
 
 
-@pytest.fixture()
-def small_disk(tmp_path):
-    """A function from megabytes to a folder on a disk of that size."""
-    mounted = []
-
-    def mount(megabytes):
-        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", tmp_path]
-        if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("a small disk can't be mounted here")
-        mounted.append(tmp_path)
-        return tmp_path
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
 def test_full_disk_leaves_older_checkpoints(call, begin, whole, prepared, small_disk):
     """It is one line, and once there is room the run resumes exactly."""
     folder = small_disk(400)
