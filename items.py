@@ -667,7 +667,7 @@ def save_prompts(folder, prompts, about):
     """Writes train.parquet, val.parquet, test.parquet and prepare.json into `folder`."""
     for name in SPLITS:
         path = Path(folder, f"{name}.parquet")
-        # Chunks by content, which spare uploads, would abort the process on a full disk (pyarrow 26)
+        # Chunks by content, which spare uploads, abort the process on a full disk (pyarrow 26)
         prompts[name].to_parquet(path, batch_size=50_000, use_content_defined_chunking=False)
     write_json(Path(folder, "prepare.json"), about)
 
