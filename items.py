@@ -22,7 +22,8 @@ import random
 import re
 import shlex
 import shutil
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -33,7 +34,15 @@ import pyarrow.compute
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from huggingface_hub import HfApi, constants, errors
+from huggingface_hub import (
+    HfApi,
+    constants,
+    errors,
+    get_session,
+    get_token,
+    set_client_factory,
+)
+from huggingface_hub.utils import validate_repo_id
 
 QUESTION = "What does this cost to the nearest dollar?"
 PREFIX = "Price is $"
@@ -568,11 +577,74 @@ def check_writable(folder):
 # 4. Datasets, on disk and on the Hub
 
 
+CONNECT_S = 2.0  # seconds that the first connection to the Hub may take
+AWAY_S = 30.0  # seconds for which a Hub that couldn't be reached isn't asked again
+
+
+@dataclass
+class HubContact:
+    """Whether the Hub has answered to this stage, and until when it is taken to be away."""
+
+    is_made: bool = False
+    away_until: float = 0.0  # of time.monotonic()
+
+
+class HubClient(httpx2.Client):
+    """The client of all the Hub's libraries, for a network that is away.
+
+    They retry for up to half a minute, each request anew, or wait without a limit. Until the Hub
+    has answered once, this one tries a request twice, and then raises what the libraries know as
+    offline: they take what is cached. Once it has answered, their own retries are patient.
+    """
+
+    def __init__(self, contact, **options):
+        super().__init__(**options)
+        self.contact = contact
+
+    def send(self, request, **options):
+        if self.contact.is_made:
+            return super().send(request, **options)
+        if time.monotonic() > self.contact.away_until:
+            timeouts = request.extensions.get("timeout", {})
+            request.extensions["timeout"] = timeouts | {"connect": CONNECT_S}
+            for pause in (0.2, 0):
+                try:
+                    response = super().send(request, **options)
+                    self.contact.is_made = True
+                    return response
+                except httpx2.TransportError:
+                    time.sleep(pause)
+            self.contact.away_until = time.monotonic() + AWAY_S
+        raise errors.OfflineModeIsEnabled(f"{request.url.host} can't be reached")
+
+
+def use_hub_client():
+    """Has the Hub's libraries use a HubClient from now on, which hasn't reached the Hub yet."""
+    contact = HubContact()
+    hooks = get_session().event_hooks
+
+    def make_client():
+        return HubClient(contact, event_hooks=hooks, follow_redirects=True, timeout=None)
+
+    set_client_factory(make_client)
+
+
+def refuses_token(error):
+    """Whether the Hub's reason for an exception is that the token is not, or no longer, valid."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None and response.status_code == 401:
+            return get_token() is not None
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextmanager
 def hub_errors(what):
     """Turns the Hub's errors about `what` into a UserError that says what to do."""
     try:
-        yield
+        with token_errors(what):
+            yield
     except (
         errors.LocalEntryNotFoundError,
         errors.OfflineModeIsEnabled,
@@ -609,8 +681,41 @@ def hub_errors(what):
         raise UserError(f"{what}: {lines[0]}") from error
 
 
-def push_or_explain(name, upload, resume_command="the same command again"):
-    """Calls `upload`, whose client retries by itself.
+@contextmanager
+def token_errors(what):
+    """Turns an error about `what` whose reason is the token into a UserError."""
+    try:
+        yield
+    except (OSError, DatasetNotFoundError) as error:  # the Hub's errors are OSErrors
+        if not refuses_token(error):
+            raise
+        raise UserError(
+            f"{what}: the Hub refuses HF_TOKEN: it is mistyped, expired or revoked. Set a valid "
+            "one, made at https://huggingface.co/settings/tokens."
+        ) from error
+
+
+def check_hub_name(name):
+    """Raises UserError if the Hub allows no repository of that name, `account/run`."""
+    try:
+        validate_repo_id(name)
+    except errors.HFValidationError as error:
+        raise UserError(
+            f"{name}: the Hub allows no such name: letters, digits, '.', '-' and '_', 96 at most; "
+            "no '..' or '--', no '.' or '-' at either end, no '.git' at the end. Give another "
+            "--run-name, or add --local."
+        ) from error
+
+
+def is_public(name, kind):
+    """Whether the repository on the Hub is known to be public; `kind` is model or dataset."""
+    with suppress(OSError, httpx2.TransportError):  # then it isn't known
+        return HfApi().repo_info(name, repo_type=kind).private is False
+    return False
+
+
+def push_or_explain(name, upload, resume_command="the same command again", kind="model"):
+    """Calls `upload`, whose client retries by itself. Prints whether the repository is public.
 
     Raises UserError with code 3 and the command that pushes later.
     """
@@ -620,7 +725,10 @@ def push_or_explain(name, upload, resume_command="the same command again"):
     except UserError as error:
         text = f"{error} Everything is on disk; to push it later: {resume_command}"
         raise UserError(text, code=3) from error
-    print(f"Pushed: {name}")
+    if is_public(name, kind):  # it existed before: this program makes private ones
+        print(f"Pushed: {name}, which is public: anybody can read it")
+    else:
+        print(f"Pushed: {name}")
 
 
 def describe_prompts(config, cutoff, catalogue, counts):

@@ -85,6 +85,7 @@ from items import (
     QUESTION,
     Problems,
     UserError,
+    check_hub_name,
     check_writable,
     completion_tokens,
     constant_guesses,
@@ -2971,6 +2972,8 @@ def preflight(config, run, hf_user, use_bf16, micro_batch, changes):
     problems = Problems()
     with problems:
         account = None if config.local else config.login(hf_user or run.account, write=True)
+        if account:
+            check_hub_name(f"{account}/{run.folder.name}")
     with problems:
         prompts = find_prompts(config, run.data.get("hub"))
     if config.demo_mode:
