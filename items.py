@@ -827,7 +827,7 @@ def find_prompts(config, trained_on=None):
 
     In this order: `--data-user`'s; the local copy that `prepare` left, unless a run was
     `trained_on` another dataset on the Hub; that dataset; the own account's; the course's.
-    Raises UserError if there are none, or if a column is missing.
+    Raises UserError if there are none, or if a column is missing or a row can't be used.
     """
     place, reason = locate_prompts(config, trained_on)
     print(f"Data: {place} ({reason})")

@@ -2753,6 +2753,10 @@ def release_memory():
     torch.cuda.empty_cache()
 
 
+# What torch.save raises when its file can't be written to the end
+PYTORCH_CANT_WRITE = ("PytorchStreamWriter failed", "unexpected pos ")
+
+
 @contextmanager
 def explain_training_errors(run):
     """Turns what libraries raise when the disk is full into one line."""
@@ -2760,8 +2764,9 @@ def explain_training_errors(run):
         yield
     except Exception as error:
         print(file=sys.stderr)  # the progress bar is in this line
-        # PyTorch doesn't say why it couldn't write
-        is_full = is_disk_full(error) or free_bytes(run.folder) < 2**20
+        # PyTorch doesn't say why it couldn't write, and with a quota the disk itself has room
+        is_pytorch = any(text in str(error) for text in PYTORCH_CANT_WRITE)
+        is_full = is_disk_full(error) or is_pytorch or free_bytes(run.folder) < 2**20
         if is_full and not isinstance(error, UserError):
             raise UserError(
                 f"{run.folder}: the disk is full. Older checkpoints are complete: make room, then "

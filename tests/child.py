@@ -11,6 +11,7 @@ import atexit
 import errno
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -159,6 +160,11 @@ def exceed_quota_when_opening(ending):
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), arguments[0])
 
     sys.addaudithook(audit)
+
+
+def limit_file_size(limit):
+    """Files can't get larger than so many bytes; for PyTorch that is as a quota that is used up."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def fill_the_disk_at_step(step):

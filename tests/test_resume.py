@@ -275,6 +275,14 @@ def test_full_disk_leaves_older_checkpoints(call, begin, whole, prepared, small_
     assert_same_run(folder, whole)
 
 
+def test_checkpoint_beyond_the_quota_is_explained(call, begin, project):
+    """PyTorch's error names no reason, and the disk has room."""
+    options = (3_600_000,)  # bytes: the tokenizer's file has fewer, optimizer.pt at this rank more
+    begin = (*begin, "--lora-r", "512")
+    said = call(*begin, cwd=project, code=1, hook="limit_file_size", options=options)
+    assert "the disk is full. Older checkpoints are complete" in said
+
+
 def test_small_disk_is_refused_first(call, begin, prepared, small_disk):
     folder = small_disk(2)
     shutil.copytree(prepared / "outputs", folder / "outputs")
