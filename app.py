@@ -25,6 +25,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -227,14 +228,17 @@ def get_env(name: str, required: bool = False) -> str | None:
 def login_huggingface(namespace: str | None = None, write: bool = False) -> str:
     """Looks up the account of HF_TOKEN. Returns `namespace`, or else that account.
 
-    The libraries read the token from the environment, nothing is stored. Raises UserError if
-    the token is refused or, if `write` is asked for, may not write to that account.
+    To read from a `namespace` nothing has to be looked up. The libraries read the token from the
+    environment, nothing is stored. Raises UserError if the token is refused or, if `write` is
+    asked for, may not write to that account.
     """
     from huggingface_hub import HfApi
 
     from items import UserError, hub_errors
 
     get_env("HF_TOKEN", required=True)
+    if namespace and not write:
+        return namespace  # so that what is cached needs no Hub
     with hub_errors("HF_TOKEN"):
         account = HfApi().whoami()
     own = account["name"]
@@ -327,7 +331,8 @@ def prepare_prompts(
     print(f"Saved: {folder}{replaced}")
     if account:
         name = f"{account}/{config.dataset_name}"
-        items.push_or_explain(name, partial(prompts.push_to_hub, name, private=True))
+        push = partial(prompts.push_to_hub, name, private=True)
+        items.push_or_explain(name, push, kind="dataset")
         items.write_json(folder / "prepare.json", {"hub": name} | about)
         items.write_manifest(folder)
     return folder
@@ -438,7 +443,6 @@ def evaluate_model(
     prompts = items.find_prompts(config, run.data.get("hub"))
     base = util.open_base(config, run)
     rows = util.first_rows(prompts.splits["test"], size)
-    util.check_completions(prompts, rows)
     subject = util.make_subject(run, config, base, prompts)
     earlier_guesses = util.read_earlier(config, earlier, rows, decode, subject.data)
     folder = subject.folder(run)
@@ -545,6 +549,7 @@ def export_model(
 # Command line
 
 MAX_NUMBER = 2**32  # of an argument; seeds have to be below it
+MAX_NAME = 96  # characters of a repository's name on the Hub
 LIBRARY_LOGGERS = ("bitsandbytes", "transformers.integrations.bitsandbytes")  # silenced
 
 
@@ -567,7 +572,9 @@ def at_least(minimum, kind=int):
 
 
 def plain_name(text):
-    """An argparse type: a name that a folder and a repository can have."""
+    """An argparse type: a name that a folder can have; what the Hub allows is checked later."""
+    if len(text) > MAX_NAME:
+        raise argparse.ArgumentTypeError(f"{text} may have {MAX_NAME} characters at most")
     if not text.replace(".", "").replace("-", "").replace("_", "").isalnum():
         raise argparse.ArgumentTypeError(
             f"{text} may contain letters, digits, '.', '-' and '_' only"
@@ -898,6 +905,17 @@ def run_stage(args):
         )
 
 
+def written_folders(args):
+    """The folders in which a stage writes."""
+    from huggingface_hub.constants import HF_HOME
+
+    folders = [args.output_dir, HF_HOME, tempfile.gettempdir()]
+    for name in ("output", "export"):
+        if getattr(args, name, None):
+            folders.append(Path(getattr(args, name)).parent)
+    return folders
+
+
 def main(argv=None) -> None:
     """Parses the command line and calls the stage that it names."""
     args = parse_arguments(argv)
@@ -907,10 +925,12 @@ def main(argv=None) -> None:
             return
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
         os.environ["TQDM_DISABLE"] = "1"
-    from items import UserError
+    from items import UserError, explain_full_disk, use_hub_client
 
+    use_hub_client()
     try:
-        run_stage(args)
+        with explain_full_disk(*written_folders(args)):
+            run_stage(args)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"app.py {args.stage}: {line}", file=sys.stderr)

@@ -5,7 +5,7 @@ parquet
 
     1. Items and prompts       4. Datasets, on disk and on the Hub
     2. Tokens to train on      5. The user's own catalogue
-    3. Atomic files            6. The demo's synthetic catalogue
+    3. Atomic files, disks     6. The demo's synthetic catalogue
 
 Before them come the errors that users see, which all files share. No model is loaded here. The
 formats are those of the course "The Price Is Right", so that its
@@ -23,6 +23,7 @@ import re
 import shlex
 import shutil
 import socket
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -34,9 +35,17 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 import xxhash
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from huggingface_hub import HfApi, constants, errors
+from huggingface_hub import (
+    HfApi,
+    constants,
+    errors,
+    get_session,
+    get_token,
+    set_client_factory,
+)
+from huggingface_hub.utils import validate_repo_id
 
 QUESTION = "What does this cost to the nearest dollar?"
 PREFIX = "Price is $"
@@ -49,6 +58,12 @@ TEXT_COLUMNS = ("summary", "text", "description")
 CATALOGUE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 IGNORED = -100  # the label of tokens that are not trained on, as in PyTorch
+# A completion that is trained on and judged as it is. RE2's syntax, as pyarrow has it
+PLAIN_COMPLETION = r"^(0|[1-9]\d{0,2})(\.\d+)?$"
+# Others that mean a number: 219. and .99, $219, with separators of thousands
+WRITTEN_NUMBER = r"^\$?\s*[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d*)?$"
+SHOWN_VALUE = 60  # characters of a value in an error
+
 MERGE_MARGIN = 8  # tokens that can merge where texts meet; in fact one or two do
 MANIFEST = "manifest.json"
 
@@ -375,7 +390,48 @@ def tokenizer_identity(tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. Atomic files
+# 3. Atomic files, full disks
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_disk_full(error):
+    """Whether a full disk, or a quota that is used up, is the reason of an exception."""
+    while error is not None:
+        is_named = any(os.strerror(number) in str(error) for number in DISK_FULL)
+        if is_named or getattr(error, "errno", None) in DISK_FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def explain_full_disk(*folders):
+    """Turns what libraries raise when a disk is full into a UserError.
+
+    It names that of the `folders`, in which the stage writes, that has the least room.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        folders = [str(folder) for folder in folders if Path(folder).is_dir()]
+        room = ""
+        if folders:  # what was half written is deleted again, so that none may be full now
+            least = min(folders, key=free_bytes)
+            room = f" (least room: {least}, {free_bytes(least) / 1e6:,.0f} MB)"
+        raise UserError(
+            f"the disk is full, or your quota on it{room}. What was there before is unchanged: "
+            "make room, then run the same command again."
+        ) from error
+
+
+def free_bytes(folder):
+    """The bytes that a user can write to the disk of a folder."""
+    return shutil.disk_usage(folder).free
 
 
 def temporary_name(path, ending):
@@ -394,11 +450,15 @@ def replacing(target):
     target = finish_interrupted_replace(target)
     remove_leftovers(target)
     new = temporary_name(target, "new")
-    new.mkdir(parents=True)
-    yield new
-    for path in new.rglob("*"):
-        sync(path)
-    sync(new)
+    try:
+        new.mkdir(parents=True)
+        yield new
+        for path in new.rglob("*"):
+            sync(path)
+        sync(new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     put_in_place(new, target)
     sync(target.parent)
 
@@ -456,10 +516,14 @@ def writing(path):
     It is written under another name, flushed to the disk, then renamed.
     """
     new = temporary_name(Path(path), "new")
-    with open(new, "w", encoding="utf-8", newline="") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(new, "w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
     os.replace(new, path)
     sync(new.parent)
 
@@ -564,11 +628,74 @@ def check_writable(folder):
 # 4. Datasets, on disk and on the Hub
 
 
+CONNECT_S = 2.0  # seconds that the first connection to the Hub may take
+AWAY_S = 30.0  # seconds for which a Hub that couldn't be reached isn't asked again
+
+
+@dataclass
+class HubContact:
+    """Whether the Hub has answered to this stage, and until when it is taken to be away."""
+
+    is_made: bool = False
+    away_until: float = 0.0  # of time.monotonic()
+
+
+class HubClient(httpx2.Client):
+    """The client of all the Hub's libraries, for a network that is away.
+
+    They retry for up to half a minute, each request anew, or wait without a limit. Until the Hub
+    has answered once, this one tries a request twice, and then raises what the libraries know as
+    offline: they take what is cached. Once it has answered, their own retries are patient.
+    """
+
+    def __init__(self, contact, **options):
+        super().__init__(**options)
+        self.contact = contact
+
+    def send(self, request, **options):
+        if self.contact.is_made:
+            return super().send(request, **options)
+        if time.monotonic() > self.contact.away_until:
+            timeouts = request.extensions.get("timeout", {})
+            request.extensions["timeout"] = timeouts | {"connect": CONNECT_S}
+            for pause in (0.2, 0):
+                try:
+                    response = super().send(request, **options)
+                    self.contact.is_made = True
+                    return response
+                except httpx2.TransportError:
+                    time.sleep(pause)
+            self.contact.away_until = time.monotonic() + AWAY_S
+        raise errors.OfflineModeIsEnabled(f"{request.url.host} can't be reached")
+
+
+def use_hub_client():
+    """Has the Hub's libraries use a HubClient from now on, which hasn't reached the Hub yet."""
+    contact = HubContact()
+    hooks = get_session().event_hooks
+
+    def make_client():
+        return HubClient(contact, event_hooks=hooks, follow_redirects=True, timeout=None)
+
+    set_client_factory(make_client)
+
+
+def refuses_token(error):
+    """Whether the Hub's reason for an exception is that the token is not, or no longer, valid."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None and response.status_code == 401:
+            return get_token() is not None
+        error = error.__cause__ or error.__context__
+    return False
+
+
 @contextmanager
 def hub_errors(what):
     """Turns the Hub's errors about `what` into a UserError that says what to do."""
     try:
-        yield
+        with token_errors(what):
+            yield
     except (
         errors.LocalEntryNotFoundError,
         errors.OfflineModeIsEnabled,
@@ -591,26 +718,68 @@ def hub_errors(what):
         text = f"{what}: not on the Hub, or HF_TOKEN may not read it. Check the name and the token."
         raise UserError(text) from error
     except (
+        DatasetGenerationError,
         OSError,
         ValueError,
         RuntimeError,
     ) as error:  # a refusal, files that can't be loaded, an aborted upload
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if is_disk_full(error):
+            raise  # it isn't about `what`: explain_full_disk says it
+        reason = error
+        if isinstance(error, DatasetGenerationError):  # which only says that there is a cause
+            reason = error.__cause__ or error
+        lines = str(reason).strip().splitlines() or [type(reason).__name__]
         raise UserError(f"{what}: {lines[0]}") from error
 
 
-def push_or_explain(name, upload, resume_command="the same command again"):
-    """Calls `upload`, whose client retries by itself.
+@contextmanager
+def token_errors(what):
+    """Turns an error about `what` whose reason is the token into a UserError."""
+    try:
+        yield
+    except (OSError, DatasetNotFoundError) as error:  # the Hub's errors are OSErrors
+        if not refuses_token(error):
+            raise
+        raise UserError(
+            f"{what}: the Hub refuses HF_TOKEN: it is mistyped, expired or revoked. Set a valid "
+            "one, made at https://huggingface.co/settings/tokens."
+        ) from error
+
+
+def check_hub_name(name):
+    """Raises UserError if the Hub allows no repository of that name, `account/run`."""
+    try:
+        validate_repo_id(name)
+    except errors.HFValidationError as error:
+        raise UserError(
+            f"{name}: the Hub allows no such name: letters, digits, '.', '-' and '_', 96 at most; "
+            "no '..' or '--', no '.' or '-' at either end, no '.git' at the end. Give another "
+            "--run-name, or add --local."
+        ) from error
+
+
+def is_public(name, kind):
+    """Whether the repository on the Hub is known to be public; `kind` is model or dataset."""
+    with suppress(OSError, httpx2.TransportError):  # then it isn't known
+        return HfApi().repo_info(name, repo_type=kind).private is False
+    return False
+
+
+def push_or_explain(name, upload, resume_command="the same command again", kind="model"):
+    """Calls `upload`, whose client retries by itself. Prints whether the repository is public.
 
     Raises UserError with code 3 and the command that pushes later.
     """
     try:
-        with hub_errors(name):
+        with explain_full_disk(), hub_errors(name):
             upload()
     except UserError as error:
         text = f"{error} Everything is on disk; to push it later: {resume_command}"
         raise UserError(text, code=3) from error
-    print(f"Pushed: {name}")
+    if is_public(name, kind):  # it existed before: this program makes private ones
+        print(f"Pushed: {name}, which is public: anybody can read it")
+    else:
+        print(f"Pushed: {name}")
 
 
 def describe_prompts(config, cutoff, catalogue, counts):
@@ -656,7 +825,9 @@ def format_quantiles(values, digits=0):
 def save_prompts(folder, prompts, about):
     """Writes train.parquet, val.parquet, test.parquet and prepare.json into `folder`."""
     for name in SPLITS:
-        prompts[name].to_parquet(Path(folder, f"{name}.parquet"), batch_size=50_000)
+        path = Path(folder, f"{name}.parquet")
+        # Chunks by content, which spare uploads, abort the process on a full disk (pyarrow 26)
+        prompts[name].to_parquet(path, batch_size=50_000, use_content_defined_chunking=False)
     write_json(Path(folder, "prepare.json"), about)
 
 
@@ -688,6 +859,8 @@ def load_prompts(folder):
     try:
         return load_dataset("parquet", data_files=files)
     except (OSError, DatasetGenerationError) as error:
+        if is_disk_full(error):
+            raise
         text = f"{folder}: the dataset is corrupt or incomplete ({error.__cause__ or error})."
         raise UserError(f"{text} Run `python app.py prepare` again.") from error
 
@@ -715,7 +888,7 @@ def find_prompts(config, trained_on=None):
 
     In this order: `--data-user`'s; the local copy that `prepare` left, unless a run was
     `trained_on` another dataset on the Hub; that dataset; the own account's; the course's.
-    Raises UserError if there are none, or if a column is missing.
+    Raises UserError if there are none, or if a column is missing or a row can't be used.
     """
     place, reason = locate_prompts(config, trained_on)
     print(f"Data: {place} ({reason})")
@@ -724,10 +897,10 @@ def find_prompts(config, trained_on=None):
         about = read_json(Path(place, "prepare.json"))
     else:
         with hub_errors(place):
-            splits = load_dataset(place)
+            splits = load_splits(place)
         about = {"source": place, "hub": place}
     check_columns(place, splits, SPLITS, ("prompt", "completion"))
-    return Prompts(splits, place, about)
+    return Prompts(read_prompts(place, splits), place, about)
 
 
 def locate_prompts(config, trained_on):
@@ -754,8 +927,27 @@ def locate_prompts(config, trained_on):
     return f"{config.course_user}/{config.dataset_name}", "the course's"
 
 
+def load_splits(name):
+    """The DatasetDict of a dataset on the Hub, whose splits may differ in their columns."""
+    try:
+        return load_dataset(name)
+    except DatasetGenerationError:
+        builder = load_dataset_builder(name)
+        files = builder.config.data_files or {}
+        if len(files) < 2:
+            raise
+        # `load_dataset` has one schema for all splits of a dataset
+        splits = DatasetDict()
+        for split, paths in files.items():
+            splits[str(split)] = load_dataset(builder.name, data_files=paths, split="train")
+        return splits
+
+
 def check_columns(place, splits, names, columns):
-    """Raises UserError if a dataset lacks one of the splits `names`, or of the `columns`."""
+    """Raises UserError if a dataset lacks one of the splits `names`, or of the `columns`.
+
+    Or if a split has no rows.
+    """
     missing = [name for name in names if name not in splits]
     if not missing:
         found = [set(splits[name].column_names) for name in names]
@@ -767,6 +959,143 @@ def check_columns(place, splits, names, columns):
     if missing:
         required = f"{', '.join(names)} with {' and '.join(columns)}"
         raise UserError(f"{place}: lacks {', '.join(missing)}; required: {required}.")
+    empty = [name for name in names if not len(splits[name])]
+    if empty:
+        raise UserError(f"{place}: {' and '.join(empty)} without rows. Give each split some.")
+
+
+def read_prompts(place, splits):
+    """The splits with exactly `prompt` and `completion`, as training and evaluation read them.
+
+    Completions that are plain numbers stay letter by letter; numbers and texts like $219 become
+    219.00. Prompts lose blanks behind PREFIX. Raises one UserError that names the first row whose
+    prompt doesn't end with PREFIX or whose completion is no price, and the number of such rows.
+    """
+    problem = None
+    bad_rows = 0
+    rewritten = 0
+    read = DatasetDict()
+    for split in SPLITS:
+        dataset = splits[split].with_format(None).select_columns(["prompt", "completion"])
+        columns = {name: dataset.data.column(name) for name in dataset.column_names}
+        prompts, is_prompt = read_prompt_column(columns["prompt"])
+        completions, prices = read_completion_column(columns["completion"])
+        is_price = (prices >= 0) & (prices <= MAX_PRICE)  # NaN isn't
+        bad = numpy.flatnonzero(~(is_prompt & is_price))
+        if len(bad):
+            bad_rows += len(bad)
+            problem = problem or describe_row(dataset, split, int(bad[0]), is_prompt[bad[0]])
+            continue
+
+        if prompts is not columns["prompt"]:
+            dataset = with_column(dataset, "prompt", prompts)
+        if completions is not columns["completion"]:
+            rewritten += count_changed(columns["completion"], completions)
+            dataset = with_column(dataset, "completion", completions)
+        read[split] = dataset
+    if problem:
+        total = sum(len(splits[split]) for split in SPLITS)
+        raise UserError(
+            f"{place}: {problem}. {bad_rows:,} of {total:,} rows can't be used: correct the "
+            "dataset, or name another by --data-user."
+        )
+    if rewritten:
+        print(f"Data: {rewritten:,} completions are written differently, and read as 219.00 is")
+    return read
+
+
+def describe_row(dataset, split, index, is_prompt):
+    """Which row can't be used and why, as text: its completion or, unless `is_prompt`, its prompt.
+
+    Rows count from 1.
+    """
+    row = dataset[index]
+    name = f"row {index + 1:,} of {split}"
+    if is_prompt:
+        value = shorten(repr(row["completion"]))
+        return f"{name}: the completion {value} is no price from $0 to ${MAX_PRICE}, like 219.00"
+    if isinstance(row["prompt"], str):
+        end = row["prompt"][-SHOWN_VALUE:]
+        return f"{name}: the prompt doesn't end with `{PREFIX}`, but with {end!r}"
+    value = shorten(repr(row["prompt"]))
+    return f"{name}: the prompt {value} is no text that ends with `{PREFIX}`"
+
+
+def read_prompt_column(column):
+    """(the prompts without blanks behind PREFIX, whether each ends with PREFIX).
+
+    An Arrow column and a numpy array.
+    """
+    if not is_text(column.type):
+        return column, numpy.zeros(len(column), bool)
+    is_prompt = pyarrow.compute.ends_with(column, PREFIX)
+    if not pyarrow.compute.all(is_prompt, skip_nulls=False).as_py():
+        column = pyarrow.compute.utf8_rtrim_whitespace(column)
+        is_prompt = pyarrow.compute.ends_with(column, PREFIX)
+    return column, is_prompt.fill_null(False).to_numpy()
+
+
+def read_completion_column(column):
+    """(the completions as texts, their prices in dollars, NaN for what is no number).
+
+    An Arrow column and a numpy array. Plain numbers in texts are left as they are.
+    """
+    if is_text(column.type):
+        is_plain = pyarrow.compute.match_substring_regex(column, PLAIN_COMPLETION)
+        if pyarrow.compute.all(is_plain, skip_nulls=False).as_py():
+            return column, column.cast("float64").to_numpy()
+        prices = parse_written_numbers(column)
+    elif is_number(column.type):
+        is_plain = None
+        prices = column.cast("float64", safe=False).fill_null(math.nan).to_numpy()
+    else:
+        return column, numpy.full(len(column), math.nan)
+    texts = pyarrow.array([f"{price:.2f}" for price in prices.tolist()])
+    if is_plain is not None:
+        texts = pyarrow.compute.if_else(is_plain, column.cast("string"), texts)
+    return texts, prices
+
+
+def parse_written_numbers(column):
+    """The numbers that texts mean, a numpy array of floats; NaN for all others."""
+    compute = pyarrow.compute
+    texts = compute.utf8_trim_whitespace(column)
+    is_number = compute.and_(
+        compute.match_substring_regex(texts, WRITTEN_NUMBER),
+        compute.match_substring_regex(texts, r"\d"),
+    )
+    digits = compute.replace_substring_regex(texts, r"[$,+\s]", "")
+    numbers = compute.if_else(is_number, digits, "nan")
+    return numbers.cast("float64").fill_null(math.nan).to_numpy()
+
+
+def is_text(kind):
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+
+
+def is_number(kind):
+    types = pyarrow.types
+    return types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
+
+
+def count_changed(old, new):
+    """The number of rows in which two columns differ; all if they are of different types."""
+    if new is old:
+        return 0
+    if not is_text(old.type):
+        return len(old)
+    return pyarrow.compute.sum(pyarrow.compute.not_equal(old.cast("string"), new)).as_py()
+
+
+def with_column(dataset, name, column):
+    """The Dataset with another Arrow column of that name."""
+    identity = f"{dataset._fingerprint}-{name}"  # a cache's key: the column depends on nothing else
+    return dataset.remove_columns(name).add_column(name, column, new_fingerprint=identity)
+
+
+def shorten(text):
+    """The text, cut to SHOWN_VALUE characters."""
+    return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}…"
 
 
 def fingerprint(splits):
@@ -821,7 +1150,7 @@ def find_items(config, path=None):
 def published_items(name):
     """The Catalogue of a dataset of items on the Hub; what is dropped is named by split and row."""
     with hub_errors(name):
-        published = load_dataset(name)
+        published = load_splits(name)
     check_columns(name, published, ITEM_SPLITS, ("summary", "price"))
     dropped = {}
 

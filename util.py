@@ -87,16 +87,18 @@ from items import (
     QUESTION,
     Problems,
     UserError,
+    check_hub_name,
     check_writable,
     completion_tokens,
     constant_guesses,
     find_prompts,
     fingerprint,
     finish_interrupted_replace,
+    free_bytes,
     hub_errors,
+    is_disk_full,
     is_first_process,
     manifest_problem,
-    parse_plain_number,
     prompt_of,
     push_or_explain,
     read_json,
@@ -2858,6 +2860,10 @@ def release_memory():
     torch.cuda.empty_cache()
 
 
+# What torch.save raises when its file can't be written to the end
+PYTORCH_CANT_WRITE = ("PytorchStreamWriter failed", "unexpected pos ")
+
+
 @contextmanager
 def explain_training_errors(run):
     """Turns what libraries raise when the disk is full into one line."""
@@ -2865,7 +2871,9 @@ def explain_training_errors(run):
         yield
     except Exception as error:
         print(file=sys.stderr)  # the progress bar is in this line
-        is_full = "No space left" in str(error) or shutil.disk_usage(run.folder).free < 2**20
+        # PyTorch doesn't say why it couldn't write, and with a quota the disk itself has room
+        is_pytorch = any(text in str(error) for text in PYTORCH_CANT_WRITE)
+        is_full = is_disk_full(error) or is_pytorch or free_bytes(run.folder) < 2**20
         if is_full and not isinstance(error, UserError):
             raise UserError(
                 f"{run.folder}: the disk is full. Older checkpoints are complete: make room, then "
@@ -3155,6 +3163,8 @@ def preflight(config, run, hf_user, use_bf16, micro_batch, changes):
     problems = Problems()
     with problems:
         account = None if config.local else config.login(hf_user or run.account, write=True)
+        if account:
+            check_hub_name(f"{account}/{run.folder.name}")
     with problems:
         prompts = find_prompts(config, run.data.get("hub"))
     if config.demo_mode:
@@ -3262,10 +3272,18 @@ def find_run(config, name, recipe_type, hf_user, revision=None):
     run.is_local = config.local
     run.adapter = adapter
     run.revision = revision
-    if adapter != folder and hf_user and hf_user not in own_accounts():
+    if adapter != folder and hf_user and not is_own(hf_user):
         run.owner = hf_user
     print(f"Run: {folder.name}")
     return run
+
+
+def is_own(account):
+    """Whether HF_TOKEN's user can write to an account; not if the Hub can't be asked."""
+    try:
+        return account in own_accounts()
+    except UserError:
+        return False
 
 
 def own_accounts():
@@ -3470,7 +3488,7 @@ def write_card(folder, run, results=None):
         prompt_form=PROMPT_FORM,
     )
     with writing(Path(folder, "README.md")) as file:
-        file.write(str(ModelCard(text)))
+        file.write(text)
 
 
 def card_figures(results):
@@ -3665,30 +3683,6 @@ def first_rows(test, size):
     """The first `size` rows of a test split, all without one; a list."""
     count = min(size or len(test), len(test))
     return list(test.select(range(count)))
-
-
-def check_completions(prompts, rows):
-    """Raises UserError if a test row to be evaluated, or a training row, has no price.
-
-    The training prices are those of the constant guesses.
-    """
-    columns = {
-        "train": prompts.splits["train"]["completion"][:],
-        "test": [row["completion"] for row in rows],
-    }
-    problems = Problems()
-    for split, completions in columns.items():
-        is_price = [math.isfinite(parse_plain_number(text)) for text in completions]
-        if not all(is_price):
-            first = is_price.index(False)
-            with problems:
-                raise UserError(
-                    f"{prompts.place}: {split}, row {first + 1}: the completion is "
-                    f"{completions[first]!r}, no number like 219.00 "
-                    f"({is_price.count(False):,} such rows of {len(is_price):,}). "
-                    "Correct the dataset, or name another account's by --data-user."
-                )
-    problems.report()
 
 
 @dataclass(frozen=True)

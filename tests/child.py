@@ -8,8 +8,10 @@ That takes a second instead of ten. `hook` names a function of this module that 
 """
 
 import atexit
+import errno
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -150,6 +152,21 @@ def kill_when_opening(part):
             kill()
 
     sys.addaudithook(audit)
+
+
+def exceed_quota_when_opening(part):
+    """Opening a path with that part fails as it does when a user's quota is used up."""
+
+    def audit(event, arguments):
+        if event == "open" and part in str(arguments[0]):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), arguments[0])
+
+    sys.addaudithook(audit)
+
+
+def limit_file_size(limit):
+    """Files can't get larger than so many bytes; for PyTorch that is as a quota that is used up."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def fill_the_disk_at_step(step):

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -220,6 +221,28 @@ def trained_project(trained, tmp_path):
     """A folder of one's own in which `prepare` and the run `first` are done."""
     shutil.copytree(trained / "outputs", tmp_path / "outputs")
     return tmp_path
+
+
+@pytest.fixture()
+def small_disk(tmp_path):
+    """`small_disk(5, "outputs")` mounts a disk of so many megabytes on that folder of one's own.
+
+    Returns the folder.
+    """
+    mounted = []
+
+    def mount(megabytes, name="."):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("a small disk can't be mounted here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.fixture()

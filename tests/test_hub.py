@@ -13,6 +13,7 @@ from huggingface_hub import HfFileSystem, ModelCard
 from wandb.proto.wandb_internal_pb2 import Record
 
 import app
+import items
 import util
 from conftest import DATASET, HF_HOME, HUB, TRAIN, read
 from items import SPLITS, Item, demo_items, fingerprint, load_prompts, write_manifest
@@ -36,6 +37,10 @@ REFUSALS = (  # what is typed, with which token: the beginnings of the lines tha
     ("train {shared} --resume nosuch", WRITER, ["alice/price-nosuch: not on the Hub"]),
     ("eval {shared} --run-name nosuch", WRITER, ["alice/price-nosuch: not on the Hub"]),
     ("prepare {shared}", WRITER, ["ed-donner/items_lite: not on the Hub"]),
+    ("train {shared} --run-name a..b", WRITER, ["alice/price-a..b: the Hub allows no such name"]),
+    ("train {shared} --run-name=-x", WRITER, ["alice/price--x: the Hub allows no such name"]),
+    ("train {shared} --run-name é", WRITER, ["alice/price-é: the Hub allows no such name"]),
+    (f"train {{shared}} --run-name {'x' * 91}", WRITER, ["alice/price-xxx"]),
     (
         "train --lite --base-model meta/gated --hf-user bob --data-user half --log-wandb",
         WRITER,
@@ -377,7 +382,90 @@ def test_refusals_come_at_once(online, hub, prepared, tiny_base, monkeypatch, ty
 
 def test_unknown_token_is_refused(online):
     said = online("train", *SHARED, code=1, token="hf_unknown_secret")
-    assert "app.py train: HF_TOKEN: Invalid user token" in said
+    assert "app.py train: HF_TOKEN: the Hub refuses HF_TOKEN: it is mistyped, expired or" in said
+
+
+# Data as people publish them
+
+
+def published(prepared, change, which=SPLITS):
+    """The prepared prompts, the rows of the splits `which` changed; Datasets by name."""
+    splits = {}
+    for name, rows in load_prompts(prepared / DATASET).items():
+        changed = [change(dict(row), i) for i, row in enumerate(rows)]
+        splits[name] = Dataset.from_list(changed if name in which else list(rows))
+    return splits
+
+
+def in_row_2(completion):
+    """A change of the second row's completion."""
+
+    def change(row, index):
+        return row | {"completion": completion} if index == 1 else row
+
+    return change
+
+
+def as_chat(row, index):
+    question = {"role": "user", "content": row["prompt"]}
+    return {"prompt": [question], "completion": [question | {"content": row["completion"]}]}
+
+
+@pytest.mark.parametrize(
+    "change, which, line",
+    [
+        (in_row_2("1,299.00"), SPLITS, "row 2 of train: the completion '1,299.00' is no price"),
+        (in_row_2(None), SPLITS, "row 2 of train: the completion None is no price"),
+        (in_row_2("nan"), ["test"], "row 2 of test: the completion 'nan' is no price"),
+        (as_chat, SPLITS, "row 1 of train: the prompt [{'"),
+        (as_chat, ["val"], "row 1 of val: the prompt [{'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "typed", ["train {shared} --run-name new", "eval {shared} --run-name base"]
+)
+def test_unusable_rows_are_named(online, hub, prepared, monkeypatch, typed, change, which, line):
+    """In one line, by train as by eval, before a model is loaded."""
+    put_dataset(hub, "bob/items_prompts_lite", published(prepared, change, which))
+    monkeypatch.setattr(util, "load_quantised", None)
+    typed = typed.format(shared=" ".join(SHARED))
+    said = online(*typed.split(), "--data-user", "bob", "--local", code=1)
+    printed = [one for one in said.splitlines() if one.startswith("app.py")]
+    assert len(printed) == 1
+    assert f": bob/items_prompts_lite: {line}" in printed[0]
+
+
+def test_dataset_without_a_split_is_refused(online, hub, prepared):
+    splits = published(prepared, as_chat, ())
+    del splits["val"]
+    put_dataset(hub, "bob/items_prompts_lite", splits)
+    said = online("train", *SHARED, "--data-user", "bob", "--local", code=1)
+    assert "bob/items_prompts_lite: lacks val; required: train, val, test" in said
+
+
+@pytest.mark.parametrize(
+    "change, which",
+    [
+        (lambda row, index: row | {"completion": "$" + row["completion"]}, ["test"]),
+        (lambda row, index: row | {"completion": float(row["completion"])}, SPLITS),
+        (lambda row, index: row | {"completion": float(row["completion"])}, ["train"]),
+        (lambda row, index: row | {"title": "x"}, ["val"]),
+        (lambda row, index: {"id": index, "text": "x"} | row, ["test"]),
+    ],
+    ids=["dollar-in-test", "floats", "floats-in-train", "title-in-val", "more-in-test"],
+)
+def test_plain_meaning_is_read(online, hub, data, prepared, change, which):
+    """The figures are those of the data that prepare made."""
+    put_dataset(hub, "bob/items_prompts_lite", published(prepared, change, which))
+    judge = ("eval", *SHARED, "--local", "--run-name", "base")
+    online(*judge)
+    expected = read("outputs/price-base/eval/results.json")
+    online(*judge, "--data-user", "bob")
+    results = read("outputs/price-base/eval/results.json")
+    assert results["data"]["source"] == "bob/items_prompts_lite"
+    for name in ("mae", "baselines"):
+        assert results[name] == expected[name]
+    online("train", *SHARED, "--local", "--data-user", "bob", "--run-name", "new", *SHORT)
 
 
 # Outages: nothing is lost, and the later push completes
@@ -400,6 +488,98 @@ def test_hub_down_at_the_start(online, hub, typed):
     said = online(*typed.format(shared=" ".join(SHARED)).split(), code=1)
     assert "the Hub can't be reached" in said
     assert not contents(OUTPUTS)
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "prepare {shared}",
+        "prepare {shared} --local",
+        "train {shared}",
+        "train {shared} --local",
+        "eval {shared} --run-name nosuch",
+        "eval {shared} --run-name base",
+    ],
+)
+def test_absent_network_is_said_in_seconds(online, hub, typed):
+    hub.down(refuse=True)
+    start = time.time()
+    said = online(*typed.format(shared=" ".join(SHARED)).split(), code=1)
+    taken = time.time() - start
+    lines = [line for line in said.splitlines() if line.startswith("app.py")]
+    assert lines
+    assert all("the Hub can't be reached" in line for line in lines)
+    assert taken < 5
+
+
+@pytest.mark.parametrize(
+    "typed, request_",
+    [
+        ("prepare {shared} --source {catalogue}", "GET /api/whoami"),
+        ("train {shared} --dry-run", "GET /api/whoami"),
+        ("train {shared} --dry-run --local", "HEAD /meta/tiny/resolve"),
+        ("eval {shared} --local --run-name base --size 2", "HEAD /meta/tiny/resolve"),
+    ],
+)
+def test_dropped_first_request_is_repeated(online, hub, data, catalogue, typed, request_):
+    hub.requests.clear()
+    hub.fail(request_, times=1, drop=True)
+    online(*typed.format(shared=" ".join(SHARED), catalogue=catalogue).split())
+    assert f"{hub.requests[0][0]} {hub.requests[0][1]}".startswith(request_)
+    assert hub.requests[0] == hub.requests[1]
+
+
+def test_cached_eval_needs_no_hub(online, hub, prepared):
+    """Base and data are in the cache from an evaluation before."""
+    put_dataset(hub, "ed-donner/items_prompts_lite", load_prompts(prepared / DATASET))
+    judge = ("eval", *SHARED, "--local", "--run-name", "base")
+    online(*judge)
+    expected = read("outputs/price-base/eval/results.json")
+    hub.down(refuse=True)
+    online(*judge)
+    results = read("outputs/price-base/eval/results.json")
+    for name in FIGURES:
+        assert results[name] == expected[name]
+
+
+def test_cached_run_needs_no_hub(online, hub, data, trained):
+    """One that was fetched before; its account is named."""
+    pushed = {
+        path: (trained / RUN / path).read_bytes() for path in ("adapter_config.json", ADAPTER)
+    }
+    hub.put("models", "bob/price-first", pushed)
+    judge = ("eval", *SHARED, "--hf-user", "bob", "--run-name", "first", "--size", "2")
+    online(*judge)
+    hub.down(refuse=True)
+    online(*judge)
+
+
+@pytest.mark.parametrize("stage", ["prepare", "train"])
+def test_revoked_token_is_named(online, hub, data, catalogue, monkeypatch, stage):
+    """It is revoked before the last push."""
+    push = items.push_or_explain
+
+    def push_when_revoked(*arguments, **options):
+        hub.users = {}
+        push(*arguments, **options)
+
+    monkeypatch.setattr(items, "push_or_explain", push_when_revoked)
+    monkeypatch.setattr(util, "push_or_explain", push_when_revoked)
+    options = {"prepare": ("--source", catalogue), "train": SHORT}
+    said = online(stage, *SHARED, *options[stage], code=3)
+    assert "the Hub refuses HF_TOKEN: it is mistyped, expired or revoked" in said
+    assert "Everything is on disk" in said
+
+
+def test_public_repositories_are_named(online, hub, catalogue):
+    """Those that existed before: what the program makes is private."""
+    prepare = ("prepare", *SHARED, "--source", catalogue)
+    assert "public" not in online(*prepare)
+    hub.repos["datasets", "alice/items_prompts_lite"].private = False
+    hub.put("models", "alice/price-open", {"README.md": b"mine"})
+    assert "Pushed: alice/items_prompts_lite, which is public" in online(*prepare)
+    said = online("train", *SHARED, "--run-name", "open", *SHORT)
+    assert "Pushed: alice/price-open, which is public: anybody can read it" in said
 
 
 def test_prompts_are_pushed_later(online, hub, catalogue):

@@ -5,10 +5,14 @@ import multiprocessing
 import os
 import random
 import sys
+import time
 from collections import Counter
+from decimal import Decimal
 
 import pandas
+import pyarrow
 import pytest
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -20,6 +24,7 @@ from items import (
     Problems,
     UserError,
     build_prompts,
+    check_columns,
     completion_tokens,
     demo_items,
     encode_rows,
@@ -29,6 +34,7 @@ from items import (
     manifest_problem,
     prompt_of,
     read_catalogue,
+    read_prompts,
     replacing,
     save_prompts,
     split_by_title,
@@ -358,6 +364,92 @@ def test_two_titles_are_too_few():
         split_by_title([make_item(title=title) for title in "ab"], seed=0)
 
 
+# Prompts as people publish them
+
+
+def splits_of(completions, prompts=None):
+    """A DatasetDict with these rows in `test`, and one that is fine in the other splits."""
+    prompt = prompt_of("Title: Lamp")
+    fine = Dataset.from_dict({"prompt": [prompt], "completion": ["5.00"], "more": [1]})
+    table = {"prompt": prompts or [prompt] * len(completions), "completion": completions}
+    test = Dataset(pyarrow.table(table))
+    return DatasetDict({"train": fine, "val": fine, "test": test})
+
+
+@pytest.mark.parametrize(
+    "published, read",
+    [
+        (["219.00", "5", "0.5", "999.49", "19.995"], ["219.00", "5", "0.5", "999.49", "19.995"]),
+        (["$219", "$ 5.5", " 7\n", "3.", ".99", "007", "1"], "219.00 5.50 7.00 3.00 0.99 7.00 1"),
+        ([219.0, 19.99, 0.0], "219.00 19.99 0.00"),
+        (pyarrow.array([19.99], "float32"), "19.99"),
+        ([219, 5], "219.00 5.00"),
+        ([Decimal("5.10")], "5.10"),
+        (pyarrow.array(["$5", "6.00"], "large_string"), "5.00 6.00"),
+    ],
+)
+def test_completions_are_read_as_meant(published, read):
+    """Plain ones letter by letter; other columns are left out."""
+    splits = read_prompts("a/b", splits_of(published))
+    assert list(splits["test"]["completion"]) == (read.split() if isinstance(read, str) else read)
+    for split in splits.values():
+        assert set(split.column_names) == {"prompt", "completion"}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["1,299.00", "$1,299", None, "nan", "", "12 USD", "1e2", "-5", "999.50", "five", "١٢"],
+)
+def test_text_that_is_no_price_is_named(bad):
+    with pytest.raises(UserError) as refusal:
+        read_prompts("a/b", splits_of(["5.00", "$6", bad, bad]))
+    line = f"a/b: row 3 of test: the completion {bad!r} is no price from $0 to $999.49, like 219.00"
+    assert str(refusal.value).startswith(f"{line}. 2 of 6 rows can't be used: correct")
+
+
+@pytest.mark.parametrize(
+    "bad", [float("nan"), None, -1.0, 1299.0, float("inf"), True, [{"role": "x", "content": "5"}]]
+)
+def test_other_value_that_is_no_price_is_named(bad):
+    first = [] if isinstance(bad, bool | list) else [5.0]
+    with pytest.raises(UserError) as refusal:
+        read_prompts("a/b", splits_of([*first, bad]))
+    line = f"a/b: row {len(first) + 1} of test: the completion {bad!r} is no price"
+    assert str(refusal.value).startswith(line)
+
+
+@pytest.mark.parametrize("bad", ["What does it cost?", None, [{"role": "user", "content": "x"}]])
+def test_prompt_without_prefix_is_named(bad):
+    with pytest.raises(
+        UserError, match="^a/b: row 1 of test: the prompt .*`Price is \\$`"
+    ) as refusal:
+        read_prompts("a/b", splits_of(["5.00"], [bad]))
+    assert repr(bad) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_blanks_behind_the_prefix_are_cut():
+    prompt = prompt_of("Title: Lamp")
+    splits = read_prompts("a/b", splits_of(["5.00"], [f"{prompt} \n"]))
+    assert splits["test"]["prompt"][0] == prompt
+
+
+def test_split_without_rows_is_named():
+    splits = splits_of(["5.00"])
+    splits["val"] = splits["val"].select([])
+    with pytest.raises(UserError, match="a/b: val without rows"):
+        check_columns("a/b", splits, ("train", "val", "test"), ("prompt", "completion"))
+
+
+def test_full_dataset_is_read_in_seconds():
+    """800,000 rows, all written differently."""
+    rows = 800_000
+    splits = splits_of(["$219"] * rows, [f"{row} {prompt_of('Lamp')}" for row in range(rows)])
+    start = time.time()
+    read_prompts("a/b", splits)
+    assert time.time() - start < 3
+
+
 # Files that are never half
 
 
@@ -395,6 +487,7 @@ def test_error_keeps_the_old_folder(tmp_path):
         raise KeyError
     assert finish_interrupted_replace(folder) == folder
     assert (folder / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["data"]
 
 
 FORK = multiprocessing.get_context("fork")  # the child has nothing to import

@@ -137,7 +137,7 @@ def test_signal_stops_both_alike(begin, project):
 )
 def test_impossible_settings_are_said_once(begin, project, flags, problem):
     (project / "outputs/price-taken").mkdir()
-    (project / "outputs/price-taken/run.json").write_text("{}", encoding="utf-8")
+    (project / "outputs/price-taken/run.json").write_text('{"run": "taken"}', encoding="utf-8")
     done = run_torchrun([*begin, *flags.split()], project)
     assert done.returncode == 1
     assert done.stderr.count(f"app.py train: {problem}") == 1, done.stderr

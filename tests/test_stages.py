@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import statistics
+from contextlib import suppress
 
 import bitsandbytes
 import numpy
@@ -50,6 +51,14 @@ MISTAKES = (  # what a user types, where only the run `first` is: what the one l
     ("prepare --local --lite --base-model {base}", "ed-donner/items_lite: not on the Hub"),
     ("prepare --local --output-dir /proc/nowhere", "/proc/nowhere: can't be written to"),
 )
+FULL_DISK = (  # what is typed, and how many KiB the disk has left, which are too few
+    *(("prepare {shared} --source {catalogue}", room) for room in (0, 8, 64)),
+    *(("eval --local --run-name first --size 4", room) for room in (0, 8, 64)),
+    ("eval --local --run-name first --input few.jsonl --output outputs/out.csv", 0),
+    *(("eval --local --run-name first --export outputs/plain", room) for room in (0, 64, 7168)),
+)
+FULL = r"the disk is full, or your quota on it \(least room: .+ MB\)\. What was there before is "
+QUOTA = "exceed_quota_when_opening"
 
 
 @pytest.fixture(scope="module")
@@ -677,8 +686,45 @@ def test_unpriced_row_ends_eval_early(call, trained_project, splits):
     Dataset.from_list(rows).to_parquet(trained_project / DATASET / "test.parquet")
     write_manifest(trained_project / DATASET)
     said = call(*JUDGE, cwd=trained_project, code=1)
-    assert f"app.py eval: {DATASET}: test, row 1: the completion is 'call us', no number" in said
+    assert "1 of 80 rows can't be used" in said
+    assert "test" in said
+    assert "call us" in said
     assert "asking" not in said
+
+
+# Full disks
+
+
+def fill(folder, room):
+    """Leaves `room` KiB on the folder's disk."""
+    with open(folder / "ballast", "wb", buffering=0) as file:
+        with suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        file.truncate(file.tell() - 1024 * room)
+
+
+@pytest.mark.parametrize("typed, room", FULL_DISK)
+def test_full_disk_is_one_line(call, shared, trained, small_disk, typed, room):
+    """Whatever room was left at the start; the disk holds the same as before."""
+    disk = small_disk(40, "outputs")
+    shutil.copytree(trained / "outputs", disk, dirs_exist_ok=True)
+    fill(disk, room)
+    before = contents(disk)
+    catalogue = write_catalogue(disk.parent / "new.jsonl", 2000)
+    write_catalogue(disk.parent / "few.jsonl", 4)
+    arguments = typed.format(shared=" ".join(shared), catalogue=catalogue).split()
+    said = call(*arguments, cwd=disk.parent, code=1)
+    assert re.match(f"app.py {arguments[0]}: {FULL}", said.splitlines()[-1])
+    assert "least room: outputs, " in said
+    assert contents(disk) == before
+    assert not [path for path in disk.rglob("*") if path.name.endswith((".new", ".old"))]
+
+
+@pytest.mark.parametrize("file", [".results.json.", ".README.md."])
+def test_used_up_quota_is_a_full_disk(call, trained_project, file):
+    said = call(*JUDGE, cwd=trained_project, code=1, hook=QUOTA, options=(file,))
+    assert re.match(f"app.py eval: {FULL}", said.splitlines()[-1])
 
 
 # Mistakes
