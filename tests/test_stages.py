@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import statistics
+from pathlib import Path
 
 import bitsandbytes
 import numpy
@@ -437,11 +438,24 @@ def test_predictions_agree_with_the_figures(judged):
 
 
 def test_report_is_one_file(judged):
-    """It needs no script, no network and no file beside it."""
+    """It needs no network and no file beside it; has no local path, but the base's real name."""
     page = (judged / "eval/report.html").read_text("utf-8")
-    assert "<script" not in page
-    assert "http" not in page
-    assert page.count('src="data:image/png;base64,') == 4
+    for needed in ("http", "src=", "<link", "@import", "url("):
+        assert needed not in page
+    assert str(judged.parents[1]) not in page
+    base = Path(read(judged / "run.json")["base_model"])
+    assert str(base) not in page
+    assert f"base model {base.name}</p>" in page
+    assert "catalogue.jsonl, split 90/5/5 by title" in page
+
+
+def test_report_shows_the_training(judged):
+    """Its losses, the validation error with n, and the recipe."""
+    page = (judged / "eval/report.html").read_text("utf-8")
+    record = read(judged / "run.json")
+    assert record["val_rows"] > 0
+    assert page.count(f"validation, n = {record['val_rows']}") == 2
+    assert "<td>learning rate</td><td>0.01</td>" in page
 
 
 def test_report_has_all_figures(judged):
