@@ -762,7 +762,7 @@ def footnotes(results):
         lines.append(f"This run's error less that of {name}, on the same items: {difference}")
     scores = results.get("distribution")
     if scores:
-        outside = f"{100 * scores['outside']:.2f} %"
+        outside = f"{100 * max(0, scores['outside']):.2f} %"  # rounding makes it negative
         lines.append(
             f"{format_intervals(scores)}; "
             f"log score {scores['nll']:.3f}, CRPS ${scores['crps']:,.2f}, "
@@ -930,7 +930,8 @@ def training_charts(run, currency):
     losses = series["loss"] + series["eval_loss"]
     if losses:
         end = 1.03 * max(value for _, value in losses)
-        chart = Chart("Loss in training and validation", steps, Axis("loss per token", end))
+        up = Axis("loss per completion token", end)
+        chart = Chart("Loss in training and validation", steps, up)
         chart.add_line("weak", "training", series["loss"], mark="pale-dot")
         if series["eval_loss"]:
             chart.add_line("strong", validation, series["eval_loss"], mark="dot")

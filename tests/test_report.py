@@ -32,18 +32,22 @@ frame.onload = () => {{
 </script>"""
 MEASURE = """
 let smallest = 99;
+let left = 0;
 let right = 0;
 for (const element of page.body.querySelectorAll("*")) {
   const hasText = [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
   if (!hasText || !element.getClientRects().length) continue;
   smallest = Math.min(smallest, parseFloat(view.getComputedStyle(element).fontSize));
-  right = Math.max(right, element.getBoundingClientRect().right);
+  const box = element.getBoundingClientRect();
+  left = Math.min(left, box.left);
+  right = Math.max(right, box.right);
 }
 const titles = [...page.querySelectorAll("h1, #worst td:first-child")];
 return {
   inner: view.innerWidth,
   scroll: page.documentElement.scrollWidth,
   smallest: smallest,
+  left: left,
   right: right,
   clipped: titles.filter(element => element.scrollWidth > element.clientWidth).length,
 };"""
@@ -163,6 +167,7 @@ def test_report_fits_any_screen(browse, page, width):
     found = browse(page, MEASURE, width)
     assert found["inner"] == width
     assert found["scroll"] <= width
+    assert found["left"] >= 0
     assert found["right"] <= width
     assert found["smallest"] >= 12
     assert found["clipped"] == 0
@@ -182,6 +187,7 @@ def test_prices_of_any_size_fit(browse, tmp_path):
     assert ",000,000</text>" in page
     found = browse(page, MEASURE, 400)
     assert found["scroll"] <= 400
+    assert found["left"] >= 0
     assert found["right"] <= 400
 
 

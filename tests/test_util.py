@@ -300,6 +300,12 @@ def test_table_says_what_intervals_promise(results):
     assert "hold 95 % of the true prices and promise 83 %" in chart.get_suptitle()
 
 
+def test_no_probability_is_below_zero(results):
+    """Rounding can leave a little less than none."""
+    scores = {"coverage_80": 0.8, "promised_80": 0.8, "nll": 5, "crps": 9, "outside": -1e-7}
+    assert "no price 0.00 %" in util.format_table(results | {"distribution": scores})
+
+
 def test_ladder_stands_beside_course_data(results):
     """What the course published is compared on its own data only."""
     assert "GPT-5.1" not in util.format_table(results)
@@ -355,10 +361,13 @@ def test_titles_are_never_clipped(letter):
 
 
 def test_long_names_beside_bars_are_wrapped(results):
-    """So that the bars keep half of the picture."""
+    """So that they are whole, and the bars keep half of the picture."""
     figure = util.comparison(results | {"run": "x" * 200})
     figure.draw_without_rendering()
-    assert figure.axes[0].get_window_extent().width > figure.bbox.width / 2
+    (axes,) = figure.axes
+    assert axes.get_window_extent().width > figure.bbox.width / 2
+    for label in axes.get_yticklabels():
+        assert label.get_window_extent().x0 >= 0
 
 
 def test_bases_have_their_real_names(tmp_path):
