@@ -4676,7 +4676,11 @@ chart.addEventListener("pointerdown", event => show(nearest(event)));
 chart.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") hide(); });
 chart.addEventListener("keydown", step);
 chart.addEventListener("blur", hide);
-addEventListener("resize", hide);
+addEventListener("resize", () => {  // phones send it whenever their address bar hides
+  const index = shown;
+  hide();
+  show(index);
+});
 
 // The table of the worst
 const table = document.getElementById("worst");

@@ -225,6 +225,18 @@ def test_text_goes_with_the_pointer(browse, page):
 
 
 @in_browser
+def test_text_stays_when_bars_hide(browse, page):
+    """Phones resize the page while it is scrolled."""
+    script = f"""{POINT}
+    send("pointerdown", points[0], "touch");
+    view.dispatchEvent(new view.Event("resize"));
+    return [tip.hidden, tip.children[0].textContent.split(" ")[0]];"""
+    is_hidden, number = browse(page, script)
+    assert not is_hidden
+    assert number.isdigit()
+
+
+@in_browser
 def test_arrow_keys_reach_all_items(browse, page):
     """From the cheapest item to the dearest, each once; Escape closes the text."""
     script = f"""{POINT}
