@@ -456,7 +456,7 @@ def evaluate_model(
     # 3) Write figures, charts and the report, replacing an older evaluation
     with items.replacing(folder) as new:
         results = util.score_run(run, config, subject, rows, answers, earlier_guesses, new)
-        util.write_evaluation(new, results)
+        util.write_evaluation(new, results, run)
         replaced = util.replaced_evaluation(folder, results)
     print(util.format_table(results))
     if replaced:

