@@ -257,7 +257,10 @@ class PromptMaker:
             if summary != summaries[i]:
                 is_cut[i] = True
                 prompts[i] = prompt_of(summary)
-                (lengths[i],) = self.count([prompts[i]], [completions[i]])
+        cut = [i for i in near if is_cut[i]]
+        counted = self.count([prompts[i] for i in cut], [completions[i] for i in cut])
+        for i, length in zip(cut, counted, strict=True):
+            lengths[i] = length
 
         tokens = [length - self.special_tokens for length in lengths]
         columns = {
@@ -1413,6 +1416,8 @@ class PriceSurvey:
 
     def note(self, decimal, value):
         self.counts[decimal] += 1
+        if re.search(rf"{re.escape(decimal)}\d{{3}}", value):
+            self.counts[f"long {decimal}"] += 1
         shown = self.shown[decimal]
         if len(shown) < 2 and value.strip() not in shown:
             shown.append(value.strip())
@@ -1427,19 +1432,22 @@ class PriceSurvey:
         examples = tuple(self.shown[decimal or "."])
         others = tuple(self.shown["," if decimal == "." else "."])
         is_mixed = points > 0 and commas > 0
-        return PriceFormat(decimal, currency, is_mixed, examples, others)
+        has_long_decimals = self.counts[f"long {decimal}"] > 0
+        return PriceFormat(decimal, currency, is_mixed, has_long_decimals, examples, others)
 
 
 @dataclass(frozen=True)
 class PriceFormat:
     """How a column writes prices: the decimal sign, `.` or `,` or None, and the currency, or None.
 
-    `is_mixed`: some prices can only have the other sign, `others`. `examples` show the sign.
+    `is_mixed`: some prices can only have the other sign, `others`. `has_long_decimals`: some surely
+    have three decimals or more. `examples` show the sign.
     """
 
     decimal: str | None = None
     currency: str | None = None
     is_mixed: bool = False
+    has_long_decimals: bool = False
     examples: tuple = ()
     others: tuple = ()
 
@@ -1467,11 +1475,22 @@ class PriceFormat:
             return None, f"price is in another currency than most ({self.currency})"
         if not price.depends_on_decimal:
             return price.by_point, None
-        is_certain = None in (price.by_point, price.by_comma)
-        if not is_certain and (self.decimal is None or self.is_mixed):
+        if None not in (price.by_point, price.by_comma) and not self.is_decided(price):
             return None, PRICE_AMBIGUOUS
         amount = price.amount(self.decimal) if self.decimal else None
         return (None, PRICE_MIXED) if amount is None else (amount, None)
+
+    def is_decided(self, price):
+        """Whether the column tells which of a price's two numbers is meant, as 1234 and 1.234.
+
+        Three decimals are so rare that they must be seen elsewhere in it.
+        """
+        if self.decimal is None or self.is_mixed:
+            return False
+        has_three_decimals = abs(price.amount(self.decimal)) == min(
+            abs(price.by_point), abs(price.by_comma)
+        )
+        return self.has_long_decimals or not has_three_decimals
 
     def __str__(self):
         """What was decided and what it is taken from, a line; '' if there was nothing to decide."""
@@ -1527,7 +1546,8 @@ NO_TEXT = re.compile(r"<!--.*?-->|<(script|style)\b[^>]*>.*?</\1\s*>", re.IGNORE
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[a-zA-Z][a-zA-Z\d]{1,31});", re.ASCII)
 LINE_END = re.compile(r" ?\n\s*")
 BLANKS = re.compile(r"[^\S\n]+")
-REPETITION_END = re.compile(r"$|\s|[,;:.!?|–—-]+(?:\s|$)")
+REPETITION_END = re.compile(r"$|\s|[,;:.!?|–—-]+(?=\s|$)")
+BEFORE_REST = re.compile(r"\s*(?:[,;:.!?|–—-]+(?=\s|$))?\s*")
 NO_TEXTS = ("nan", "none", "null")
 
 HTML_CHANGED = "HTML became text"
@@ -1567,17 +1587,20 @@ def fold_space(text):
 def clean_text(text, changes):
     """A text without HTML and superfluous white space; a Counter `changes` counts what was done."""
     plain = html_to_text(text)
+    folded = fold_space(plain)
     if plain != text:
         changes[HTML_CHANGED] += 1
-    folded = fold_space(plain)
-    if folded != plain:
+    elif folded != plain:
         changes[SPACE_FOLDED] += 1
     return folded
 
 
 def clean_title(text, changes):
     """As `clean_text`, in one line."""
-    return clean_text(text, changes).replace("\n", " ")
+    cleaned = clean_text(text, changes)
+    if "\n" in cleaned:
+        changes[SPACE_FOLDED] += 1
+    return cleaned.replace("\n", " ")
 
 
 def is_in_course_form(text):
@@ -1589,8 +1612,7 @@ def cut_title(text, title):
     """`text` without the title that it begins with, if the title ends there as a word does."""
     if not text.startswith(title) or not REPETITION_END.match(text, len(title)):
         return text
-    rest = text[len(title) :]
-    return rest[REPETITION_END.match(rest).end() :].lstrip()
+    return text[BEFORE_REST.match(text, len(title)).end() :]
 
 
 def describe_item(title, category, text):
