@@ -686,6 +686,8 @@ def format_prompts(about, counts):
 def format_near_duplicates(found):
     """How far the test split's error flatters, since it repeats training rows; a line."""
     near, compared = found["near"], found["compared"]
+    if not compared:
+        return "Near duplicates: no test rows to compare"
     return (
         f"Near duplicates: {near:,} of {compared:,} test rows ({near / compared:.1%}) share at "
         f"least {NEAR_SHARE:.0%} of their runs of {GRAM_WORDS} words with one training row"
@@ -1856,7 +1858,8 @@ class OwnCatalogue:
         summary = describe_item(title, category, text)
         if self.needs_price and self.is_repeated(summary, price):
             return None, "duplicate of an earlier row"
-        self.count_changes(row, title, text, changes)
+        if not is_in_course_form(text):  # its prompt is as it was
+            self.count_changes(row, title, text, changes)
         return Item(title, category, price, full=text, summary=summary, id=line), None
 
     def is_repeated(self, summary, price):
@@ -1869,7 +1872,7 @@ class OwnCatalogue:
 
     def count_changes(self, row, title, text, changes):
         """Adds what was changed in a row that is kept: each kind once a row."""
-        if not is_in_course_form(text) and cut_title(text, title) != text:
+        if cut_title(text, title) != text:
             changes[TITLE_CUT] += 1
         if text_of_row(row, self.columns.text) is None:
             changes[LIST_JOINED] += 1

@@ -18,6 +18,7 @@ from items import (
     DEMO_KINDS,
     MANIFEST,
     Item,
+    OwnCatalogue,
     Problems,
     UserError,
     build_prompts,
@@ -292,6 +293,19 @@ def test_course_descriptions_stay_unchanged(tmp_path):
     path.write_text(json.dumps({"title": "Walnut desk", "summary": SUMMARY, "price": 1}))
     items, _ = read_catalogue(path)
     assert items[0].summary == SUMMARY
+
+
+def test_course_rows_make_the_courses_prompts(tmp_path, smol_tokenizer):
+    """Letter by letter, with whatever stands in them."""
+    summary = "Title: Desk\nCategory: a &amp; b\nBrand:  <b>C</b>\n\nDescription: x   y &lt; z"
+    row = {"title": " Desk", "category": "c", "summary": summary, "price": 7.0}
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps(row))
+    catalogue = OwnCatalogue(path)
+    (item,) = catalogue.items()
+    item.make_prompts(smol_tokenizer, 110, do_round=True)
+    assert item.prompt == f"{QUESTION}\n\n{summary}\n\nPrice is $"
+    assert not catalogue.changes
 
 
 @pytest.mark.parametrize(
