@@ -133,6 +133,8 @@ def test_batches_agree_with_single_items(tokenizer):
     """Prompts, cuts and token counts, whether few, some or nearly no items are short enough."""
     items = demo_items(200, seed=3)
     items[5].summary = " two spaces and a line after\n\n"
+    items[6].summary = 40 * "antidisestablishmentarianism "
+    items[7].summary = 600 * "a"
     one = items[:1]
     lengths = sorted(item.count_tokens(tokenizer) for item in items)
     for cutoff in (5, lengths[70], lengths[-2]):
