@@ -292,10 +292,12 @@ def prepare_prompts(
     cutoff: int = DEFAULT_CUTOFF,
     hf_dataset_user: str | None = None,
     source: str | None = None,
+    columns: dict | None = None,
 ) -> Path:
     """Items → prompts, from the course's dataset on the Hub, the file `source`, or the demo.
 
-    Cuts descriptions to `cutoff` tokens of the base model's tokenizer. Writes the splits, data
+    `columns` says which ones of the file are read, {role: [name, …]}; see items.USUAL_COLUMNS. Cuts
+    descriptions to `cutoff` tokens of the base model's tokenizer. Writes the splits, data
     statistics and a chart to `{output_dir}/datasets`, then pushes the prompts to `hf_dataset_user`
     unless the config is local. Returns the dataset's folder.
     """
@@ -311,14 +313,15 @@ def prepare_prompts(
         account = None if config.local else login_huggingface(hf_dataset_user, write=True)
     with problems:
         base = util.open_base(config)
-    with problems:
-        catalogue = items.find_items(config, source)
-    problems.report()
+    with items.one_progress_bar() as bar:
+        with problems:
+            catalogue = items.find_items(config, source, columns, bar)
+        problems.report()
 
-    # 2) Build the prompts and describe them
-    print(f"Items: {catalogue.about['source']}")
-    prompts, counts = items.build_prompts(catalogue.splits, base.tokenizer, cutoff)
-    about = items.describe_prompts(config, cutoff, catalogue, counts)
+        # 2) Build the prompts and describe them
+        prompts, counts = items.build_prompts(catalogue.splits, base.tokenizer, cutoff, bar)
+    print("\n".join([f"Items: {catalogue.about['source']}", *catalogue.notes]))
+    about = items.describe_prompts(config, cutoff, catalogue, counts, prompts)
     print(items.format_prompts(about, counts))
 
     # 3) Write the folder, replacing an older one, then push
@@ -335,6 +338,9 @@ def prepare_prompts(
         items.push_or_explain(name, push, kind="dataset")
         items.write_json(folder / "prepare.json", {"hub": name} | about)
         items.write_manifest(folder)
+    warning = items.dropped_warning(sum(about["kept"].values()), about["dropped"])
+    if warning:
+        print(warning)
     return folder
 
 
@@ -488,11 +494,13 @@ def price_items(
     source: str | None = None,
     text: str | None = None,
     output: str | None = None,
+    columns: dict | None = None,
 ) -> list:
     """Prices the items of the user's own file `source`, or the one that `text` describes.
 
     Prints guesses with their 80 % intervals and writes them to `output`, CSV or JSON lines. If the
-    file has prices, the guesses are scored. Returns what is written, one dict per item.
+    file has prices, the guesses are scored. `columns` as in prepare_prompts. Returns what is
+    written, one dict per item.
     """
     import items
     import util
@@ -501,10 +509,9 @@ def price_items(
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
     base = util.open_base(config.for_run(run), run)
     cutoff = run.data.get("cutoff") or DEFAULT_CUTOFF
-    rows, dropped = items.own_rows(source, text, base.tokenizer, cutoff)
-    if dropped:
-        count = sum(len(lines) for lines in dropped.values())
-        print(f"Rows: {len(rows):,} priced, {count:,} skipped: {items.format_dropped(dropped)}")
+    rows, catalogue = items.own_rows(source, text, base.tokenizer, cutoff, columns)
+    if catalogue:
+        print(items.format_own_rows(rows, catalogue))
 
     answers = open_reader(run, base).answer(run.adapter, rows, decode, compare_base)
     table = util.price_table(rows, answers.of_run)
@@ -550,6 +557,7 @@ def export_model(
 
 MAX_NUMBER = 2**32  # of an argument; seeds have to be below it
 MAX_NAME = 96  # characters of a repository's name on the Hub
+COLUMN_ROLES = ("title", "price", "text", "category")  # of --columns
 LIBRARY_LOGGERS = ("bitsandbytes", "transformers.integrations.bitsandbytes")  # silenced
 
 
@@ -590,6 +598,40 @@ def number_or_all(text):
         return at_least(1)(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}, or `all`") from None
+
+
+class AppendColumns(argparse.Action):
+    """Collects `role=NAME …` into {role: [name, …]}: a text may be in several columns."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        columns = dict(getattr(namespace, self.dest) or {})
+        for role, name in values:
+            columns[role] = [*columns.get(role, ()), name]
+            if role in ("title", "price") and len(columns[role]) > 1:
+                raise argparse.ArgumentError(self, f"{role} is named twice")
+        setattr(namespace, self.dest, columns)
+
+
+def column_choice(text):
+    """An argparse type: `title=NAME` as (role, name)."""
+    role, _, name = text.partition("=")
+    if role not in COLUMN_ROLES or not name.strip():
+        raise argparse.ArgumentTypeError(
+            f"{text} must be ROLE=NAME, the role one of {', '.join(COLUMN_ROLES)}"
+        )
+    return role, name
+
+
+def add_columns_flag(parser):
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        type=column_choice,
+        action=AppendColumns,
+        metavar="ROLE=NAME",
+        help="the file's columns for title, price, text and category, for example title=Name "
+        'text="Item description" (default: the usual names)',
+    )
 
 
 def add_shared_flags(parser):
@@ -648,9 +690,10 @@ def add_prepare_flags(parser):
     parser.add_argument(
         "--source",
         metavar="FILE",
-        help="your own catalogue: JSONL, CSV or Parquet with title, price and summary, text or "
-        "description (default: the course's items)",
+        help="your own catalogue: CSV, TSV, JSON lines, a JSON array or Parquet, also gzip'd "
+        "(default: the course's items)",
     )
+    add_columns_flag(parser)
     parser.add_argument(
         "--hf-dataset-user", help="whose account the prompts go to (default: the token's own)"
     )
@@ -755,8 +798,8 @@ def add_eval_flags(parser):
     instead.add_argument(
         "--input",
         metavar="FILE",
-        help="price your own items instead: JSONL, CSV or Parquet as for `prepare --source`; with "
-        "prices the guesses are scored",
+        help="price your own items instead: a file as for `prepare --source`; with prices the "
+        "guesses are scored",
     )
     instead.add_argument("--text", help="price one item from this description instead")
     instead.add_argument(
@@ -764,6 +807,7 @@ def add_eval_flags(parser):
         metavar="DIR",
         help="write the run as an ordinary 16-bit model into a new folder instead",
     )
+    add_columns_flag(parser)
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -817,6 +861,10 @@ def parse_arguments(argv):
             setattr(args, name, getattr(args, name).removeprefix(f"{args.project_name}-"))
     if args.lite and args.demo:  # one before, one after the subcommand
         parser.error("--lite and --demo exclude each other")
+    if args.stage != "train" and args.columns:
+        flag = "source" if args.stage == "prepare" else "input"
+        if not getattr(args, flag):
+            parser.error(f"--columns: needs --{flag}, the file whose columns they are")
     if args.stage == "train" and args.resume is not None and args.run_name:
         parser.error(f"--run-name names a new run; resume one by --resume {args.run_name}")
     if args.stage == "eval":
@@ -870,7 +918,7 @@ def run_stage(args):
         seed=DEFAULT_SEED if args.seed is None else args.seed,
     )
     if args.stage == "prepare":
-        prepare_prompts(config, args.cutoff, args.hf_dataset_user, args.source)
+        prepare_prompts(config, args.cutoff, args.hf_dataset_user, args.source, args.columns)
         return
     if args.stage == "train":
         recipe_fields = {field.name for field in fields(Recipe)}
@@ -893,6 +941,7 @@ def run_stage(args):
         export_model(config, args.export, **chosen)
     elif args.input or args.text is not None:
         own = {"source": args.input, "text": args.text, "output": args.output}
+        own["columns"] = args.columns
         price_items(config, compare_base=args.compare_base, decode=args.decode, **chosen, **own)
     else:
         evaluate_model(

@@ -3,18 +3,26 @@
 items (title, category, price, summary)  →  prompts (prompt, completion)  →  train / val / test as
 parquet
 
-    1. Items and prompts       4. Datasets, on disk and on the Hub
-    2. Tokens to train on      5. The user's own catalogue
-    3. Atomic files, disks     6. The demo's synthetic catalogue
+    1. Items and prompts                    6. Prices as shops write them
+    2. Tokens to train on                   7. Texts as people read them
+    3. Atomic files, full disks             8. The user's own catalogue
+    4. Datasets, on disk and on the Hub     9. Splits without leaks
+    5. Rows of the user's own file          10. The demo's synthetic catalogue
 
 Before them come the errors that users see, which all files share. No model is loaded here. The
 formats are those of the course "The Price Is Right", so that its
 datasets and ours can be exchanged.
 """
 
+import array
+import atexit
+import codecs
 import csv
 import errno
+import gzip
 import hashlib
+import html
+import io
 import json
 import math
 import os
@@ -23,9 +31,14 @@ import re
 import shlex
 import shutil
 import socket
+import tempfile
 import time
+import zlib
+from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import httpx2
@@ -33,9 +46,16 @@ import numpy
 import psutil
 import pyarrow
 import pyarrow.compute
+import pyarrow.ipc
 import pyarrow.parquet
 import xxhash
-from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder
+from datasets import (
+    Dataset,
+    DatasetDict,
+    disable_progress_bars,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import (
     HfApi,
@@ -46,6 +66,7 @@ from huggingface_hub import (
     set_client_factory,
 )
 from huggingface_hub.utils import validate_repo_id
+from tqdm import tqdm
 
 QUESTION = "What does this cost to the nearest dollar?"
 PREFIX = "Price is $"
@@ -54,8 +75,6 @@ ITEM_SPLITS = ("train", "validation", "test")  # the names in datasets of items
 
 MIN_PRICE = 0.50  # dollars; the course's lowest price
 MAX_PRICE = 999.49  # dollars; the highest that rounds to 999
-TEXT_COLUMNS = ("summary", "text", "description")
-CATALOGUE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 IGNORED = -100  # the label of tokens that are not trained on, as in PyTorch
 # A completion that is trained on and judged as it is. RE2's syntax, as pyarrow has it
@@ -231,9 +250,10 @@ class PromptMaker:
     Each text is tokenised once, except those near the cutoff.
     """
 
-    def __init__(self, tokenizer, cutoff):
+    def __init__(self, tokenizer, cutoff, bar=None):
         self.tokenizer = tokenizer
         self.cutoff = cutoff
+        self.bar = bar
         # Tokens can merge where a summary and the rest of its prompt meet, so that a prompt has a
         # few less than the two have alone. Up to this length a summary surely needn't be cut.
         empty_prompt_len = len(encode([prompt_of("")], tokenizer)[0])
@@ -258,7 +278,10 @@ class PromptMaker:
             if summary != summaries[i]:
                 is_cut[i] = True
                 prompts[i] = prompt_of(summary)
-                (lengths[i],) = self.count([prompts[i]], [completions[i]])
+        cut = [i for i in near if is_cut[i]]
+        counted = self.count([prompts[i] for i in cut], [completions[i] for i in cut])
+        for i, length in zip(cut, counted, strict=True):
+            lengths[i] = length
 
         tokens = [length - self.special_tokens for length in lengths]
         columns = {
@@ -268,6 +291,8 @@ class PromptMaker:
             "cut": is_cut,
             "tokens": tokens,
         }
+        if self.bar is not None:
+            self.bar.update(len(prompts))
         return pyarrow.table(columns)
 
     def count(self, prompts, completions):
@@ -275,14 +300,33 @@ class PromptMaker:
         return [len(ids) for ids in encode_rows(prompts, completions, self.tokenizer)]
 
 
-def build_prompts(splits, tokenizer, cutoff):
+@contextmanager
+def one_progress_bar():
+    """Yields the bar of all that `prepare` does, in rows; the bars of `datasets` are off.
+
+    It counts a row once for each time that it is read or written; `expect` tells how many remain.
+    """
+    disable_progress_bars()
+    with tqdm(desc="reading", unit=" rows", unit_scale=True, leave=False, disable=None) as bar:
+        yield bar
+
+
+def expect(bar, name, rows):
+    """Names what a bar, if there is one, does now, and how many rows remain to the end."""
+    if bar is not None:
+        bar.total = bar.n + rows
+        bar.set_description(name)
+
+
+def build_prompts(splits, tokenizer, cutoff, bar=None):
     """Prompts for the items of a DatasetDict with the columns `summary` and `price`.
 
     Prices are rounded in train and val only. Returns the DatasetDict of exactly `prompt` and
     `completion`, and what was counted on the way, numpy arrays: {split: {"cut": whether the summary
     was too long, "tokens": of prompt and completion, "price": in dollars}}.
     """
-    maker = PromptMaker(tokenizer, cutoff)
+    maker = PromptMaker(tokenizer, cutoff, bar)
+    expect(bar, "prompts", sum(len(splits[name]) for name in SPLITS))
     identity = tokenizer_identity(tokenizer)
     prompts = DatasetDict()
     counts = {}
@@ -782,7 +826,7 @@ def push_or_explain(name, upload, resume_command="the same command again", kind=
         print(f"Pushed: {name}")
 
 
-def describe_prompts(config, cutoff, catalogue, counts):
+def describe_prompts(config, cutoff, catalogue, counts, prompts):
     """What prepare.json records: settings, rows kept, dropped and cut, their source."""
     return {
         "mode": config.mode,
@@ -792,6 +836,7 @@ def describe_prompts(config, cutoff, catalogue, counts):
         "kept": {name: len(columns["cut"]) for name, columns in counts.items()},
         "dropped": catalogue.dropped,
         "cut": {name: int(columns["cut"].sum()) for name, columns in counts.items()},
+        "near_duplicates": count_near_duplicates(prompts),
     } | catalogue.about
 
 
@@ -800,15 +845,28 @@ def format_prompts(about, counts):
     kept = sum(about["kept"].values())
     dropped = sum(len(lines) for lines in about["dropped"].values())
     splits = ", ".join(f"{count:,} {name}" for name, count in about["kept"].items())
-    reasons = f": {format_dropped(about['dropped'])}" if dropped else ""
+    examples = about.get("dropped_examples")
+    reasons = f": {format_dropped(about['dropped'], examples=examples)}" if dropped else ""
     train = counts["train"]
     lines = [
         f"Rows: {kept:,} kept ({splits}), {dropped:,} dropped{reasons}",
         f"Cut at {about['cutoff']} tokens: {sum(about['cut'].values()):,} of {kept:,} descriptions",
         f"Price, train, in $:       {format_quantiles(train['price'], 2)}",
         f"Tokens an item, train:    {format_quantiles(train['tokens'])}",
+        format_near_duplicates(about["near_duplicates"]),
     ]
     return "\n".join(lines)
+
+
+def format_near_duplicates(found):
+    """How far the test split's error flatters, since it repeats training rows; a line."""
+    near, compared = found["near"], found["compared"]
+    if not compared:
+        return "Near duplicates: no test rows to compare"
+    return (
+        f"Near duplicates: {near:,} of {compared:,} test rows ({near / compared:.1%}) share at "
+        f"least {NEAR_SHARE:.0%} of their runs of {GRAM_WORDS} words with one training row"
+    )
 
 
 def format_quantiles(values, digits=0):
@@ -1126,32 +1184,72 @@ class Catalogue:
     """Items to make prompts of.
 
     `splits` (train, val, test) have the columns `summary` and `price`; `dropped` is {reason: [line,
-    …]}; `about` is to be recorded: `source`, in words, and more.
+    …]}; `about` is to be recorded: `source`, in words, and more; `notes` are lines for the screen.
     """
 
     splits: DatasetDict
     dropped: dict
     about: dict
+    notes: list = field(default_factory=list)
 
 
-def find_items(config, path=None):
+def find_items(config, path=None, columns=None, bar=None):
     """The Catalogue to prepare: the file's at `path`, the demo's, or the course's."""
     if path is not None:
-        items, dropped = read_catalogue(path)
-        source = f"{path}, split 90/5/5 by title, seed {config.seed}"
-        return Catalogue(
-            item_splits(*split_by_title(items, config.seed)), dropped, {"source": source}
-        )
+        return own_catalogue(config, path, columns, bar)
     if config.demo_mode:
         return demo_catalogue(config.seed)
-    return published_items(f"{config.data_user or config.course_user}/items_{config.mode}")
+    return published_items(f"{config.data_user or config.course_user}/items_{config.mode}", bar)
 
 
-def published_items(name):
+def own_catalogue(config, path, columns, bar):
+    """The Catalogue of the user's own file. Its items are on disk, where a million find room."""
+    catalogue = OwnCatalogue(path, columns, bar=bar)
+    expect(bar, "reading", 2 * catalogue.row_count)
+    items, keys = spool_items(catalogue.items(), Path(config.output_dir, "catalogue"))
+    splits = DatasetDict()
+    for name, rows in zip(SPLITS, split_rows(keys, config.seed), strict=True):
+        splits[name] = items.select(rows)
+    source = f"{path}, split 90/5/5 by title and description, seed {config.seed}"
+    about = {"source": source} | catalogue.record()
+    return Catalogue(splits, catalogue.dropped, about, catalogue.notes())
+
+
+def spool_items(items, target):
+    """(a Dataset of `summary` and `price` on disk, the columns of `leak_keys`, hashed).
+
+    Its folder is beside `target` and is removed when the program ends.
+    """
+    remove_leftovers(target)
+    folder = temporary_name(target, "items")
+    folder.mkdir()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    keys = [array.array("Q") for _ in range(3)]
+    schema = pyarrow.schema({"summary": pyarrow.string(), "price": pyarrow.float64()})
+    path = folder / "items.arrow"
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
+        for batch in batched(items, 1000):
+            for item in batch:
+                for column, key in zip(keys, leak_keys(item), strict=True):
+                    column.append(hashed(key))
+            columns = [[item.summary for item in batch], [item.price for item in batch]]
+            stream.write_batch(pyarrow.record_batch(columns, schema=schema))
+    return Dataset.from_file(str(path)), keys
+
+
+def batched(values, size):
+    """Lists of `size` values, the last one shorter."""
+    iterator = iter(values)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def published_items(name, bar=None):
     """The Catalogue of a dataset of items on the Hub; what is dropped is named by split and row."""
     with hub_errors(name):
         published = load_splits(name)
     check_columns(name, published, ITEM_SPLITS, ("summary", "price"))
+    expect(bar, "checking", 2 * sum(len(published[split]) for split in ITEM_SPLITS))
     dropped = {}
 
     def is_usable(batch, rows, split):
@@ -1162,6 +1260,8 @@ def published_items(name):
         for row, problem in zip(rows, problems, strict=True):
             if problem:
                 dropped.setdefault(problem, []).append(f"{split} {row + 1}")
+        if bar is not None:
+            bar.update(len(rows))
         return [not problem for problem in problems]
 
     splits = DatasetDict()
@@ -1179,43 +1279,188 @@ def published_items(name):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. The user's own catalogue
+# 5. Rows of the user's own file
+
+DELIMITERS = ",;\t|"
+GZIP_START = b"\x1f\x8b"
+ZIP_START = b"PK\x03\x04"  # of .xlsx and .ods
+SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
+SAVE_AS_CSV = "Save it as `CSV UTF-8` (in Excel: File, Save As; in LibreOffice: Text CSV) instead"
+FORMATS = ".csv, .tsv, .jsonl, .json or .parquet file"
+KINDS = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
 
 
-def read_rows(path):
-    """(line, row) for each row of a JSON lines, CSV or Parquet file.
+class RowFile:
+    """A file of rows: CSV, TSV, JSON lines, a JSON array or Parquet, each perhaps gzip'd.
 
-    For a row that can't be read, the reason as text. Lines count from 1 as an editor shows them (a
-    CSV's header is line 1), a Parquet file's rows from 1. Raises UserError if the file can't be
-    read at all.
+    `rows()` reads it from the start each time. Raises UserError if it is no such file.
     """
-    path = Path(path)
-    ending = path.suffix.lower()
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give a .jsonl, .csv or .parquet file.")
-    if ending not in CATALOGUE_ENDINGS:
-        raise UserError(
-            f"{path}: the ending is {ending or 'missing'}; give a .jsonl, .csv or .parquet file."
-        )
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.kind = self.find_kind()
+
+    def find_kind(self):
+        """csv, tsv, json or parquet, by the ending; one of .gz is ignored."""
+        path = self.path
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give a {FORMATS}.")
+        name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+        ending = name.suffix.lower()
+        if ending in SPREADSHEETS:
+            raise UserError(f"{path}: the ending is {ending}. {SAVE_AS_CSV}.")
+        if ending not in KINDS:
+            raise UserError(f"{path}: the ending is {ending or 'missing'}; give a {FORMATS}.")
+        return KINDS[ending]
+
+    def rows(self, columns=None):
+        """Yields (line, row), a dict, for each row; for one that can't be read, the reason as text.
+
+        The line is the one where the row begins, as an editor shows it (a CSV's header is line 1);
+        a Parquet file's rows count from 1. Of Parquet only `columns` are read, if given. Raises
+        UserError if the file can't be read.
+        """
+        with self.explain_errors():
+            if self.kind == "parquet":
+                yield from self.parquet_rows(columns)
+                return
+            with self.open_text() as file:
+                if self.kind == "json":
+                    yield from json_rows(file)
+                else:
+                    yield from csv_rows(file, "\t" if self.kind == "tsv" else None)
+
+    def schema_names(self):
+        """The columns of a Parquet file; None for other files, whose rows must be read first."""
+        if self.kind != "parquet":
+            return None
+        with self.explain_errors(), self.open_parquet() as file:
+            return pyarrow.parquet.ParquetFile(file).schema_arrow.names
+
+    def parquet_rows(self, columns):
+        line = 0
+        with self.open_parquet() as file:
+            table = pyarrow.parquet.ParquetFile(file)
+            for batch in table.iter_batches(batch_size=2_000, columns=columns):
+                for row in batch.to_pylist() or [{}] * batch.num_rows:
+                    line += 1
+                    yield line, row
+
+    def open_bytes(self):
+        """The file's bytes, decompressed."""
+        file = open(self.path, "rb")  # noqa: SIM115 (closed by the caller)
+        start = file.read(4)
+        file.seek(0)
+        if start == ZIP_START:
+            file.close()
+            raise UserError(f"{self.path}: is a spreadsheet or ZIP file. {SAVE_AS_CSV}.")
+        if start.startswith(GZIP_START) or self.path.suffix.lower() == ".gz":
+            return gzip.open(file)
+        return file
+
+    def open_parquet(self):
+        """As `open_bytes`. Parquet is read back and forth, which gzip'd files can't be."""
+        file = self.open_bytes()
+        if not isinstance(file, gzip.GzipFile):
+            return file
+        plain = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the caller)
+        with file:
+            shutil.copyfileobj(file, plain, 2**20)
+        return plain
+
+    def open_text(self):
+        return io.TextIOWrapper(self.open_bytes(), encoding="utf-8-sig", newline="")
+
+    @contextmanager
+    def explain_errors(self):
+        """Turns the errors of reading into a UserError."""
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.path}: not in UTF-8 (byte {self.first_bad_byte():,}). Save it as UTF-8; "
+                "Excel calls that `CSV UTF-8`."
+            ) from error
+        except (OSError, EOFError, ValueError, zlib.error, pyarrow.ArrowException) as error:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")
+            raise UserError(f"{self.path}: can't be read: {reason}.") from error
+
+    def first_bad_byte(self):
+        """Where the file, decompressed, stops being UTF-8. A decoder's number is its chunk's."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        position = 0
+        with self.open_bytes() as file:
+            while True:
+                chunk = file.read(2**20)
+                kept = len(decoder.getstate()[0])  # bytes of a character that a chunk cut
+                try:
+                    decoder.decode(chunk, final=not chunk)
+                except UnicodeDecodeError as error:
+                    return position - kept + error.start
+                if not chunk:
+                    return position
+                position += len(chunk)
+
+
+def json_rows(file):
+    """`RowFile.rows` of one JSON object a line, or of an array of objects."""
+    first = next((text for text in file if text.strip()), "")
+    file.seek(0)
+    if begins_array(first):
+        yield from json_array_rows(file.read())
+        return
+    for line, text in enumerate(file, 1):
+        if text.strip():
+            yield line, parse_json_object(text)
+
+
+def begins_array(line):
+    """Whether a file with this first line is one array of objects, over several lines or one."""
+    if not line.lstrip().startswith("["):
+        return False
     try:
-        if ending == ".parquet":
-            return list(enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return read_csv(file) if ending == ".csv" else read_json_lines(file)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not in UTF-8 (byte {error.start:,}). Save it as UTF-8; Excel calls that "
-            "`CSV UTF-8`."
-        ) from error
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise UserError(
-            f"{path}: can't be read: {getattr(error, 'strerror', None) or error}."
-        ) from error
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return not row or isinstance(row[0], dict)
 
 
-def read_json_lines(file):
-    """`read_rows` of a file with one JSON object a line; empty lines are ignored."""
-    return [(line, parse_json_object(text)) for line, text in enumerate(file, 1) if text.strip()]
+def json_array_rows(text):
+    """`RowFile.rows` of an array of objects. Raises ValueError where it is no JSON."""
+    decoder = json.JSONDecoder()
+    position = text.index("[") + 1
+    line = 1
+    counted = 0  # characters whose line ends are in `line`
+    while True:
+        position = skip(r"\s*", text, position)
+        line += text.count("\n", counted, position)
+        counted = position
+        if text[position : position + 1] == "]":
+            return
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{error.msg} (line {error.lineno})") from error
+        yield line, row if isinstance(row, dict) else "not a JSON object"
+        position = skip(r"\s*", text, position)
+        sign = text[position : position + 1]
+        if sign not in (",", "]"):
+            line += text.count("\n", counted, position)
+            raise ValueError(f"',' or ']' expected behind an object (line {line})")
+        position += sign == ","
+
+
+def skip(pattern, text, position):
+    """The position behind what `pattern` matches there."""
+    return re.compile(pattern).match(text, position).end()
 
 
 def parse_json_object(text):
@@ -1227,68 +1472,484 @@ def parse_json_object(text):
     return row if isinstance(row, dict) else "not a JSON object"
 
 
-def read_csv(file):
-    """`read_rows` of a CSV.
+def csv_rows(file, delimiter=None):
+    """`RowFile.rows` of a CSV.
 
-    Cells are separated by commas, semicolons or tabs; the header may be in upper case.
+    Cells are separated by what separates those of the header, unless `delimiter` is given; the
+    first line may be Excel's `sep=;`. Raises ValueError if quotes are wrong.
     """
-    header = file.readline()
-    file.seek(0)
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(file, delimiter=max(",;\t", key=header.count), strict=True)
-    try:
-        names = [name.strip().lower() for name in reader.fieldnames or ()]
-        repeated = sorted({name for name in names if name and names.count(name) > 1})
-        if repeated:
-            raise ValueError(f"more than one column is called {' and '.join(repeated)}")
-        reader.fieldnames = names
-        rows = []
-        for row in reader:
-            too_long = None in row
-            rows.append((reader.line_num, "more cells than the header has" if too_long else row))
-        return rows
-    except csv.Error as error:
-        raise ValueError(f"{error} (line {reader.line_num}; is a quote left open?)") from error
+    header = file.readline()
+    skipped = 0  # lines before the header
+    excel = re.fullmatch(r'"?sep=(.)"?\s*', header, re.IGNORECASE)
+    if excel:
+        delimiter = excel[1]
+        skipped = 1
+    else:
+        file.seek(0)
+    delimiter = delimiter or find_delimiter(header)
+    reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
+    names = None
+    while True:
+        start = skipped + reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(explain_csv_error(error, start, skipped + reader.line_num)) from error
+        if cells is None:
+            return
+        if not cells:  # an empty line
+            continue
+        if names is None:
+            names = unique_names(cells)
+        elif any(cells[len(names) :]):
+            yield start, "more cells than the header has"
+        else:
+            yield start, dict(zip_longest(names, cells[: len(names)]))
+
+
+def find_delimiter(header):
+    """The one of DELIMITERS that is most often in a CSV's first line, outside of quotes."""
+    outside = re.sub(r'"[^"]*"', "", header)
+    return max(DELIMITERS, key=outside.count)
+
+
+def explain_csv_error(error, start, lines_read):
+    """What is wrong with the record that begins in line `start`, and in which line."""
+    if "unexpected end" in str(error):
+        return f"the row is never ended (line {start}; is a quote left open?)"
+    record = "" if lines_read == start else f", in the row that begins in line {start}"
+    return f"{error} (line {lines_read}{record}; is a quote left open?)"
+
+
+def unique_names(cells):
+    """A CSV's header without outer spaces, but a repeated name gets some: no cell hides another."""
+    counts = Counter()
+    names = []
+    for cell in cells:
+        name = cell.strip()
+        names.append(name + " " * counts[name])
+        counts[name] += 1
+    return names
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. Prices as shops write them
+
+CURRENCIES = {  # how they are written: the code
+    "$": "USD",
+    "US$": "USD",
+    "dollar": "USD",
+    "dollars": "USD",
+    "€": "EUR",
+    "euro": "EUR",
+    "euros": "EUR",
+    "£": "GBP",
+    "¥": "JPY",
+    "円": "JPY",
+    "元": "CNY",
+    "RMB": "CNY",
+    "₹": "INR",
+    "Rs.": "INR",
+    "Rs": "INR",
+    "₩": "KRW",
+    "₽": "RUB",
+    "руб.": "RUB",
+    "руб": "RUB",
+    "₺": "TRY",
+    "TL": "TRY",
+    "₫": "VND",
+    "฿": "THB",
+    "₪": "ILS",
+    "₴": "UAH",
+    "₦": "NGN",
+    "₱": "PHP",
+    "zł": "PLN",
+    "Kč": "CZK",
+    "Ft": "HUF",
+    "lei": "RON",
+    "kr.": "kr",
+    "kr": "kr",
+    "SFr.": "CHF",
+    "Fr.": "CHF",
+    "R$": "BRL",
+    "C$": "CAD",
+    "CA$": "CAD",
+    "A$": "AUD",
+    "AU$": "AUD",
+    "NZ$": "NZD",
+    "HK$": "HKD",
+    "S$": "SGD",
+    "MX$": "MXN",
+}
+CURRENCY_CODES = (
+    "USD EUR GBP JPY CNY INR KRW RUB TRY VND THB ILS UAH NGN PHP PLN CZK HUF RON SEK NOK DKK ISK "
+    "CHF BRL CAD AUD NZD HKD SGD MXN ZAR AED SAR TWD IDR MYR CLP COP ARS EGP BGN"
+)
+CURRENCIES |= {code: code for code in CURRENCY_CODES.split()}
+CURRENCY_CODE_OF = {written.casefold(): code for written, code in CURRENCIES.items()}
+SHARED_SIGNS = {  # signs of several currencies, which a code beside them tells apart
+    "$": "USD CAD AUD NZD HKD SGD MXN TWD CLP COP ARS",
+    "¥": "JPY CNY",
+    "kr": "SEK NOK DKK ISK",
+    "£": "GBP EGP",
+}
+
+SPACES = " \u00a0\u2009\u202f"  # between groups of digits: plain, no-break, thin, narrow
+CURRENCY = "|".join(re.escape(written) for written in sorted(CURRENCIES, key=len, reverse=True))
+GAP = rf"[\t{SPACES}]*"
+PRICE = re.compile(
+    rf"(?P<sign>[-+−]?){GAP}(?P<before>{CURRENCY})?{GAP}(?P<inner_sign>[-+−]?){GAP}"
+    rf"(?P<number>[.,]?\d(?:[\d.,'’{SPACES}]*\d)?)(?P<whole>[.,](?:[-–—]{{1,2}})?)?"
+    rf"{GAP}(?P<after>{CURRENCY})?",
+    re.ASCII | re.IGNORECASE,
+)
+LONGEST_PRICE = 100  # characters
+NUMBER = r"\d(?:[\d.,'’]*\d)?"
+RANGE = re.compile(
+    rf"{NUMBER}\D*?(?:[-–—~…]|\.\.+|\b(?:to|bis|and|à|a|til)\b)\D*{NUMBER}",
+    re.IGNORECASE,
+)
+OPEN_ENDED = re.compile(
+    r"\W*(?:from|starting|starts|as low as|up to|under|over|about|approx|circa|ca\b|ab\b|bis\b|"
+    r"à partir|dès|desde|da\b|vanaf|fra\b|från|min\b|max\b)|\s*[~≈<>]|.*\d\s*\+\s*$",
+    re.IGNORECASE,
+)
+NO_PRICE = ("", "none", "null", "nan", "n/a", "na", "-", "--", "–", "—", "?", "tba", "tbd", "nil")
+
+PRICE_MISSING = "price is missing"
+PRICE_NO_NUMBER = "price is no number"
+PRICE_RANGE = "price is a range"
+PRICE_OPEN = "price is open, like `from` or `up to`"
+PRICE_WORDS = "price has other words or numbers beside it"
+PRICE_CURRENCIES = "price is in several currencies"
+PRICE_AMBIGUOUS = "price is ambiguous: its comma or point may be for thousands or decimals"
+PRICE_MIXED = "price has another decimal sign than the column"
+
+
+@dataclass(frozen=True)
+class WrittenPrice:
+    """What a text says of a price: the number if the point is the decimal sign, and if the comma.
+
+    None where it is no number by that rule. `currency` is a code or None. A text that can't be a
+    price at all has a `problem`, in a few words.
+    """
+
+    by_point: float | None = None
+    by_comma: float | None = None
+    currency: str | None = None
+    problem: str | None = None
+
+    def amount(self, decimal):
+        return self.by_point if decimal == "." else self.by_comma
+
+    @property
+    def depends_on_decimal(self):
+        return self.by_point != self.by_comma
+
+
+def parse_price(text, decimal):
+    """The money that a text names, a float; `decimal` is `.` or `,`. NaN if it names none."""
+    amount = analyse_price(text).amount(decimal)
+    return math.nan if amount is None else amount
+
+
+@lru_cache(maxsize=100_000)
+def analyse_price(text):
+    """The WrittenPrice of a text, in any currency and of any size."""
+    text = text.strip()
+    if text.casefold() in NO_PRICE:
+        return WrittenPrice(problem=PRICE_MISSING)
+    match = PRICE.fullmatch(text) if len(text) <= LONGEST_PRICE else None
+    if not match:
+        return WrittenPrice(problem=explain_price(text))
+    currencies = named_currencies(match["before"], match["after"])
+    if len(currencies) > 1:
+        return WrittenPrice(problem=PRICE_CURRENCIES)
+    number = match["number"]
+    if match["whole"] and re.search("[.,]", number):  # `12,-` is 12, but `1.234,-` isn't certain
+        return WrittenPrice(problem=PRICE_NO_NUMBER)
+    by_point = parse_number(number, ".")
+    by_comma = parse_number(number, ",")
+    if by_point is None and by_comma is None:
+        return WrittenPrice(problem=PRICE_NO_NUMBER)
+    signs = match["sign"] + match["inner_sign"]
+    if len(signs) > 1:
+        return WrittenPrice(problem=PRICE_NO_NUMBER)
+    if signs in ("-", "−"):
+        by_point = None if by_point is None else -by_point
+        by_comma = None if by_comma is None else -by_comma
+    return WrittenPrice(by_point, by_comma, next(iter(currencies), None))
+
+
+def named_currencies(*written):
+    """The set of codes that currency signs stand for; a code beside a shared sign decides it."""
+    signs = [sign.casefold().rstrip(".") for sign in written if sign]
+    codes = {CURRENCY_CODE_OF.get(sign) or CURRENCY_CODE_OF[f"{sign}."] for sign in signs}
+    if len(codes) == 2:
+        for sign in signs:
+            own = CURRENCY_CODE_OF.get(sign)
+            others = codes - {own}
+            if others <= set(SHARED_SIGNS.get(sign, "").split()):
+                return others
+    return codes
+
+
+@lru_cache
+def number_pattern(decimal):
+    """The pattern of digits, in groups or not, and decimals behind that sign."""
+    point = re.escape(decimal)
+    thousands = re.escape("," if decimal == "." else ".")
+    grouped = rf"[1-9]\d{{0,2}}(?P<sign>[{thousands}'’{SPACES}])\d{{3}}(?:(?P=sign)\d{{3}})*"
+    wholes = [grouped, r"\d*"]
+    if decimal == ".":
+        wholes.append(r"[1-9]\d?(?:,\d{2})+,\d{3}")  # as in India
+    whole = "|".join(wholes)
+    return re.compile(rf"(?P<whole>{whole})(?:{point}(?P<decimals>\d+))?", re.ASCII)
+
+
+def parse_number(text, decimal):
+    """The float that a text of digits and separators is with that decimal sign, or None."""
+    match = number_pattern(decimal).fullmatch(text)
+    if not match or not text:
+        return None
+    whole = re.sub(r"\D", "", match["whole"], flags=re.ASCII)
+    number = float(f"{whole or 0}.{match['decimals'] or 0}")
+    return number if math.isfinite(number) else None
+
+
+def explain_price(text):
+    """Why a text, which is no single amount, can't be a price, in a few words."""
+    numbers = re.findall(NUMBER, text, re.ASCII)
+    if not numbers:
+        return PRICE_NO_NUMBER
+    signs = re.findall(CURRENCY, text, re.IGNORECASE)
+    if len(numbers) > 1 and len(named_currencies(*signs)) > 1:
+        return PRICE_CURRENCIES
+    if OPEN_ENDED.match(text):
+        return PRICE_OPEN
+    return PRICE_RANGE if RANGE.search(text) else PRICE_WORDS
+
+
+class PriceSurvey:
+    """What the texts of a whole column tell about how it writes prices."""
+
+    def __init__(self):
+        self.shown = {".": [], ",": []}  # texts that can't have the other decimal sign
+        self.counts = Counter()
+        self.currencies = Counter()
+
+    def add(self, value):
+        if not isinstance(value, str):
+            return
+        price = analyse_price(value)
+        if price.currency:
+            self.currencies[price.currency] += 1
+        if not price.problem and price.depends_on_decimal:
+            if price.by_comma is None:
+                self.note(".", value)
+            elif price.by_point is None:
+                self.note(",", value)
+
+    def note(self, decimal, value):
+        self.counts[decimal] += 1
+        if re.search(rf"{re.escape(decimal)}\d{{3}}", value):
+            self.counts[f"long {decimal}"] += 1
+        shown = self.shown[decimal]
+        if len(shown) < 2 and value.strip() not in shown:
+            shown.append(value.strip())
+
+    def result(self):
+        """The PriceFormat of the column."""
+        points, commas = self.counts["."], self.counts[","]
+        decimal = None
+        if points != commas:
+            decimal = "." if points > commas else ","
+        currency = next((code for code, _ in self.currencies.most_common(1)), None)
+        examples = tuple(self.shown[decimal or "."])
+        others = tuple(self.shown["," if decimal == "." else "."])
+        is_mixed = points > 0 and commas > 0
+        has_long_decimals = self.counts[f"long {decimal}"] > 0
+        return PriceFormat(decimal, currency, is_mixed, has_long_decimals, examples, others)
+
+
+@dataclass(frozen=True)
+class PriceFormat:
+    """How a column writes prices: the decimal sign, `.` or `,` or None, and the currency, or None.
+
+    `is_mixed`: some prices can only have the other sign, `others`. `has_long_decimals`: some surely
+    have three decimals or more. `examples` show the sign.
+    """
+
+    decimal: str | None = None
+    currency: str | None = None
+    is_mixed: bool = False
+    has_long_decimals: bool = False
+    examples: tuple = ()
+    others: tuple = ()
+
+    def read(self, value):
+        """(the amount, None) or (None, why there is none, in a few words)."""
+        if isinstance(value, str):
+            return self.read_text(value)
+        if value is None:
+            return None, PRICE_MISSING
+        if isinstance(value, bool):
+            return None, PRICE_NO_NUMBER
+        try:
+            amount = float(value)
+        except (TypeError, ValueError, OverflowError):
+            return None, PRICE_NO_NUMBER
+        if math.isnan(amount):
+            return None, PRICE_MISSING
+        return (None, PRICE_NO_NUMBER) if math.isinf(amount) else (amount, None)
+
+    def read_text(self, text):
+        price = analyse_price(text)
+        if price.problem:
+            return None, price.problem
+        if price.currency not in (None, self.currency):
+            return None, f"price is in another currency than most ({self.currency})"
+        if not price.depends_on_decimal:
+            return price.by_point, None
+        if None not in (price.by_point, price.by_comma) and not self.is_decided(price):
+            return None, PRICE_AMBIGUOUS
+        amount = price.amount(self.decimal) if self.decimal else None
+        return (None, PRICE_MIXED) if amount is None else (amount, None)
+
+    def is_decided(self, price):
+        """Whether the column tells which of a price's two numbers is meant, as 1234 and 1.234.
+
+        Three decimals are so rare that they must be seen elsewhere in it.
+        """
+        if self.decimal is None or self.is_mixed:
+            return False
+        has_three_decimals = abs(price.amount(self.decimal)) == min(
+            abs(price.by_point), abs(price.by_comma)
+        )
+        return self.has_long_decimals or not has_three_decimals
+
+    def __str__(self):
+        """What was decided and what it is taken from, a line; '' if there was nothing to decide."""
+        parts = []
+        if self.decimal:
+            name = "point" if self.decimal == "." else "comma"
+            shown = [f"{text!r} is {parse_price(text, self.decimal)}" for text in self.examples]
+            parts.append(f"the {name} is the decimal sign, since {' and '.join(shown)}")
+        elif self.is_mixed:
+            parts.append("as many prices have a decimal point as a decimal comma: none is read")
+        if self.is_mixed and self.decimal:
+            parts.append(f"some have the other one, such as {self.others[0]!r}: dropped")
+        if self.currency:
+            parts.append(f"currency {self.currency}")
+        return "; ".join(parts)
 
 
 def price_problem(price):
-    """Why `price` can't be used, in a few words, or None.
+    """Why the number `price` can't be used, in a few words, or None.
 
-    Usable are numbers from MIN_PRICE to MAX_PRICE dollars.
+    Usable are those from MIN_PRICE to MAX_PRICE dollars.
     """
-    if price is None or price == "":
-        return "price is missing"
-    number = parse_plain_number(price)
-    if math.isnan(number):
-        return "price is no plain number like 12.99"
-    if number <= 0:
+    if price is None or (isinstance(price, float) and math.isnan(price)):
+        return PRICE_MISSING
+    if isinstance(price, bool | str) or not math.isfinite(price):
+        return PRICE_NO_NUMBER
+    if price <= 0:
         return "price is zero or negative"
-    if not MIN_PRICE <= number <= MAX_PRICE:
+    if not MIN_PRICE <= price <= MAX_PRICE:
         return f"price is outside ${MIN_PRICE:.2f}–${MAX_PRICE}"
     return None
 
 
-def parse_plain_number(value):
-    """`value`, a number or a text like 12.99, as a float; NaN for anything else."""
-    if isinstance(value, bool):
-        return math.nan
-    if isinstance(value, str) and not re.fullmatch(
-        r"\s*[-+]?(\d+\.?\d*|\.\d+)\s*", value, re.ASCII
-    ):
-        return math.nan
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
+# ------------------------------------------------------------------------------------------------
+# 7. Texts as people read them
+
+INLINE_TAG_NAMES = (
+    "a abbr acronym b bdi bdo big cite code data del dfn em font i img ins kbd label mark q s samp "
+    "small span strike strong sub sup time tt u var wbr"
+)
+BLOCK_TAG_NAMES = (
+    "address article aside blockquote body br button caption center col colgroup dd details div dl "
+    "dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 head header hr html iframe input "
+    "legend li link main meta nav object ol option p pre section select source summary svg table "
+    "tbody td textarea tfoot th thead title tr ul video"
+)
+INLINE_TAGS = frozenset(INLINE_TAG_NAMES.split())
+TAG_NAMES = "|".join((INLINE_TAG_NAMES + " " + BLOCK_TAG_NAMES).split())
+# An attribute has a value, so that `<b and c>` in a formula is no tag
+ATTRIBUTES = r"""(?:\s+[\w:.-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>]+))*"""
+TAG = re.compile(rf"</?({TAG_NAMES}|[movw]:\w+)\b{ATTRIBUTES}\s*/?>", re.IGNORECASE)
+NO_TEXT = re.compile(r"<!--.*?-->|<(script|style)\b[^>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
+ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[a-zA-Z][a-zA-Z\d]{1,31});", re.ASCII)
+LINE_END = re.compile(r" ?\n\s*")
+BLANKS = re.compile(r"[^\S\n]+")
+REPETITION_END = re.compile(r"$|\s|[,;:.!?|–—-]+(?=\s|$)")
+BEFORE_REST = re.compile(r"\s*(?:[,;:.!?|–—-]+(?=\s|$))?\s*")
+NO_TEXTS = ("nan", "none", "null")
+
+HTML_CHANGED = "HTML became text"
+SPACE_FOLDED = "white space was folded"
+TITLE_CUT = "the title, repeated at the description's start, was cut"
+LIST_JOINED = "a list of texts was joined"
+PATH_JOINED = "a list of categories became a path"
 
 
-def text_problem(value, name):
-    """Why `value` can't be used as the text `name`, in a few words, or None."""
-    if not isinstance(value, str) or not value.strip():
-        return f"{name} is empty or not text"
-    if re.search("[\ud800-\udfff]", value):
-        return f"{name} has an incomplete character"  # half of a surrogate pair
-    return None
+def html_to_text(text):
+    """The text that a browser shows of `text`: tags become line ends or nothing, entities signs.
+
+    What is escaped twice, as in feeds, is unescaped twice. Only HTML's own tags count as tags.
+    """
+    for _ in range(2):
+        if "<" in text:
+            text = NO_TEXT.sub("", text)
+            text = TAG.sub(tag_text, text)
+        if "&" not in text:
+            break
+        text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
+    return text
+
+
+def tag_text(match):
+    """What a tag leaves behind: a line end, if it ends a line."""
+    is_inline = match[1].lower() in INLINE_TAGS or ":" in match[1]
+    return "" if is_inline else "\n"
+
+
+def fold_space(text):
+    """`text` with single spaces and single line ends, and none at its start and end."""
+    text = text.strip().replace("\r\n", "\n").replace("\r", "\n")
+    return LINE_END.sub("\n", BLANKS.sub(" ", text))
+
+
+def clean_text(text, changes):
+    """A text without HTML and superfluous white space; a Counter `changes` counts what was done."""
+    plain = html_to_text(text)
+    folded = fold_space(plain)
+    if plain != text:
+        changes[HTML_CHANGED] += 1
+    elif folded != plain:
+        changes[SPACE_FOLDED] += 1
+    return folded
+
+
+def clean_title(text, changes):
+    """As `clean_text`, in one line."""
+    cleaned = clean_text(text, changes)
+    if "\n" in cleaned:
+        changes[SPACE_FOLDED] += 1
+    return cleaned.replace("\n", " ")
+
+
+def is_in_course_form(text):
+    """Whether a text begins with `Title:`, as the course's do. Such a text stays as it is."""
+    return text.lstrip().startswith("Title:")
+
+
+def cut_title(text, title):
+    """`text` without the title that it begins with, if the title ends there as a word does."""
+    if not text.startswith(title) or not REPETITION_END.match(text, len(title)):
+        return text
+    return text[BEFORE_REST.match(text, len(title)).end() :]
 
 
 def describe_item(title, category, text):
@@ -1296,102 +1957,369 @@ def describe_item(title, category, text):
 
     A text that begins with `Title:` has that form already.
     """
-    text = text.strip()
-    if text.startswith("Title:"):
-        return text
-    parts = {"Title": title, "Category": category, "Description": text.removeprefix(title).strip()}
+    if is_in_course_form(text):
+        return text.strip()
+    parts = {"Title": title, "Category": category, "Description": cut_title(text.strip(), title)}
     return "\n".join(f"{name}: {part}" for name, part in parts.items() if part)
 
 
-def read_catalogue(path, needs_price=True):
-    """(items of the user's own file, what was dropped: {reason: [line, …]}).
+def text_problem(value, name):
+    """Why `value` can't be used as the text `name`, in a few words, or None."""
+    if not isinstance(value, str) or not value.strip():
+        return f"{name} is empty or not text"
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        return f"{name} has an incomplete character"  # half of a surrogate pair
+    return None
 
-    Needs the columns `title`, `price` and one of TEXT_COLUMNS; `category` is optional. A row with
-    the title, description and price of an earlier one is dropped. Without `needs_price` the price
-    may be missing, None then, and rows may repeat others. Raises UserError if a column is
-    missing or no row is usable.
+
+# ------------------------------------------------------------------------------------------------
+# 8. The user's own catalogue
+
+ROLES = ("title", "price", "text", "category")
+USUAL_COLUMNS = {  # the role: names that are recognised, the first first; see `fold_name`
+    "title": "title name product item producttitle productname itemtitle itemname",
+    "price": "price cost amount sellingprice saleprice retailprice regularprice currentprice "
+    "listprice unitprice variantprice itemprice productprice",
+    "text": "summary text description body bodyhtml details productdescription itemdescription "
+    "longdescription shortdescription features content about specifications",
+    "category": "category categories maincategory productcategory itemcategory department",
+}
+SHOWN_UNUSED = 6  # names of columns
+WARNED_SHARE = 0.2  # of rows that are dropped
+
+
+@dataclass
+class Columns:
+    """Which columns of a file are read: one or none for title and price, those of texts in order.
+
+    `names` are all that the file has.
     """
-    rows = read_rows(path)
-    if not rows:
-        raise UserError(f"{path}: holds no rows.")
-    text_columns = find_text_columns(path, rows, needs_price)
 
-    items = []
-    dropped = {}
-    seen = set()
-    for line, row in rows:
-        problem = row if isinstance(row, str) else row_problem(row, text_columns, needs_price)
-        if not problem:
-            item = item_of_row(row, text_columns, line)
-            key = (item.summary, item.price)
-            if needs_price and key in seen:
-                problem = "duplicate of an earlier row"
+    names: list
+    title: str | None = None
+    price: str | None = None
+    text: tuple = ()
+    category: tuple = ()
+
+    @property
+    def used(self):
+        single = [name for name in (self.title, self.price) if name is not None]
+        return [*single, *self.text, *self.category]
+
+    def __str__(self):
+        """'title from Name, price from Cost, text from summary or body; unused: SKU'."""
+        parts = []
+        for role in ROLES:
+            names = getattr(self, role)
+            names = [names] if isinstance(names, str) else names
+            if names:
+                parts.append(f"{role} from {' or '.join(name.strip() for name in names)}")
+        unused = [str(name).strip() for name in self.names if name not in self.used]
+        unused = [name for name in unused if name]
+        if not unused:
+            return ", ".join(parts)
+        more = ", …" if len(unused) > SHOWN_UNUSED else ""
+        return f"{', '.join(parts)}; unused: {', '.join(unused[:SHOWN_UNUSED])}{more}"
+
+
+def fold_name(name):
+    """A column's name in small letters and digits only: `Body (HTML)` is bodyhtml."""
+    return re.sub(r"[\W_]+", "", str(name)).casefold()
+
+
+def find_columns(path, names, chosen, needs_price):
+    """The Columns of a file with the columns `names`; `chosen` is {role: [name, …]} of --columns.
+
+    Raises UserError if one is missing, or two have the same name.
+    """
+    columns = Columns(names)
+    taken = set()
+    for role, wanted in chosen.items():
+        found = [find_chosen_column(path, names, role, name) for name in wanted]
+        set_role(columns, role, found)
+        taken.update(found)
+    for role in ROLES:
+        if role not in chosen:
+            free = [name for name in names if name not in taken]
+            set_role(columns, role, find_usual_columns(path, free, role))
+    check_found(path, columns, needs_price)
+    return columns
+
+
+def set_role(columns, role, names):
+    if role in ("title", "price"):
+        setattr(columns, role, names[0] if names else None)
+    else:
+        setattr(columns, role, tuple(names))
+
+
+def find_chosen_column(path, names, role, wanted):
+    """The one of `names` that `--columns role=wanted` means."""
+    exact = [name for name in names if str(name).strip() == wanted.strip()]
+    found = exact or [name for name in names if fold_name(name) == fold_name(wanted)]
+    if not found:
+        raise UserError(f"{path}: no column {wanted} (--columns {role}); found: {listed(names)}.")
+    if len(found) > 1:
+        raise UserError(f"{path}: more than one column is called {wanted}. Rename one of them.")
+    return found[0]
+
+
+def find_usual_columns(path, names, role):
+    """Those of `names` that are usual for the role, in the order of USUAL_COLUMNS."""
+    found = []
+    for usual in USUAL_COLUMNS[role].split():
+        same = [name for name in names if fold_name(name) == usual]
+        is_read = role in ("text", "category") or not found
+        if len(same) > 1 and is_read:
+            raise UserError(
+                f"{path}: more than one column is called {usual}. Rename one, or choose others "
+                f"by --columns {role}=NAME."
+            )
+        found.extend(same)
+    return found
+
+
+def check_found(path, columns, needs_price):
+    missing = []
+    if columns.title is None:
+        missing.append("title")
+    if columns.price is None and needs_price:
+        missing.append("price")
+    if not columns.text:
+        missing.append("a description (summary, text, description, body, …)")
+    if missing:
+        raise UserError(
+            f"{path}: no column for {' and '.join(missing)}; found: {listed(columns.names)}. "
+            "Say which one it is, for example by --columns title=NAME."
+        )
+
+
+def listed(names):
+    return ", ".join(str(name).strip() for name in names)
+
+
+class OwnCatalogue:
+    """The items of the user's own file, read twice: how it is written, then row by row.
+
+    Needs columns for title, price and description; see USUAL_COLUMNS. `chosen` is {role: [name,
+    …]} of --columns. Without `needs_price` the price may be missing, None then, and rows may repeat
+    others. What was dropped and changed is known once `items()` has ended: `dropped` is {reason:
+    [line, …]}, `examples` has a value for some reasons, `changes` counts.
+
+    Raises UserError if the file can't be read or a column is missing.
+    """
+
+    def __init__(self, path, chosen=None, needs_price=True, bar=None):
+        self.path = path
+        self.needs_price = needs_price
+        self.bar = bar
+        self.file = RowFile(path)
+        self.row_count = 0
+        self.columns, self.price_format = self.survey(chosen or {})
+        self.clear()
+
+    def clear(self):
+        self.dropped = {}
+        self.examples = {}
+        self.changes = Counter()
+        self.seen = set()
+
+    def survey(self, chosen):
+        """(the Columns, the PriceFormat): how the whole file is written."""
+        wanted = [fold_name(name) for name in chosen.get("price", USUAL_COLUMNS["price"].split())]
+        names = dict.fromkeys(self.file.schema_names() or ())
+        known_schema = list(names) if names else None
+        surveys = {name: PriceSurvey() for name in names if fold_name(name) in wanted}
+        for _, row in self.file.rows(known_schema and list(surveys)):
+            self.count_row()
+            if isinstance(row, str):
+                continue
+            if not row.keys() <= names.keys():
+                names |= dict.fromkeys(row)
+                for name in row:
+                    if fold_name(name) in wanted:
+                        surveys.setdefault(name, PriceSurvey())
+            for name, survey in surveys.items():
+                survey.add(row.get(name))
+        if not self.row_count:
+            raise UserError(f"{self.path}: holds no rows.")
+        if not names:
+            raise UserError(f"{self.path}: none of {self.row_count:,} rows is a JSON object.")
+        columns = find_columns(self.path, list(names), chosen, self.needs_price)
+        survey = surveys.get(columns.price, PriceSurvey())
+        return columns, survey.result()
+
+    def count_row(self):
+        self.row_count += 1
+        if self.bar is not None:
+            self.bar.update()
+
+    def items(self):
+        """Yields the usable Items. Raises UserError at the end if there were none."""
+        self.clear()
+        count = 0
+        for line, row in self.file.rows(self.columns.used):
+            if self.bar is not None:
+                self.bar.update()
+            item, problem = (None, row) if isinstance(row, str) else self.read_row(line, row)
+            if problem:
+                self.dropped.setdefault(problem, []).append(line)
+                continue
+            count += 1
+            yield item
+        if not count:
+            reasons = format_dropped(self.dropped, examples=self.examples)
+            raise UserError(f"{self.path}: none of {self.row_count:,} rows is usable; {reasons}.")
+
+    def read_row(self, line, row):
+        """(the Item, None) or (None, why the row can't be used, in a few words)."""
+        title = row.get(self.columns.title)
+        text = self.text_of(row)
+        problem = text_problem(title, "title") or text_problem(text, self.columns.text[0].strip())
         if problem:
-            dropped.setdefault(problem, []).append(line)
-        else:
-            seen.add(key)
-            items.append(item)
-    if not items:
-        raise UserError(f"{path}: none of {len(rows):,} rows is usable; {format_dropped(dropped)}.")
-    return items, dropped
+            return None, problem
+        price, problem = self.price_of(row)
+        if problem:
+            return None, problem
+
+        changes = Counter()
+        title = clean_title(title, changes)
+        if not is_in_course_form(text):
+            text = clean_text(text, changes)
+        problem = text_problem(title, "title") or text_problem(text, self.columns.text[0].strip())
+        if problem:  # nothing but tags
+            return None, problem
+        category = self.category_of(row, changes)
+        summary = describe_item(title, category, text)
+        if self.needs_price and self.is_repeated(summary, price):
+            return None, "duplicate of an earlier row"
+        if not is_in_course_form(text):  # its prompt is as it was
+            self.count_changes(row, title, text, changes)
+        return Item(title, category, price, full=text, summary=summary, id=line), None
+
+    def is_repeated(self, summary, price):
+        """Whether an earlier row has the same title, description and price."""
+        key = hashed(f"{price} {summary}")
+        if key in self.seen:
+            return True
+        self.seen.add(key)
+        return False
+
+    def count_changes(self, row, title, text, changes):
+        """Adds what was changed in a row that is kept: each kind once a row."""
+        if cut_title(text, title) != text:
+            changes[TITLE_CUT] += 1
+        if text_of_row(row, self.columns.text) is None:
+            changes[LIST_JOINED] += 1
+        self.changes.update(changes.keys())
+
+    def text_of(self, row):
+        """The first description that a row has, or else its first list of texts, joined; or None.
+
+        A blank, or a text that pandas writes for a missing one, is none.
+        """
+        text = text_of_row(row, self.columns.text)
+        if text is not None:
+            return text
+        lists = (join_texts(row.get(name), "\n") for name in self.columns.text)
+        return next((text for text in lists if text), None)
+
+    def category_of(self, row, changes):
+        """The first category that a row has, a list's as a path; '' without one."""
+        for name in self.columns.category:
+            value = row.get(name)
+            category = value if isinstance(value, str) else join_texts(value, " > ")
+            if category and category.strip() and not text_problem(category, "category"):
+                if not isinstance(value, str):
+                    changes[PATH_JOINED] += 1
+                return clean_title(category, changes)
+        return ""
+
+    def price_of(self, row):
+        """(the price, None) or (None, why it can't be used); (None, None) if it needn't be there.
+
+        A reason gets an example, the first value.
+        """
+        value = row.get(self.columns.price) if self.columns.price is not None else None
+        price, problem = self.price_format.read(value)
+        if problem == PRICE_MISSING:
+            return None, problem if self.needs_price else None
+        problem = problem or price_problem(price)
+        if problem:
+            self.examples.setdefault(problem, shown_value(value))
+            return None, problem
+        return price, None
+
+    def notes(self):
+        """What was made of the file: columns, prices, what was changed; lines for the screen."""
+        lines = [f"Columns: {self.columns}"]
+        if str(self.price_format):
+            lines.append(f"Prices: {self.price_format}")
+        if self.changes:
+            parts = [f"{count:,} × {change}" for change, count in self.changes.most_common()]
+            lines.append(f"Changed: {'; '.join(parts)}")
+        return lines
+
+    def record(self):
+        """What prepare.json has of it."""
+        return {
+            "columns": {role: getattr(self.columns, role) for role in ROLES},
+            "decimal": self.price_format.decimal,
+            "written_currency": self.price_format.currency,
+            "changed": dict(self.changes),
+            "dropped_examples": self.examples,
+        }
 
 
-def find_text_columns(path, rows, needs_price):
-    """Those of TEXT_COLUMNS that the rows have. Raises UserError if a column is missing."""
-    columns = dict.fromkeys(column for _, row in rows if isinstance(row, dict) for column in row)
-    text_columns = [column for column in TEXT_COLUMNS if column in columns]
-    required = ("title", "price") if needs_price else ("title",)
-    missing = [column for column in required if column not in columns]
-    if not text_columns:
-        missing.append(f"a description ({', '.join(TEXT_COLUMNS)})")
-    if missing and columns:
-        found = ", ".join(str(column) for column in columns)
-        raise UserError(f"{path}: no column for {' and '.join(missing)}; found: {found}.")
-    return text_columns
+def text_of_row(row, columns):
+    """The first of the columns with a text in it that isn't blank, or None."""
+    for name in columns:
+        value = row.get(name)
+        if isinstance(value, str) and value.strip() and value.strip().lower() not in NO_TEXTS:
+            return value
+    return None
 
 
-def description_of(row, text_columns):
-    """The first description that a row has, or None."""
-    return next((row[name] for name in text_columns if row.get(name)), None)
+def join_texts(value, between):
+    """The texts of a list, joined, '' without any. Of a list of lists the first one counts."""
+    if not isinstance(value, list):
+        return ""
+    if value and isinstance(value[0], list):
+        value = value[0]
+    texts = [text.strip() for text in value if isinstance(text, str)]
+    return between.join(text for text in texts if text)
 
 
-def row_problem(row, text_columns, needs_price):
-    """Why a row can't be used, in a few words, or None."""
-    price = row.get("price")
-    has_no_price = price is None or price == ""
-    problem = text_problem(row.get("title"), "title")
-    problem = problem or text_problem(description_of(row, text_columns), text_columns[0])
-    if problem or (has_no_price and not needs_price):
-        return problem
-    return price_problem(price)
+def shown_value(value):
+    """A value of a cell as an example, shortened."""
+    text = value if isinstance(value, str) else repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
-def item_of_row(row, text_columns, line):
-    """The Item of a row that has no problem; its id is the line."""
-    title = row["title"].strip()
-    category = row.get("category")
-    category = category.strip() if isinstance(category, str) else ""
-    price = float(row["price"]) if row.get("price") else None
-    summary = describe_item(title, category, description_of(row, text_columns))
-    return Item(title, category, price, summary=summary, id=line)
+def read_catalogue(path, needs_price=True, columns=None):
+    """(items of the user's own file, what was dropped: {reason: [line, …]}): see OwnCatalogue."""
+    catalogue = OwnCatalogue(path, columns, needs_price)
+    items = list(catalogue.items())
+    return items, catalogue.dropped
 
 
-def own_rows(path, text, tokenizer, cutoff):
-    """(rows of the user's own items to price, what was dropped: {reason: [line, …]}).
+def own_rows(path, text, tokenizer, cutoff, columns=None):
+    """(rows of the user's own items to price, their OwnCatalogue, or None without a file).
 
     They come from the file at `path` or are the one described by `text`. A row has prompt,
     completion ('' without a price), line and title.
     """
-    dropped = {}
+    catalogue = None
     if path:
-        items, dropped = read_catalogue(path, needs_price=False)
+        catalogue = OwnCatalogue(path, columns, needs_price=False)
+        items = list(catalogue.items())
     elif text_problem(text, "text"):
         raise UserError(
             "--text: is empty or has an incomplete character. Give a description, in quotes."
         )
     else:
-        title = text.strip().splitlines()[0].removeprefix("Title:").strip()
-        items = [Item(title, "", None, summary=describe_item(title, "", text), id=1)]
+        items = [item_of_text(text)]
     rows = []
     for item in items:
         item.make_prompts(tokenizer, cutoff, do_round=False)
@@ -1399,42 +2327,136 @@ def own_rows(path, text, tokenizer, cutoff):
         rows.append(
             {"prompt": item.prompt, "completion": completion, "line": item.id, "title": item.title}
         )
-    return rows, dropped
+    return rows, catalogue
 
 
-def format_dropped(dropped, max_lines=5):
-    """'3 × price is missing (lines 17, 40, 41)' for each reason."""
+def item_of_text(text):
+    """The Item that `--text` describes; its first line is the title."""
+    if not is_in_course_form(text):
+        text = clean_text(text, Counter())
+    title = text.strip().splitlines()[0].removeprefix("Title:").strip()
+    return Item(title, "", None, summary=describe_item(title, "", text), id=1)
+
+
+def format_own_rows(rows, catalogue):
+    """What was made of the user's own file that is priced; lines, and a warning behind them."""
+    lines = catalogue.notes()
+    if catalogue.dropped:
+        count = sum(len(lines) for lines in catalogue.dropped.values())
+        reasons = format_dropped(catalogue.dropped, examples=catalogue.examples)
+        lines.append(f"Rows: {len(rows):,} priced, {count:,} skipped: {reasons}")
+    warning = dropped_warning(len(rows), catalogue.dropped)
+    return "\n".join([*lines, warning] if warning else lines)
+
+
+def format_dropped(dropped, max_lines=5, examples=None):
+    """'3 × price is a range, such as `5 - 9` (lines 17, 40, 41)' for each reason."""
     parts = []
     for reason, lines in dropped.items():
         shown = [str(line) for line in lines[:max_lines]]
         if len(lines) > max_lines:
             shown.append("…")
         word = "line" if len(lines) == 1 else "lines"
-        parts.append(f"{len(lines):,} × {reason} ({word} {', '.join(shown)})")
+        example = f", such as `{examples[reason]}`" if reason in (examples or {}) else ""
+        parts.append(f"{len(lines):,} × {reason}{example} ({word} {', '.join(shown)})")
     return "; ".join(parts)
 
 
-def split_by_title(items, seed):
-    """(train, val, test) of about 90, 5 and 5 % of the items; equal titles stay in one split.
+def dropped_warning(kept, dropped):
+    """A framed warning if more than WARNED_SHARE of the rows were dropped, or ''."""
+    count = sum(len(lines) for lines in dropped.values())
+    if count <= WARNED_SHARE * (kept + count):
+        return ""
+    main_reason = max(dropped, key=lambda reason: len(dropped[reason]))
+    frame = "!" * 80
+    return (
+        f"{frame}\nWARNING: {count:,} of {kept + count:,} rows ({count / (kept + count):.0%}) were "
+        f"dropped, most because: {main_reason}.\nThe lines above name all reasons and rows. Is the "
+        f"right column read, and are the prices\nwritten in one way?\n{frame}"
+    )
 
-    Raises UserError if there are fewer than three different titles.
+
+# ------------------------------------------------------------------------------------------------
+# 9. Splits without leaks
+
+GRAM_WORDS = 5
+NEAR_SHARE = 0.8  # of an item's word 5-grams
+MAX_COMPARED = 1000  # test rows
+
+
+def normalised(text):
+    """A text for comparison: capitals and white space don't count."""
+    return " ".join(text.casefold().split())
+
+
+def leak_keys(item):
+    """(title, text, description) of an item, normalised: items that share one belong together.
+
+    The text is what the file has, the description what the prompt has of it.
     """
-    by_title = {}
-    for item in items:
-        title = " ".join(item.title.casefold().split())
-        by_title.setdefault(title, []).append(item)
-    if len(by_title) < 3:
+    title = normalised(item.title)
+    text = item.full or item.summary
+    _, _, description = item.summary.partition("\nDescription: ")
+    if is_in_course_form(text) or not description:
+        description = text
+    return title, normalised(text), normalised(description)
+
+
+def hashed(text):
+    """A text's 64-bit hash: a million of them fit into 8 MB, and equal ones are equal texts."""
+    return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def connected_groups(keys):
+    """Groups of rows that share a key with another row of theirs; lists of row numbers.
+
+    `keys` is a list of columns, each with a sortable key a row. By union-find.
+    """
+    parents = list(range(len(keys[0])))
+    for column in keys:
+        values = numpy.asarray(column)
+        order = numpy.argsort(values, kind="stable")
+        is_equal = values[order[1:]] == values[order[:-1]]
+        pairs = zip(order[:-1][is_equal].tolist(), order[1:][is_equal].tolist(), strict=True)
+        for one, other in pairs:
+            parents[root_of(parents, one)] = root_of(parents, other)
+    groups = {}
+    for row in range(len(parents)):
+        groups.setdefault(root_of(parents, row), []).append(row)
+    return list(groups.values())
+
+
+def root_of(parents, row):
+    """The row that stands for a row's group; shortens the way to it."""
+    while parents[row] != row:
+        parents[row] = parents[parents[row]]
+        row = parents[row]
+    return row
+
+
+def split_rows(keys, seed):
+    """(train, val, test), row numbers of about 90, 5 and 5 %; equal keys stay in one split.
+
+    `keys` as in `connected_groups`, the titles' first. A group of more than 5 % of the rows goes to
+    train. Raises UserError if there are fewer than three groups.
+    """
+    groups = connected_groups(keys)
+    if len(groups) < 3:
         raise UserError(
-            f"{len(by_title)} different titles: at least 3 are needed for train, val and test."
+            f"{len(groups)} different titles or descriptions: at least 3 are needed for train, val "
+            "and test."
         )
-    groups = [by_title[title] for title in sorted(by_title)]
+    titles = keys[0]
+    groups.sort(key=lambda group: min(titles[row] for row in group))
     rng = random.Random(seed)
     rng.shuffle(groups)
 
-    share = len(items) / 20
+    share = len(titles) / 20
+    limit = max(1, share)
+    groups.sort(key=lambda group: -len(group) if len(group) > limit else 0)
     train, val, test = [], [], []
     for part in (val, test):
-        while len(groups) > 1 and len(part) < max(1, share):
+        while len(groups) > 1 and len(part) < limit:
             part.extend(groups.pop())
     for group in groups:
         train.extend(group)
@@ -1443,8 +2465,55 @@ def split_by_title(items, seed):
     return train, val, test
 
 
+def split_by_title(items, seed):
+    """(train, val, test), lists of the items: `split_rows` by title and description."""
+    keys = list(zip(*(leak_keys(item) for item in items), strict=True))
+    return tuple([items[row] for row in rows] for rows in split_rows(keys, seed))
+
+
+def word_grams(text):
+    """The set of a text's runs of GRAM_WORDS words; of a shorter text all its words are one."""
+    words = re.findall(r"\w+", text.casefold())
+    if len(words) < GRAM_WORDS:
+        return {tuple(words)}
+    return set(zip(*(words[start:] for start in range(GRAM_WORDS)), strict=False))
+
+
+def description_in(prompt):
+    return prompt.removeprefix(f"{QUESTION}\n\n").removesuffix(f"\n\n{PREFIX}")
+
+
+def count_near_duplicates(prompts):
+    """How many of the first MAX_COMPARED test rows are nearly the same as a training row.
+
+    That is: one training row has NEAR_SHARE of the test row's word 5-grams. Returns {"compared":
+    rows, "near": rows}. Exact: a training row that lacks at most a fifth of them has one of any
+    fifth and one more, so only those that have one of a test row's rarest ones are compared.
+    """
+    tests = prompts["test"]["prompt"][:MAX_COMPARED]
+    grams = [word_grams(description_in(prompt)) for prompt in tests]
+    counts = Counter(gram for row in grams for gram in row)
+    rows_with = {}  # the rarest of a test row's 5-grams: its rows
+    for number, row in enumerate(grams):
+        rarest = sorted(row, key=lambda gram: (counts[gram], gram))
+        for gram in rarest[: len(row) - math.ceil(NEAR_SHARE * len(row)) + 1]:
+            rows_with.setdefault(gram, set()).add(number)
+
+    near = set()
+    for batch in prompts["train"].select_columns(["prompt"]).iter(1000):
+        for prompt in batch["prompt"]:
+            found = word_grams(description_in(prompt))
+            candidates = set()
+            for gram in rows_with.keys() & found:
+                candidates |= rows_with[gram]
+            for number in candidates - near:
+                if len(grams[number] & found) >= NEAR_SHARE * len(grams[number]):
+                    near.add(number)
+    return {"compared": len(tests), "near": len(near)}
+
+
 # ------------------------------------------------------------------------------------------------
-# 6. The demo's synthetic catalogue
+# 10. The demo's synthetic catalogue
 
 DEMO_ROWS = 2400
 DEMO_NOISE = 0.25  # standard deviation of the log-normal noise on each price

@@ -40,6 +40,11 @@ NONSENSE = (
     "eval --output out.csv",
     "eval --local --revision abc",
     "prepare --cutoff 0",
+    "prepare --columns title=Name",
+    "prepare --source a.csv --columns Name",
+    "prepare --source a.csv --columns name=Name",
+    "prepare --source a.csv --columns title=A title=B",
+    "eval --text lamp --columns title=Name",
 )
 
 
@@ -93,6 +98,13 @@ def test_shared_flags_work_everywhere(stage, flags):
 )
 def test_original_commands_parse(line):
     assert build_parser().parse_args(line.split()).lite
+
+
+def test_columns_become_a_dict():
+    """Given at once or one by one; a description may be in several columns."""
+    line = "prepare --source a.csv --columns title=Name text=A=B --columns text=C"
+    args = build_parser().parse_args(line.split())
+    assert args.columns == {"title": ["Name"], "text": ["A=B", "C"]}
 
 
 def test_size_all_means_none():

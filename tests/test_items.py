@@ -1,5 +1,6 @@
 """Prompts letter by letter, catalogues row by row, and files that are complete or not there."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from items import (
     DEMO_KINDS,
     MANIFEST,
     Item,
+    OwnCatalogue,
     Problems,
     UserError,
     build_prompts,
@@ -137,6 +139,8 @@ def test_batches_agree_with_single_items(tokenizer):
     """Prompts, cuts and token counts, whether few, some or nearly no items are short enough."""
     items = demo_items(200, seed=3)
     items[5].summary = " two spaces and a line after\n\n"
+    items[6].summary = 40 * "antidisestablishmentarianism "
+    items[7].summary = 600 * "a"
     one = items[:1]
     lengths = sorted(item.count_tokens(tokenizer) for item in items)
     for cutoff in (5, lengths[70], lengths[-2]):
@@ -207,14 +211,14 @@ def test_completion_tokens_have_no_space():
 
 # The user's own catalogue
 
-NO_NUMBER = "price is no plain number like 12.99"
+NO_NUMBER = "price is no number"
 OUTSIDE = "price is outside $0.50–$999.49"
 BAD_ROWS = [  # from line 2 on
     ('{"title": "B", "text": "b"}', "price is missing"),
     ('{"title": "B", "text": "b", "price": null}', "price is missing"),
     ('{"title": "B", "text": "b", "price": 0}', "price is zero or negative"),
     ('{"title": "B", "text": "b", "price": -3}', "price is zero or negative"),
-    ('{"title": "B", "text": "b", "price": NaN}', NO_NUMBER),
+    ('{"title": "B", "text": "b", "price": NaN}', "price is missing"),
     ('{"title": "B", "text": "b", "price": "about ten"}', NO_NUMBER),
     ('{"title": "B", "text": "b", "price": true}', NO_NUMBER),
     ('{"title": "B", "text": " ", "price": 3}', "text is empty or not text"),
@@ -282,13 +286,14 @@ def test_csv_separators_and_capitals_vary(tmp_path, separator):
         (" Title", "Price", "DESCRIPTION "),
         ("Lamp", "12.5", "Brass"),
         ("Sofa", "30", "red", "soft"),
-        ("Bed", "1_0", "-"),
+        ("Bed", "1_0", "x"),
     ]
     path = tmp_path / "own.csv"
     path.write_text("\n".join(separator.join(row) for row in rows))
     items, dropped = read_catalogue(path)
     assert [(item.title, item.price) for item in items] == [("Lamp", 12.5)]
-    assert dropped == {"more cells than the header has": [3], NO_NUMBER: [4]}
+    words = "price has other words or numbers beside it"
+    assert dropped == {"more cells than the header has": [3], words: [4]}
 
 
 def test_course_descriptions_stay_unchanged(tmp_path):
@@ -298,6 +303,19 @@ def test_course_descriptions_stay_unchanged(tmp_path):
     assert items[0].summary == SUMMARY
 
 
+def test_course_rows_make_the_courses_prompts(tmp_path, smol_tokenizer):
+    """Letter by letter, with whatever stands in them."""
+    summary = "Title: Desk\nCategory: a &amp; b\nBrand:  <b>C</b>\n\nDescription: x   y &lt; z"
+    row = {"title": " Desk", "category": "c", "summary": summary, "price": 7.0}
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps(row))
+    catalogue = OwnCatalogue(path)
+    (item,) = catalogue.items()
+    item.make_prompts(smol_tokenizer, 110, do_round=True)
+    assert item.prompt == f"{QUESTION}\n\n{summary}\n\nPrice is $"
+    assert not catalogue.changes
+
+
 @pytest.mark.parametrize(
     "name, content, expected",
     [
@@ -305,13 +323,19 @@ def test_course_descriptions_stay_unchanged(tmp_path):
         ("own.jsonl", b'{"title": "A", "price": 1}', "no column for a description"),
         ("own.jsonl", b"", "holds no rows"),
         ("own.csv", b"title,price,text\n", "holds no rows"),
-        ("own.json", b'[{"title": "A", "text": "a", "price": 1}]', "not a JSON object"),
+        ("own.json", b'{\n"title": "A"\n}', "none of 3 rows is a JSON object"),
+        ("own.json", b"[1, 2]", "none of 1 rows is a JSON object"),
+        ("own.json", b'[{"title": "A"},\n{"title": "B" "text"}]', "delimiter (line 2)"),
+        ("own.json", b'[{"title": "A"}\n{"title": "B"}]', "expected behind an object (line 2)"),
+        ("own.csv.gz", b"title,price,text\n", "can't be read: Not a gzipped file"),
+        ("own.csv.gz", gzip.compress(b"title,price,text\n" * 9)[:-9], "can't be read: "),
+        ("own.csv", b"PK\x03\x04...", "is a spreadsheet or ZIP file. Save it as `CSV UTF-8`"),
         ("own.jsonl", b'{"title": "A", "text": "a", "price": 0}', "none of 1 rows is usable"),
         ("own.parquet", b"no parquet", "can't be read: "),
         ("own.csv", b"title,price,text\n\xff\xfe,1,2", "not in UTF-8 (byte 17)"),
         ("own.csv", b'title,price,text\na,1,"b\nc,2,d\n', "is a quote left open?"),
         ("own.csv", b"title,price,Price,text\na,1,2,b\n", "more than one column is called price"),
-        ("own.xlsx", b"", "the ending is .xlsx"),
+        ("own.xlsx", b"", "the ending is .xlsx. Save it as `CSV UTF-8`"),
         ("missing.csv", None, "can't be read: No such file"),
     ],
 )
@@ -333,7 +357,10 @@ def random_items():
     rng = random.Random(0)
     titles = [f"t{rng.randrange(300)}" for _ in range(2000)]
     variants = [title if rng.random() < 0.5 else f"  {title.upper()} " for title in titles]
-    return [make_item(title=title) for title in variants]
+    items = [make_item(title=title) for title in variants]
+    for item in items:
+        item.summary = f"Title: {item.title}"
+    return items
 
 
 def test_equal_titles_share_a_split():
@@ -355,7 +382,8 @@ def test_split_depends_on_the_seed():
 
 
 def test_three_titles_fill_every_split():
-    parts = split_by_title([make_item(title=title) for title in "abc"], seed=0)
+    items = [Item(title, "", 1.0, summary=f"Title: {title}") for title in "abc"]
+    parts = split_by_title(items, seed=0)
     assert [len(part) for part in parts] == [1, 1, 1]
 
 

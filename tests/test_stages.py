@@ -116,6 +116,53 @@ def test_prepare_leaves_whole_dataset(prepared):
     assert found == ["manifest.json", "prepare.json", "prepare.png", *splits]
 
 
+MESSY = (
+    'sep=;\nName;Cost;"Item description"\nPan;19,99 €;<p>Panasonic microwave</p>\n'
+    "Sofa;1.234,00;red\nLamp;7,50;Lamp of brass\nBed;ab 9,99;soft\nMug;3;tin\n"
+)
+MESSY_COLUMNS = ("--columns", "title=Name", "price=Cost", "text=Item description")
+
+
+def test_messy_catalogue_is_prepared(call, shared, project):
+    """What was made of it is said, what was dropped by example; a fifth and more is warned of."""
+    (project / "messy.csv").write_text(MESSY, encoding="utf-8")
+    said = call("prepare", *shared, "--source", "messy.csv", *MESSY_COLUMNS, cwd=project)
+    assert "Columns: title from Name, price from Cost, text from Item description\n" in said
+    assert "Prices: the comma is the decimal sign, since '19,99 €' is 19.99 and " in said
+    assert "such as `ab 9,99` (line 6)" in said
+    assert "such as `1.234,00` (line 4)" in said
+    assert "WARNING: 2 of 5 rows (40%) were dropped" in said
+    assert "of 1 test rows (0.0%) share at least 80% of their runs of 5 words" in said
+    assert "examples/s" not in said
+    splits = load_prompts(project / DATASET)
+    prompts = {row["prompt"].split("\n\n")[1]: row for split in splits.values() for row in split}
+    assert set(prompts) == {
+        "Title: Pan\nDescription: Panasonic microwave",
+        "Title: Lamp\nDescription: of brass",
+        "Title: Mug\nDescription: tin",
+    }
+    record = read(project / DATASET / "prepare.json")
+    assert record["decimal"] == ","
+    assert record["columns"]["text"] == ["Item description"]
+    left = [name for name in os.listdir(project / "outputs") if name.startswith(".")]
+    assert left == []
+
+
+def test_own_items_are_read_like_catalogues(call, trained_project):
+    """`eval --input` takes the same files and columns as `prepare --source`."""
+    (trained_project / "messy.csv").write_text(MESSY, encoding="utf-8")
+    files = ("--input", "messy.csv", "--output", "out.csv")
+    said = call(*JUDGE, *files, *MESSY_COLUMNS, cwd=trained_project)
+    found = read_csv(trained_project / "out.csv")
+    assert [(row["line"], row["price"]) for row in found] == [
+        ("3", "19.99"),
+        ("5", "7.5"),
+        ("7", "3.0"),
+    ]
+    assert "Rows: 3 priced, 2 skipped: " in said
+    assert "WARNING: 2 of 5 rows (40%)" in said
+
+
 def test_prepare_replaces_older_data(call, shared, project):
     catalogue = write_catalogue(project / "new.jsonl", 60)
     said = call("prepare", *shared, "--source", catalogue, cwd=project)
