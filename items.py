@@ -1179,6 +1179,12 @@ def constant_guesses(train):
     return {"constant_mean": float(prices.mean()), "constant_median": float(numpy.median(prices))}
 
 
+def price_spread(train):
+    """The mean absolute deviation of the training prices from their median, in dollars."""
+    prices = numpy.array(train["completion"][:], dtype=float)
+    return float(abs(prices - numpy.median(prices)).mean())
+
+
 @dataclass
 class Catalogue:
     """Items to make prompts of.

@@ -99,6 +99,7 @@ from items import (
     is_disk_full,
     is_first_process,
     manifest_problem,
+    price_spread,
     prompt_of,
     push_or_explain,
     read_json,
@@ -1094,6 +1095,7 @@ class NumberTree:
                 ends[number] = self.node_at[spelling]
 
         self.token_ids = torch.tensor(self.tokens, device=device)
+        self.number_ids = torch.tensor([spelling[0] for spelling in spellings], device=device)
         self.is_child = is_child.to(device)
         self.has_children = is_child.any(1).tolist()
         self.steps = steps.to(device)
@@ -1122,6 +1124,25 @@ class NumberTree:
         goes_on = logs.exp().sum(-1)
         ends_here = torch.cat([1 - goes_on, 1 + zeros], 1)[:, self.ends].clamp(min=0)
         return along.exp() * ends_here
+
+    def log_shares(self, logits):
+        """The logs of the numbers' shares of their total probability: rows × numbers.
+
+        From the same logits. Unlike `number_probabilities` it has a gradient everywhere.
+        """
+        if not self.branches:
+            return logits[:, 0, self.number_ids].log_softmax(-1)
+        logs = logits[..., self.token_ids] - logits.logsumexp(-1, keepdim=True)
+        zeros = torch.zeros_like(logs[:, 0, :1])
+        along = torch.cat([logs.flatten(1), zeros], 1)[:, self.steps].sum(-1)
+        ends_here = (1 - logs.exp().sum(-1)).clamp(min=1e-7).log()
+        return (along + torch.cat([ends_here, zeros], 1)[:, self.ends]).log_softmax(-1)
+
+    def number_in(self, tokens):
+        """The number that a completion's tokens begin with; None if there is none."""
+        longest = self.steps.shape[1]
+        spelled = [tuple(tokens[:k]) for k in range(longest, 0, -1)]
+        return next((self.number_of[one] for one in spelled if one in self.number_of), None)
 
     def greedy_numbers(self, logits):
         """The numbers that generating the likeliest tokens would spell, a list."""
@@ -2214,16 +2235,21 @@ def lora_agrees(layer, precision):
         return agrees(lambda: adapted(x), lambda: lora.Linear.forward(adapted, x), tolerance)
 
 
-def check_plan(plan, model, base, data):
+def check_plan(plan, model, base, data, recipe):
     """The Plan without what doesn't compute the loaded model right. Prints what was compared.
 
-    All processes follow the first.
+    All processes follow the first. Raises UserError if a price loss needs what isn't right.
     """
     layers = layers_of_each_kind(model, plan.targets) if plan.fast_path.lora else []
     prompts = [data.prompt_tokens(data.lengths.argmin()), data.prompt_tokens(data.lengths.argmax())]
     check = SelfCheck(model, base.tokenizer, prompts, plan.precision, layers)
     checked = broadcast(check.run(plan.fast_path.packed))
     print(f"{'Check:':<14}{checked}")
+    if recipe.price_loss and not checked.in_tree:
+        raise UserError(
+            f"--price-loss: the prices of {base.path} can't be read in one pass. Leave it out, or "
+            "take another base model."
+        )
     return plan.without_unused(checked)
 
 
@@ -2361,6 +2387,7 @@ class MemoryEstimate:
         self.lengths = lengths
         self.packed = packed
         self.value_bytes = DTYPES[precision].itemsize
+        self.logits_bytes = 0  # a row, for the price loss
         self.adapter_bytes = 16 * targets.count_parameters(recipe.lora_r)
         self.adapter_inputs = sum(input_size(layer) for layer in targets.layers.values())
 
@@ -2398,11 +2425,12 @@ class MemoryEstimate:
             per_layer = self.value_bytes * (8 * self.hidden + 3 * self.mlp)
             per_adapter_input = 5
         tokens = self.tokens(micro_batch)
+        logits = micro_batch * self.logits_bytes
         all_layers = self.layers * per_layer + per_adapter_input * self.adapter_inputs
         if checkpointing:
             inputs = self.layers * self.value_bytes * self.hidden
-            return tokens * (all_layers / self.layers + inputs)
-        return tokens * all_layers
+            return tokens * (all_layers / self.layers + inputs) + logits
+        return tokens * all_layers + logits
 
     def peak(self, placement, dequantised=False):
         """Bytes at the peak with a Placement."""
@@ -2508,7 +2536,7 @@ class Plan:
 
 def make_plan(base, run, data, use_bf16, micro_batch=None, fast=True):
     """The Plan of a run on this machine; `fast=False` turns the fast path off."""
-    return Planner(base, run, data.lengths, use_bf16, micro_batch, fast).plan()
+    return Planner(base, run, data, use_bf16, micro_batch, fast).plan()
 
 
 class Planner:
@@ -2517,21 +2545,34 @@ class Planner:
     A given `micro_batch` is kept.
     """
 
-    def __init__(self, base, run, lengths, use_bf16, micro_batch, fast):
+    def __init__(self, base, run, data, use_bf16, micro_batch, fast):
         self.base = base
         self.recipe = run.recipe
-        self.lengths = lengths
+        self.lengths = data.lengths
         self.micro_batch = micro_batch
         self.fast = fast
         self.storage = "nf4" if run.use_4bit else "8 bit"
         self.precision, self.precision_reason = choose_precision(run.recipe.precision, use_bf16)
-        self.packed = fast and can_pack(self.precision, use_bf16)
+        self.branches = 0  # tokens that the price loss needs behind each row
+        if run.recipe.price_loss:
+            self.branches = len(NumberTree(spell_numbers(base.tokenizer), "cpu").branches)
+        self.spread = data.spread
+        self.packed = fast and not self.branches and can_pack(self.precision, use_bf16)
         self.rows_per_step = self.recipe.batch_size // world_size()  # of this process
-        self.steps = count_steps(self.recipe, len(lengths))
+        self.steps = count_steps(self.recipe, len(self.lengths))
         self.targets = find_targets(base, self.recipe.targets)
         self.memory_estimate = MemoryEstimate(
-            base, self.recipe, self.targets, lengths, self.precision, self.packed, self.storage
+            base,
+            self.recipe,
+            self.targets,
+            self.lengths + self.branches,
+            self.precision,
+            self.packed,
+            self.storage,
         )
+        vocab_size = base.skeleton.get_output_embeddings().weight.shape[0]
+        # Logits, their gradients and what is computed from them, in 32 bits
+        self.memory_estimate.logits_bytes = 12 * vocab_size * self.branches
 
     def plan(self):
         """The Plan of the run."""
@@ -2612,6 +2653,16 @@ class Planner:
             return True, f"{dequantised}: dequantised once, memory has room for the {size}"
         return False, f"{self.storage}: memory has no room for the {size} dequantised"
 
+    def describe_loss(self):
+        """What is minimised, and what that costs."""
+        loss = "cross-entropy of the completions"
+        if not self.recipe.price_loss:
+            return loss
+        loss += f" + {self.recipe.price_loss:g} × CRPS of the prices / ${self.spread:.2f}"
+        if not self.branches:
+            return f"{loss}, at no cost: one token spells a number"
+        return f"{loss}, for which each row has {self.branches} tokens more"
+
     def describe(self, plan, placement):
         """What is about to happen, and why: {name: text} for the screen and run.json."""
         recipe = self.recipe
@@ -2635,6 +2686,7 @@ class Planner:
             ),
             "Base": f"{type(self.base.skeleton).__name__}, {plan.base_weights}",
             "Trainable": f"{parameters:,} parameters ({adapters})",
+            "Loss": self.describe_loss(),
             "Steps": f"{self.steps:,} of {batch} rows: {epochs:.2f} epochs of {rows:,} rows",
             "Micro-batch": plan.describe_micro_batch(),
             "Speed": str(plan.fast_path),
@@ -2698,6 +2750,7 @@ class TrainingData:
     val_tokens: object  # the same of the validation rows
     val_rows: list  # the validation rows, of prompt and completion
     lengths: numpy.ndarray  # tokens of each training row
+    spread: float  # dollars: mean absolute deviation of the training prices
 
     def prompt_tokens(self, index):
         """The tokens of the prompt of a training row, a list."""
@@ -2715,7 +2768,71 @@ def make_training_data(splits, tokenizer, val_size):
         val_tokens=val.select(validation),
         val_rows=list(splits["val"].select(validation)),
         lengths=row_lengths(train),
+        spread=price_spread(splits["train"]),
     )
+
+
+def crps(log_shares, truths):
+    """The CRPS in dollars of distributions over NUMBERS, rows × numbers, against true numbers.
+
+    ∑ (F(n) − [n ≥ truth])², in whole dollars (Gneiting & Raftery 2007). Differentiable.
+    """
+    numbers = torch.arange(log_shares.shape[-1], device=log_shares.device)
+    reached = log_shares.exp().cumsum(-1)
+    return (reached - (numbers >= truths[:, None]).to(reached.dtype)).square().sum(-1)
+
+
+@dataclass
+class PriceLoss:
+    """What is added to the cross-entropy of a step: weight × CRPS / spread, summed over rows.
+
+    So the weight means the same in every catalogue. The sum is divided by the step's tokens, as the
+    cross-entropy is. Lowers the error of the median: training for the score of the distribution
+    that is read, not of tokens only (RAFT, ICLR 2025; arXiv 2501.19383).
+    """
+
+    weight: float
+    spread: float  # dollars: mean absolute deviation of the training prices
+    tree: NumberTree
+
+    def of_rows(self, logits_at_nodes, truths):
+        """The loss of rows × nodes × vocabulary and true numbers, a sum over the rows."""
+        scores = crps(self.tree.log_shares(logits_at_nodes), truths)
+        return self.weight / self.spread * scores.sum()
+
+    def of_packed(self, logits, targets, is_first):
+        """The loss of packed rows whose numbers are one token each.
+
+        `logits` tokens × vocabulary, `targets` the tokens that follow, `is_first` which of these
+        begin a completion. All tokens are computed, and most weighted with 0: choosing some would
+        mean waiting for the GPU.
+        """
+        equal = targets[:, None] == self.tree.number_ids
+        is_number = equal.any(-1) & is_first
+        scores = crps(self.tree.log_shares(logits[:, None]), equal.int().argmax(-1))
+        return self.weight / self.spread * (scores * is_number).sum()
+
+
+class TreeCollator:
+    """Makes the inputs of PriceReader's tree of a micro-batch, for the price loss.
+
+    `labels` are the completions' tokens, `truths` their numbers.
+    """
+
+    def __init__(self, reader):
+        self.reader = reader
+
+    def __call__(self, rows):
+        starts = [row["labels"].count(IGNORED) for row in rows]
+        prompts = [row["input_ids"][:start] for row, start in zip(rows, starts, strict=True)]
+        completions = [row["input_ids"][start:] for row, start in zip(rows, starts, strict=True)]
+        longest = max(map(len, completions))
+        labels = [
+            completion + [IGNORED] * (longest - len(completion)) for completion in completions
+        ]
+        inputs = self.reader.tree_inputs(prompts, completions, longest)
+        truths = [self.reader.tree.number_in(completion) for completion in completions]
+        return inputs | {"labels": torch.tensor(labels), "truths": torch.tensor(truths)}
 
 
 class PriceTrainer(SFTTrainer):
@@ -2724,8 +2841,9 @@ class PriceTrainer(SFTTrainer):
     It comes from the same forward pass as the validation loss.
     """
 
-    def __init__(self, *, val_rows, stopper, in_tree, **options):
+    def __init__(self, *, val_rows, stopper, in_tree, price_loss=None, **options):
         super().__init__(**options)
+        self.price_loss = price_loss  # PriceLoss, or None
         self.val_rows = val_rows  # of prompt and completion
         self.stopper = stopper
         self.has_begun = False  # a step; before it a checkpoint may be loaded
@@ -2769,12 +2887,32 @@ class PriceTrainer(SFTTrainer):
         self.has_begun = True
         if "logits_to_keep" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs.pop("labels")[0]
-        targets = labels.gather(0, inputs["logits_to_keep"] + 1)
-        logits = model(**inputs, use_cache=False).logits[0].float()
-        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        of_step = self.tree_loss if "truths" in inputs else self.packed_loss
+        loss = of_step(model, inputs)
         # DDP averages the processes' gradients, each of which is a share of the whole batch's
         return loss / num_items_in_batch * world_size()
+
+    def packed_loss(self, model, inputs):
+        """The summed loss of the completions' tokens of packed rows, and of their prices."""
+        labels = inputs.pop("labels")[0]
+        kept = inputs["logits_to_keep"]
+        targets = labels.gather(0, kept + 1)
+        logits = model(**inputs, use_cache=False).logits[0].float()
+        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        if self.price_loss:
+            is_first = labels.gather(0, kept) == IGNORED
+            loss = loss + self.price_loss.of_packed(logits, targets, is_first)
+        return loss
+
+    def tree_loss(self, model, inputs):
+        """The same of a TreeCollator's rows."""
+        labels, truths = inputs.pop("labels"), inputs.pop("truths")
+        logits = model(**inputs, use_cache=False).logits.float()
+        length = labels.shape[1]
+        along = logits[:, :length].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(along, labels.flatten(), reduction="sum")
+        at_nodes = torch.cat([logits[:, :1], logits[:, length:]], 1)
+        return loss + self.price_loss.of_rows(at_nodes, truths)
 
     def save_last_step(self):
         """Writes a checkpoint of the last finished step, after a later one has failed."""
@@ -2992,10 +3130,15 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
         task_type="CAUSAL_LM",
     )
     collator = PackedCollator(plan.micro_batch, data.lengths, fast.graphs) if fast.packed else None
+    price_loss = None
+    if recipe.price_loss:
+        tree = NumberTree(spell_numbers(tokenizer), model.device)
+        price_loss = PriceLoss(recipe.price_loss, max(data.spread, 0.5), tree)
     trainer = PriceTrainer(
         val_rows=data.val_rows,
         stopper=stopper,
         in_tree=plan.in_tree,
+        price_loss=price_loss,
         model=model,
         processing_class=tokenizer,
         train_dataset=data.train,
@@ -3004,6 +3147,8 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
         peft_config=with_fast_lora(lora_config) if fast.lora else lora_config,
         args=training_arguments(run, plan),
     )
+    if price_loss and not fast.packed:
+        trainer.data_collator = TreeCollator(trainer.reader)
     if fast.compiled:
         compile_layers(trainer.model, fast.graphs)
     for parameter in trainer.model.parameters():

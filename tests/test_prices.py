@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import util
 from app import build_quant_config
+from items import completion_tokens
 from util import NumberTree, PriceReader, RunReader, estimate_prices, spell_numbers
 
 QUESTION = "What does this cost to the nearest dollar?"
@@ -280,6 +281,73 @@ def test_fused_norms_read_alike(model, tokenizer):
     assert len(norms) == 5  # two a layer and the last
     found = PriceReader(fused, tokenizer).read(ROWS)
     assert_close(found.probabilities, expected.probabilities)
+
+
+# The price loss
+
+
+def make_price_loss(tokenizer, weight=2.5, spread=50.0):
+    tree = util.NumberTree(util.spell_numbers(tokenizer), "cpu")
+    return util.PriceLoss(weight, spread, tree)
+
+
+def loss_by_brute_force(loss, logits, truth):
+    """Of one row, number by number, from its nodes' logits."""
+    tree = loss.tree
+    logs = logits.log_softmax(-1)[:, tree.tokens]
+    column_of = {token: i for i, token in enumerate(tree.tokens)}
+    logs_of_numbers = []
+    for spelling in sorted(tree.number_of, key=tree.number_of.get):
+        log = 0
+        for k, token in enumerate(spelling):
+            log = log + logs[tree.node_at[spelling[:k]], column_of[token]]
+        if spelling in tree.node_at:  # another token could follow
+            log = log + (1 - logs[tree.node_at[spelling]].exp().sum()).log()
+        logs_of_numbers.append(log)
+    if not tree.branches:  # their shares don't depend on other tokens
+        assert len(logs) == 1
+    shares = torch.stack(logs_of_numbers).softmax(0)
+    score = 0
+    for number in util.NUMBERS:
+        reached = shares[: number + 1].sum()
+        score = score + (reached - float(number >= truth)) ** 2
+    return loss.weight * score / loss.spread
+
+
+@pytest.mark.parametrize("truth", [0, 219])
+def test_price_loss_equals_brute_force(tokenizer, truth):
+    """It and its gradient, to 1e-6 in 64 bits, for one token a number and one a digit."""
+    loss = make_price_loss(tokenizer)
+    torch.manual_seed(truth)
+    shape = (len(loss.tree.nodes), len(tokenizer))
+    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    found = loss.of_rows(logits[None], torch.tensor([truth]))
+    expected = loss_by_brute_force(loss, logits, truth)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    gradients = [torch.autograd.grad(one, logits)[0] for one in (found, expected)]
+    assert abs(gradients[0]).max() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokenizer", ["llama"], indirect=True)
+def test_packed_price_loss_is_that_of_rows(tokenizer):
+    """Of packed tokens only those before a number count."""
+    loss = make_price_loss(tokenizer)
+    logits = torch.randn(6, len(tokenizer), dtype=torch.float64)
+    number = {n: int(loss.tree.number_ids[n]) for n in (219, 7)}
+    other = tokenizer.encode(".00", add_special_tokens=False)[0]
+    targets = torch.tensor([number[219], other, other, number[7], other, number[7]])
+    is_first = torch.tensor([True, False, False, True, False, False])
+    found = loss.of_packed(logits, targets, is_first)
+    expected = loss.of_rows(logits[[0, 3]][:, None], torch.tensor([219, 7]))
+    assert found.item() == pytest.approx(expected.item())
+
+
+def test_completions_tell_their_number(tokenizer):
+    loss = make_price_loss(tokenizer)
+    texts = ["0.00", "7.00", "20.00", "219.00", "999.00"]
+    tokens = completion_tokens(texts, tokenizer)
+    assert [loss.tree.number_in(row) for row in tokens] == [0, 7, 20, 219, 999]
 
 
 # Estimates

@@ -507,7 +507,8 @@ def planner(large_base):
     config = app.RunConfig(base_model=large_base.path, lite_mode=True, local=True)
     run = util.new_run(config, "planned", app.RECIPES["lite"], True, {})
     lengths = numpy.array([100, 128])
-    return util.Planner(large_base, run, lengths, use_bf16=False, micro_batch=None, fast=True)
+    data = SimpleNamespace(lengths=lengths, spread=100.0)
+    return util.Planner(large_base, run, data, use_bf16=False, micro_batch=None, fast=True)
 
 
 def peak_bytes(planner, rows, checkpointing):

@@ -217,6 +217,30 @@ def test_recipe_reaches_the_trainer(build, mode, targets):
     assert args.lr_scheduler_type == "cosine"
 
 
+def test_price_loss_of_zero_changes_nothing(build):
+    """To the bit."""
+    losses = []
+    for changes in ({}, {"price_loss": 0.0}):
+        trainer = build(max_steps=3, **changes)
+        trainer.train()
+        losses.append(logged_losses(trainer.state.log_history))
+    assert losses[0] == losses[1]
+
+
+def test_price_loss_trains_the_distribution(build):
+    """More of the score of the prices that it is for than cross-entropy alone, in equal steps."""
+    scores = []
+    for weight in (0.0, 20.0):
+        settings = {"max_steps": 10, "learning_rate": 1e-2, "lora_dropout": 0.0, "batch_size": 4}
+        trainer = build(price_loss=weight, **settings)
+        trainer.train()
+        rows = trainer.val_rows
+        reading = trainer.reader.read(rows)
+        estimates = util.estimate_prices(reading.probabilities, reading.greedy, rows)
+        scores.append(sum(estimate.crps for estimate in estimates))
+    assert scores[1] < scores[0]
+
+
 def test_loss_is_on_completions_only(build, splits):
     """Labels are the completion and the end of text; nothing of the prompt."""
     trainer = build()
