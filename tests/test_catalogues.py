@@ -14,16 +14,20 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
+from app import RunConfig
 from items import (
     Item,
     OwnCatalogue,
     PriceSurvey,
     UserError,
+    build_prompts,
     clean_text,
     count_near_duplicates,
     cut_title,
     dropped_warning,
+    find_items,
     fold_space,
     html_to_text,
     parse_price,
@@ -530,3 +534,27 @@ def test_near_duplicates_are_found_exactly(train, test):
         shares = [len(grams & word_grams(other)) / len(grams) for other in train]
         near += max(shares) >= 0.8
     assert count_near_duplicates(prompts_of(train=train, test=test))["near"] == near
+
+
+# Scale
+
+
+def test_one_bar_counts_every_row(tmp_path, smol_tokenizer):
+    """Read twice, then made prompts of: it ends where it said it would."""
+    rows = [{"title": f"T{i}", "text": f"text {i}", "price": i} for i in range(1, 301)]
+    path = write_lines(tmp_path / "own.jsonl", *rows)
+    config = RunConfig(output_dir=str(tmp_path))
+    with tqdm(file=io.StringIO()) as bar:
+        catalogue = find_items(config, path, bar=bar)
+        assert (bar.n, bar.total) == (600, 900)
+        build_prompts(catalogue.splits, smol_tokenizer, 110, bar)
+        assert (bar.n, bar.total) == (900, 900)
+
+
+def test_items_are_read_one_by_one(tmp_path):
+    """Not all at once, for which a million has no room."""
+    rows = [{"title": f"T{i}", "text": f"text {i}", "price": 1} for i in range(100)]
+    catalogue = OwnCatalogue(write_lines(tmp_path / "own.jsonl", *rows))
+    items = catalogue.items()
+    assert next(items).title == "T0"
+    assert len(catalogue.seen) == 1
