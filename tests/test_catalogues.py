@@ -472,11 +472,11 @@ def test_titles_are_cut_at_word_ends(title, text, expected):
 def test_equal_descriptions_share_a_split(tmp_path):
     """As equal titles do, and what is connected through others; capitals and spaces don't count."""
     rows = []
-    for i in range(200):
-        title = f"Title {i % 70}"
-        rows.append({"title": title, "text": f"{title} Text  {i % 90}".upper(), "price": i + 1})
-        rows.append({"title": f"Other {i}", "text": f"text {i % 90}", "price": i + 1})
-    items, _ = read_catalogue(write_lines(tmp_path / "own.jsonl", *rows[:60]))
+    for i in range(60):  # three rows a text, of two of which the titles connect it to the next
+        title = f"Title {i // 3 if i % 3 else 100 + i}"
+        text = f"text  {(i + i // 30) // 3}"
+        rows.append({"title": title, "text": text.upper() if i % 2 else text, "price": i + 1})
+    items, _ = read_catalogue(write_lines(tmp_path / "own.jsonl", *rows))
     parts = split_by_title(items, seed=1)
     assert sum(len(part) for part in parts) == 60
     for keys in (
@@ -508,7 +508,7 @@ def prompts_of(**splits):
 def test_near_duplicates_are_counted():
     """A test row of 24 words has 20 runs of five words: 16 of them in one row are near."""
     words = [f"w{i}" for i in range(24)]
-    near = " ".join([*words[:20], "other"])
+    near = " ".join(["other", *words[4:]])
     less = " ".join([*words[:19], "other"])
     halves = [" ".join(words[:12]), " ".join(words[8:])]
     test = [" ".join(words).upper(), "short one", "another text"]
