@@ -333,15 +333,15 @@ def prepare_prompts(
         util.save_figure(util.data_chart(counts["train"], about), new, "prepare.png")
         items.write_manifest(new)
     print(f"Saved: {folder}{replaced}")
+    warning = items.dropped_warning(sum(about["kept"].values()), about["dropped"])
+    if warning:
+        print(warning)
     if account:
         name = f"{account}/{config.dataset_name}"
         push = partial(prompts.push_to_hub, name, private=True)
         items.push_or_explain(name, push, kind="dataset")
         items.write_json(folder / "prepare.json", {"hub": name} | about)
         items.write_manifest(folder)
-    warning = items.dropped_warning(sum(about["kept"].values()), about["dropped"])
-    if warning:
-        print(warning)
     return folder
 
 

@@ -1729,7 +1729,7 @@ def explain_price(text):
     numbers = re.findall(NUMBER, text, re.ASCII)
     if not numbers:
         return PRICE_NO_NUMBER
-    signs = re.findall(CURRENCY, text, re.IGNORECASE)
+    signs = re.findall(CURRENCY, text, re.ASCII | re.IGNORECASE)
     if len(numbers) > 1 and len(named_currencies(*signs)) > 1:
         return PRICE_CURRENCIES
     if OPEN_ENDED.match(text):

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections import Counter
+from decimal import Decimal
 
 import pyarrow
 import pyarrow.parquet
@@ -13,16 +14,20 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
+from app import RunConfig
 from items import (
     Item,
     OwnCatalogue,
     PriceSurvey,
     UserError,
+    build_prompts,
     clean_text,
     count_near_duplicates,
     cut_title,
     dropped_warning,
+    find_items,
     fold_space,
     html_to_text,
     parse_price,
@@ -327,11 +332,37 @@ def test_mixed_styles_are_right_or_dropped(cents, styles):
         assert price is None or price == right, text
 
 
-@given(st.text(max_size=30))
-def test_any_text_is_a_price_or_not(text):
+PIECES = [
+    "$",
+    "€",
+    "kr",
+    "İNR",
+    "USD",
+    "US$",
+    "Fr.",
+    " ",
+    "\u00a0",
+    "-",
+    "–",
+    ".",
+    ",",
+    "'",
+    "from",
+]
+
+
+@given(st.lists(st.sampled_from([*PIECES, *"0123456789"]), max_size=12).map("".join) | st.text())
+@settings(deadline=None, max_examples=500)
+def test_a_price_has_all_its_digits(text):
+    """Whatever the text is: the number has its digits and no other, or there is none."""
     for decimal in ".,":
         price = parse_price(text, decimal)
-        assert math.isnan(price) or math.isfinite(price)
+        assert not math.isinf(price)
+        if not math.isnan(price):
+            digits = "".join(sign for sign in text if sign in "0123456789")
+            found = format(Decimal(repr(price)), "f")
+            found = "".join(sign for sign in found if sign in "0123456789")
+            assert digits.strip("0") == found.strip("0")
 
 
 CELLS = st.text(
@@ -441,11 +472,11 @@ def test_titles_are_cut_at_word_ends(title, text, expected):
 def test_equal_descriptions_share_a_split(tmp_path):
     """As equal titles do, and what is connected through others; capitals and spaces don't count."""
     rows = []
-    for i in range(200):
-        title = f"Title {i % 70}"
-        rows.append({"title": title, "text": f"{title} Text  {i % 90}".upper(), "price": i + 1})
-        rows.append({"title": f"Other {i}", "text": f"text {i % 90}", "price": i + 1})
-    items, _ = read_catalogue(write_lines(tmp_path / "own.jsonl", *rows[:60]))
+    for i in range(60):  # three rows a text, of two of which the titles connect it to the next
+        title = f"Title {i // 3 if i % 3 else 100 + i}"
+        text = f"text  {(i + i // 30) // 3}"
+        rows.append({"title": title, "text": text.upper() if i % 2 else text, "price": i + 1})
+    items, _ = read_catalogue(write_lines(tmp_path / "own.jsonl", *rows))
     parts = split_by_title(items, seed=1)
     assert sum(len(part) for part in parts) == 60
     for keys in (
@@ -477,7 +508,7 @@ def prompts_of(**splits):
 def test_near_duplicates_are_counted():
     """A test row of 24 words has 20 runs of five words: 16 of them in one row are near."""
     words = [f"w{i}" for i in range(24)]
-    near = " ".join([*words[:20], "other"])
+    near = " ".join(["other", *words[4:]])
     less = " ".join([*words[:19], "other"])
     halves = [" ".join(words[:12]), " ".join(words[8:])]
     test = [" ".join(words).upper(), "short one", "another text"]
@@ -503,3 +534,27 @@ def test_near_duplicates_are_found_exactly(train, test):
         shares = [len(grams & word_grams(other)) / len(grams) for other in train]
         near += max(shares) >= 0.8
     assert count_near_duplicates(prompts_of(train=train, test=test))["near"] == near
+
+
+# Scale
+
+
+def test_one_bar_counts_every_row(tmp_path, smol_tokenizer):
+    """Read twice, then made prompts of: it ends where it said it would."""
+    rows = [{"title": f"T{i}", "text": f"text {i}", "price": i} for i in range(1, 301)]
+    path = write_lines(tmp_path / "own.jsonl", *rows)
+    config = RunConfig(output_dir=str(tmp_path))
+    with tqdm(file=io.StringIO()) as bar:
+        catalogue = find_items(config, path, bar=bar)
+        assert (bar.n, bar.total) == (600, 900)
+        build_prompts(catalogue.splits, smol_tokenizer, 110, bar)
+        assert (bar.n, bar.total) == (900, 900)
+
+
+def test_items_are_read_one_by_one(tmp_path):
+    """Not all at once, for which a million has no room."""
+    rows = [{"title": f"T{i}", "text": f"text {i}", "price": 1} for i in range(100)]
+    catalogue = OwnCatalogue(write_lines(tmp_path / "own.jsonl", *rows))
+    items = catalogue.items()
+    assert next(items).title == "T0"
+    assert len(catalogue.seen) == 1
