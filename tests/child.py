@@ -154,6 +154,19 @@ def kill_when_opening(part):
     sys.addaudithook(audit)
 
 
+def kill_at_file_event(number, part):
+    """Kills the process at its n-th file event in a path with this part: opened, made, renamed."""
+    seen = []
+
+    def audit(event, arguments):
+        if event in ("open", "os.mkdir", "os.rename", "os.remove") and part in str(arguments[:2]):
+            seen.append(event)
+            if len(seen) == number:
+                kill()
+
+    sys.addaudithook(audit)
+
+
 def exceed_quota_when_opening(part):
     """Opening a path with that part fails as it does when a user's quota is used up."""
 

@@ -66,7 +66,25 @@ DATASET = "outputs/datasets/items_prompts_lite"
 
 def pytest_addoption(parser):
     parser.addoption("--all-bases", action="store_true", help="all families in test_bases.py")
-    parser.addoption("--fault-table", action="store_true", help="print that of test_faults.py")
+    parser.addoption("--fault-table", action="store_true", help="print what the faults came to")
+    parser.addoption("--all-kills", action="store_true", help="a kill at each file event of a save")
+
+
+FAULTS = {}  # (where, fault): outcome, of the tests that passed
+
+
+@pytest.fixture()
+def outcomes():
+    """Where a test of a fault notes its outcome, for the table in BENCHMARKS.md."""
+    return FAULTS
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--fault-table"):
+        return
+    terminalreporter.write_line("| where | fault | outcome |\n|---|---|---|")
+    for (where, fault), outcome in FAULTS.items():
+        terminalreporter.write_line(f"| {where} | {fault} | {outcome} |")
 
 
 def read(path):

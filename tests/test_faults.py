@@ -1,8 +1,8 @@
 """Damaged files, and two processes at once: what each fault comes to.
 
-The table in BENCHMARKS.md is what this prints:
+The table in BENCHMARKS.md, with full disks and the Hub's faults, is what this prints:
 
-    python -m pytest -q tests/test_faults.py --fault-table
+    python -m pytest -q tests/test_faults.py tests/test_stages.py tests/test_hub.py --fault-table
 """
 
 import os
@@ -39,18 +39,6 @@ def flip(file):
 
 DAMAGES = {"removed": remove, "emptied": empty, "cut to half": halve, "one bit flipped": flip}
 UNCHECKED = ("README.md", "loss.png", "prepare.png")  # nothing is read from them
-
-
-@pytest.fixture(scope="module")
-def outcomes(request):
-    """{(what, damage): outcome}; printed at the end if --fault-table is given."""
-    table = {}
-    yield table
-    if request.config.getoption("--fault-table"):
-        screen = request.config.pluginmanager.getplugin("terminalreporter")
-        screen.write_line("\n| what | fault | outcome |\n|---|---|---|")
-        for (what, fault), outcome in table.items():
-            screen.write_line(f"| {what} | {fault} | {outcome} |")
 
 
 def files_of(folder):

@@ -501,7 +501,7 @@ def test_hub_down_at_the_start(online, hub, typed):
         "eval {shared} --run-name base",
     ],
 )
-def test_absent_network_is_said_in_seconds(online, hub, typed):
+def test_absent_network_is_said_in_seconds(online, hub, outcomes, typed):
     hub.down(refuse=True)
     start = time.time()
     said = online(*typed.format(shared=" ".join(SHARED)).split(), code=1)
@@ -510,6 +510,7 @@ def test_absent_network_is_said_in_seconds(online, hub, typed):
     assert lines
     assert all("the Hub can't be reached" in line for line in lines)
     assert taken < 5
+    outcomes[typed.replace("{shared}", "").strip(), "the Hub is away"] = "one line within 5 s"
 
 
 @pytest.mark.parametrize(
@@ -521,12 +522,13 @@ def test_absent_network_is_said_in_seconds(online, hub, typed):
         ("eval {shared} --local --run-name base --size 2", "HEAD /meta/tiny/resolve"),
     ],
 )
-def test_dropped_first_request_is_repeated(online, hub, data, catalogue, typed, request_):
+def test_dropped_first_request_is_repeated(online, hub, data, catalogue, outcomes, typed, request_):
     hub.requests.clear()
     hub.fail(request_, times=1, drop=True)
     online(*typed.format(shared=" ".join(SHARED), catalogue=catalogue).split())
     assert f"{hub.requests[0][0]} {hub.requests[0][1]}".startswith(request_)
     assert hub.requests[0] == hub.requests[1]
+    outcomes[typed.split()[0], f"{request_} is dropped once"] = "sent again; goes on"
 
 
 def test_cached_eval_needs_no_hub(online, hub, prepared):
@@ -555,7 +557,7 @@ def test_cached_run_needs_no_hub(online, hub, data, trained):
 
 
 @pytest.mark.parametrize("stage", ["prepare", "train"])
-def test_revoked_token_is_named(online, hub, data, catalogue, monkeypatch, stage):
+def test_revoked_token_is_named(online, hub, data, catalogue, monkeypatch, outcomes, stage):
     """It is revoked before the last push."""
     push = items.push_or_explain
 
@@ -569,6 +571,7 @@ def test_revoked_token_is_named(online, hub, data, catalogue, monkeypatch, stage
     said = online(stage, *SHARED, *options[stage], code=3)
     assert "the Hub refuses HF_TOKEN: it is mistyped, expired or revoked" in said
     assert "Everything is on disk" in said
+    outcomes[stage, "the token is revoked half-way"] = "named; all is on disk, code 3"
 
 
 def test_public_repositories_are_named(online, hub, catalogue):
@@ -595,7 +598,7 @@ def test_prompts_are_pushed_later(online, hub, catalogue):
     assert fingerprint(on_hub) == fingerprint(on_disk)
 
 
-def test_hub_down_in_training_stops_nothing(online, hub, data, trained, monkeypatch):
+def test_hub_down_in_training_stops_nothing(online, hub, data, trained, monkeypatch, outcomes):
     """It goes down after the first checkpoint is pushed; the run ends as it would have."""
     push = util.PushCheckpoints.push
 
@@ -607,6 +610,7 @@ def test_hub_down_in_training_stops_nothing(online, hub, data, trained, monkeypa
     said = online("train", *SHARED, "--run-name", "middle", *TRAIN, code=3)
     assert "the adapter is in outputs/price-middle" in said
     assert "python app.py train --resume middle" in said
+    outcomes["train", "the Hub goes down in mid-run"] = "the run ends as ever; push later, code 3"
     expected = (trained / RUN / ADAPTER).read_bytes()
     assert Path("outputs/price-middle", ADAPTER).read_bytes() == expected
 
@@ -644,7 +648,7 @@ def test_failed_checkpoint_push_is_reported(online, hub, data):
     assert_pushed(hub, "alice/price-gap")
 
 
-def test_refused_requests_are_repeated(online, hub, data):
+def test_refused_requests_are_repeated(online, hub, data, outcomes):
     """Too many of them, or a server that is busy, end neither training nor the push."""
     hub.fail("/price-burst", 429, times=1, retry_after=0)
     hub.fail("/price-burst", 503, times=1, after=1, retry_after=0)
@@ -652,15 +656,17 @@ def test_refused_requests_are_repeated(online, hub, data):
     said = online("train", *SHARED, "--run-name", "burst", *SHORT)
     assert "Not pushed" not in said
     assert_pushed(hub, "alice/price-burst")
+    outcomes["train", "429 and 503 from the Hub"] = "repeated; pushed"
 
 
 @pytest.mark.parametrize("drop", [True, "answer"])
-def test_dropped_upload_is_made_up_for(online, hub, data, drop):
+def test_dropped_upload_is_made_up_for(online, hub, data, outcomes, drop):
     """The connection is lost in the middle of a request, or of its answer."""
     hub.fail("PUT /lfs", times=1, drop=drop)
     hub.fail("POST /api/models/alice/price-drop/commit", times=1, drop=drop)
     online("train", *SHARED, "--run-name", "drop", *SHORT)
     assert_pushed(hub, "alice/price-drop")
+    outcomes["train", "an upload's connection is lost"] = "sent again; pushed"
 
 
 def test_next_eval_pushes_the_figures(online, hub, data, trained):

@@ -107,6 +107,25 @@ def test_killed_run_resumes_exactly(call, begin, whole, project, hook, option, s
     assert_same_run(project, whole)
 
 
+@pytest.mark.parametrize("part", ["checkpoint-8", "checkpoint-12", "adapter.new"])
+def test_kill_at_any_file_event(call, begin, whole, prepared, tmp_path, request, part):
+    """Of a save in mid-epoch, at the end of the second epoch, and of the last save."""
+    numbers = range(1, 200) if request.config.getoption("--all-kills") else (2, 11)
+    for number in numbers:
+        folder = tmp_path / str(number)
+        shutil.copytree(prepared / "outputs", folder / "outputs")
+        process = child.start(list(begin), folder, "kill_at_file_event", number, part)
+        code = child.finish(process, within=120)
+        if code == 0:  # there are fewer events
+            break
+        assert code == -signal.SIGKILL
+        call(*RESUME, cwd=folder)
+        assert_same_run(folder, whole)
+        shutil.rmtree(folder)
+    else:
+        assert not request.config.getoption("--all-kills"), "there are more events"
+
+
 def test_finished_run_is_left_alone(call, whole, tmp_path):
     shutil.copytree(whole / "outputs", tmp_path / "outputs")
     said = call(*RESUME, cwd=tmp_path)

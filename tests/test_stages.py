@@ -775,7 +775,7 @@ def fill(folder, room):
 
 
 @pytest.mark.parametrize("typed, room", FULL_DISK)
-def test_full_disk_is_one_line(call, shared, trained, small_disk, typed, room):
+def test_full_disk_is_one_line(call, shared, trained, small_disk, outcomes, typed, room):
     """Whatever room was left at the start; the disk holds the same as before."""
     disk = small_disk(40, "outputs")
     shutil.copytree(trained / "outputs", disk, dirs_exist_ok=True)
@@ -789,6 +789,8 @@ def test_full_disk_is_one_line(call, shared, trained, small_disk, typed, room):
     assert "least room: outputs, " in said
     assert contents(disk) == before
     assert not [path for path in disk.rglob("*") if path.name.endswith((".new", ".old"))]
+    where = typed.replace("{shared} ", "").replace("{catalogue}", "FILE")
+    outcomes[where, f"full disk, {room} KiB left"] = "one line; what was there is unchanged"
 
 
 @pytest.mark.parametrize("file", [".results.json.", ".README.md."])
