@@ -25,7 +25,6 @@ import os
 import shlex
 import signal
 import sys
-import tempfile
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -963,10 +962,8 @@ def run_stage(args):
 
 
 def written_folders(args):
-    """The folders in which a stage writes."""
-    from huggingface_hub.constants import HF_HOME
-
-    folders = [args.output_dir, HF_HOME, tempfile.gettempdir()]
+    """The folders that were named to write in."""
+    folders = [args.output_dir]
     for name in ("output", "export"):
         if getattr(args, name, None):
             folders.append(Path(getattr(args, name)).parent)

@@ -453,7 +453,7 @@ def is_disk_full(error):
 def explain_full_disk(*folders):
     """Turns what libraries raise when a disk is full into a UserError.
 
-    It names that of the `folders`, in which the stage writes, that has the least room.
+    It names that of the `folders`, the libraries' and the temporary one that has the least room.
     """
     try:
         yield
@@ -462,6 +462,7 @@ def explain_full_disk(*folders):
     except Exception as error:
         if not is_disk_full(error):
             raise
+        folders = [*folders, constants.HF_HOME, tempfile.gettempdir()]
         folders = [str(folder) for folder in folders if Path(folder).is_dir()]
         room = ""
         if folders:  # what was half written is deleted again, so that none may be full now
