@@ -1663,7 +1663,7 @@ class Base:
         problems = Problems()
         with problems:
             check_stored_quantisation(self.path, self.config)
-            check_architecture(self.path, self.skeleton)
+            check_architecture(self)
         with problems:
             check_tokenizer(self.path, self.tokenizer)
         problems.report()
@@ -1688,17 +1688,20 @@ def base_errors(path):
             f"{path}: needs code from its own repository, which this program doesn't run. Take a "
             "base model that transformers has built in."
         ) from reason
-    first_line = (str(reason).splitlines() or [type(reason).__name__])[0]
+    text = textwrap.shorten(str(reason), 240) or type(reason).__name__
     raise UserError(
-        f"{path}: transformers {version('transformers')} can't load it as a causal language model: "
-        f"{first_line} Take another base model."
+        f"{path}: transformers {version('transformers')} can't load it as a causal language model, "
+        f"or its tokenizer: {text} Take another base model, or complete its files."
     ) from reason
 
 
-def check_architecture(path, skeleton):
+def check_architecture(base):
     """Raises UserError if a model has an encoder, or nothing that can be adapted."""
-    if skeleton.config.is_encoder_decoder:
-        raise UserError(f"{path}: has an encoder. Take a base model that is a decoder only.")
+    path = base.path
+    if base.config.is_encoder_decoder:
+        kind = base.config.model_type
+        raise UserError(f"{path}: {kind} has an encoder. Take a base model that is a decoder only.")
+    skeleton = base.skeleton
     if skeleton.get_decoder() is None or skeleton.get_output_embeddings() is None:
         raise UserError(f"{path}: has no decoder with a head for tokens. Take another base model.")
 
@@ -1727,6 +1730,8 @@ def check_tokenizer(path, tokenizer):
     if tokenizer.eos_token is None:
         refuse("has no end-of-text token, which ends each answer")
     prefix = tokenizer(PREFIX, add_special_tokens=False)["input_ids"]
+    if set(prefix) <= {tokenizer.unk_token_id}:
+        refuse(f"can't encode `{PREFIX}`: its files are missing or incomplete")
     texts = [f"{PREFIX}{number}" for number in NUMBERS]
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     for number, ids in zip(NUMBERS, rows, strict=True):
@@ -3413,6 +3418,8 @@ class Run:
         self.steps = trainer.state.global_step
         self.val_rows = len(trainer.val_rows)
         self.history = training_log(trainer)
+        if not trainer.has_begun and "train" in self.seconds:  # an ended run that is saved again
+            return
         self.seconds["train"] = round(time.time() - self.started - self.seconds["load"], 1)
         self.peak_memory_bytes = memory().peak
 

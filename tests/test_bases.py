@@ -327,7 +327,7 @@ def with_own_code(folder):
 
 
 UNUSABLE = {
-    "encoder": ({"model_type": "t5"}, None, "can't load it as a causal language model"),
+    "encoder": ({"model_type": "t5"}, None, "t5 has an encoder"),
     "unknown": ({"model_type": "no-such-type"}, None, "can't load it as a causal language model"),
     "own code": ({}, with_own_code, "needs code from its own repository"),
     "no end of text": ({}, without_end_of_text, "has no end-of-text token"),

@@ -51,6 +51,7 @@ def build(base_folder, splits, tmp_path):
         data = util.make_training_data(splits, base.tokenizer, run.recipe.val_size)
         plan = util.make_plan(base, run, data, True, micro_batch, fast)
         model = util.load_base(base, plan, build_quant_config(True, True, plan.dtype))
+        run.folder.mkdir(parents=True)
         run.begin(plan)
         plans.append(plan)
         return util.build_trainer(model, base.tokenizer, data, run, plan, util.StopOnSignal())
