@@ -254,10 +254,12 @@ def test_prices_equal_brute_force(family, base, run, rows, is_taught, packed_att
     expected = [read_by_brute_force(plain, tokenizer, row["prompt"]) for row in rows]
     expected = torch.stack(expected)
     likely = expected > -40  # less is rounding
+    # Where 1 − p, that no digit follows, is small, it has the rounding of 32 bits
+    tolerance = torch.where(expected > -20, 1e-3, 5e-3)
     assert likely.sum() > 100
     for fast in (False, True):
         found, checked = read_rows(util.Base(base), adapter, rows, fast)
-        assert (found - expected)[likely].abs().max() < 1e-3
+        assert ((found - expected).abs() < tolerance)[likely].all()
         assert checked.in_tree == (family not in SLOW_READING)
 
 
