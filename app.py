@@ -162,12 +162,7 @@ class RunConfig:
 
     def resume_command(self, run_name):
         """What a user types to resume a run, or to push what its folder has."""
-        command = f"{launcher()} app.py train --resume {run_name}"
-        if self.output_dir != DEFAULT_OUTPUT_DIR:
-            command += f" --output-dir {shlex.quote(str(self.output_dir))}"
-        if self.project_name != DEFAULT_PROJECT_NAME:
-            command += f" --project-name {self.project_name}"
-        return f"`{command}`"
+        return f"`{launcher()} app.py train --resume {run_name}{self.place_flags}`"
 
     def eval_command(self, run_name, size, decode, is_untouched=False):
         """What a user types to evaluate a run on the first `size` rows of the same data.
@@ -185,11 +180,17 @@ class RunConfig:
             command += f" --decode {decode}"
         if self.data_user:
             command += f" --data-user {self.data_user}"
+        return f"`{command}{self.place_flags}`"
+
+    @property
+    def place_flags(self):
+        """The flags that say where runs are, for commands; '' for the defaults."""
+        flags = ""
         if self.output_dir != DEFAULT_OUTPUT_DIR:
-            command += f" --output-dir {shlex.quote(str(self.output_dir))}"
+            flags += f" --output-dir {shlex.quote(str(self.output_dir))}"
         if self.project_name != DEFAULT_PROJECT_NAME:
-            command += f" --project-name {self.project_name}"
-        return f"`{command}`"
+            flags += f" --project-name {self.project_name}"
+        return flags
 
 
 def launcher():
@@ -234,7 +235,7 @@ def login_huggingface(namespace: str | None = None, write: bool = False) -> str:
     """
     from huggingface_hub import HfApi
 
-    from items import UserError, hub_errors
+    from items import UserError, account_names, hub_errors
 
     get_env("HF_TOKEN", required=True)
     if namespace and not write:
@@ -247,8 +248,7 @@ def login_huggingface(namespace: str | None = None, write: bool = False) -> str:
     role = account.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         raise UserError("HF_TOKEN may only read. Make one with the role `write`, or add --local.")
-    organisations = [organisation["name"] for organisation in account.get("orgs", ())]
-    if namespace not in (None, own, *organisations):
+    if namespace not in (None, *account_names(account)):
         raise UserError(
             f"{namespace}: HF_TOKEN belongs to {own} and may not write there. Name another account."
         )
@@ -863,9 +863,12 @@ def parse_arguments(argv):
         parser.error(f"@FILE: {error}")
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}; see `python app.py {args.stage} --help`")
-    for name in ("run_name", "resume"):  # a folder's name is accepted, too
+    prefix = f"{args.project_name}-"  # of a run's folder, whose name is accepted, too
+    for name in ("run_name", "resume"):
         if getattr(args, name, None):
-            setattr(args, name, getattr(args, name).removeprefix(f"{args.project_name}-"))
+            setattr(args, name, getattr(args, name).removeprefix(prefix))
+    if args.stage == "eval":
+        args.compare = [name.removeprefix(prefix) for name in args.compare]
     if args.lite and args.demo:  # one before, one after the subcommand
         parser.error("--lite and --demo exclude each other")
     if args.stage != "train" and args.columns:

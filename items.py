@@ -10,8 +10,8 @@ parquet
     5. Rows of the user's own file          10. The demo's synthetic catalogue
 
 Before them come the errors that users see, which all files share. No model is loaded here. The
-formats are those of the course "The Price Is Right", so that its
-datasets and ours can be exchanged.
+formats are those of the course "The Price Is Right", so that its datasets and ours can be
+exchanged.
 """
 
 import array
@@ -546,12 +546,16 @@ def finish_interrupted_replace(target):
 
 
 def remove_leftovers(target):
-    """Removes what killed processes of this machine left of their `replacing` of `target`."""
+    """Removes what killed processes of this machine left beside `target`, files or folders."""
     host = socket.gethostname()
     for path in target.parent.glob(f".{target.name}.{host}-*"):
         process = int(path.name.rsplit(".", 1)[0].rsplit("-", 1)[1])
-        if process == os.getpid() or not psutil.pid_exists(process):
+        if process != os.getpid() and psutil.pid_exists(process):
+            continue
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -560,6 +564,7 @@ def writing(path):
 
     It is written under another name, flushed to the disk, then renamed.
     """
+    remove_leftovers(Path(path))
     new = temporary_name(Path(path), "new")
     try:
         with open(new, "w", encoding="utf-8", newline="") as file:
@@ -605,7 +610,8 @@ def write_manifest(folder, skipped=()):
     """
     files = {}
     for path in sorted(Path(folder).iterdir()):
-        if path.is_file() and path.name not in (MANIFEST, *skipped):
+        is_hidden = path.name.startswith(".")  # what a killed process left
+        if path.is_file() and not is_hidden and path.name not in (MANIFEST, *skipped):
             sync(path)
             files[path.name] = file_identity(path)
     write_json(Path(folder, MANIFEST), files)
@@ -628,6 +634,14 @@ def manifest_problem(folder):
         if file_identity(path) != identity:
             return f"{name} is corrupt"
     return None
+
+
+def damage(folder):
+    """Why a finished run or a dataset can't be used, in a few words, or None.
+
+    One without a manifest, of an older version or of somebody else, is not checked.
+    """
+    return manifest_problem(folder) if Path(folder, MANIFEST).exists() else None
 
 
 def file_identity(path):
@@ -739,7 +753,7 @@ def refuses_token(error):
 def hub_errors(what):
     """Turns the Hub's errors about `what` into a UserError that says what to do."""
     try:
-        with token_errors(what):
+        with token_errors():
             yield
     except (
         errors.LocalEntryNotFoundError,
@@ -778,17 +792,25 @@ def hub_errors(what):
 
 
 @contextmanager
-def token_errors(what):
-    """Turns an error about `what` whose reason is the token into a UserError."""
+def token_errors():
+    """Turns an error whose reason is the token into a UserError, the same for all it concerns."""
     try:
         yield
     except (OSError, DatasetNotFoundError) as error:  # the Hub's errors are OSErrors
         if not refuses_token(error):
             raise
         raise UserError(
-            f"{what}: the Hub refuses HF_TOKEN: it is mistyped, expired or revoked. Set a valid "
+            "HF_TOKEN: the Hub refuses HF_TOKEN: it is mistyped, expired or revoked. Set a valid "
             "one, made at https://huggingface.co/settings/tokens."
         ) from error
+
+
+def account_names(account):
+    """The names to which an account can write, its own and its organisations'.
+
+    `account` is the Hub's answer to whoami.
+    """
+    return [account["name"], *(organisation["name"] for organisation in account.get("orgs", ()))]
 
 
 def check_hub_name(name):
@@ -892,7 +914,7 @@ def save_prompts(folder, prompts, about):
 
 def check_dataset(folder):
     """Raises UserError if a dataset's files aren't those that `prepare` wrote."""
-    problem = manifest_problem(folder) if Path(folder, MANIFEST).exists() else None
+    problem = damage(folder)
     if problem:
         raise UserError(f"{folder}: {problem}. Run `python app.py prepare` again.")
 
@@ -1174,15 +1196,20 @@ def fingerprint(splits):
     return digest.hexdigest()[:16]
 
 
+def training_prices(train):
+    """The prices of the training rows in dollars, a numpy array."""
+    return numpy.array(train["completion"][:], dtype=float)
+
+
 def constant_guesses(train):
     """The mean and median of the training prices, in dollars: guesses that read nothing."""
-    prices = numpy.array(train["completion"][:], dtype=float)
+    prices = training_prices(train)
     return {"constant_mean": float(prices.mean()), "constant_median": float(numpy.median(prices))}
 
 
 def price_spread(train):
     """The mean absolute deviation of the training prices from their median, in dollars."""
-    prices = numpy.array(train["completion"][:], dtype=float)
+    prices = training_prices(train)
     return float(abs(prices - numpy.median(prices)).mean())
 
 

@@ -87,10 +87,12 @@ from items import (
     QUESTION,
     Problems,
     UserError,
+    account_names,
     check_hub_name,
     check_writable,
     completion_tokens,
     constant_guesses,
+    damage,
     find_prompts,
     fingerprint,
     finish_interrupted_replace,
@@ -1049,15 +1051,20 @@ EVAL_BATCH = 256  # prompts read at once on a GPU, at most
 EVAL_BATCH_CPU = 8  # on a CPU larger batches only make the bar jump
 
 
+def encode_numbers(tokenizer):
+    """(the tokens of PREFIX, those of PREFIX with each of NUMBERS behind it), lists."""
+    texts = [PREFIX, *(f"{PREFIX}{number}" for number in NUMBERS)]
+    prefix, *rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return prefix, rows
+
+
 def spell_numbers(tokenizer):
     """The tokens of each of NUMBERS as the tokenizer spells it after PREFIX, tuples.
 
     One token each for Llama 3, one a digit for SmolLM2, Qwen and Gemma.
     """
-    prefix_len = len(tokenizer.encode(PREFIX, add_special_tokens=False))
-    texts = [f"{PREFIX}{number}" for number in NUMBERS]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [tuple(row[prefix_len:]) for row in ids]
+    prefix, rows = encode_numbers(tokenizer)
+    return [tuple(row[len(prefix) :]) for row in rows]
 
 
 class NumberTree:
@@ -1111,32 +1118,28 @@ class NumberTree:
         rows = [[node[: len(other)] == other for other in self.branches] for node in self.branches]
         return torch.tensor(rows, dtype=torch.bool).view(len(self.branches), len(self.branches))
 
-    def number_probabilities(self, logits):
-        """The probabilities of the numbers from the logits at each node, rows × nodes × vocabulary.
+    def number_logs(self, logits):
+        """The logs of the numbers' probabilities, from the logits at each node.
 
         A number's probability is the product along its tokens, times that of no number token after
-        it, if one could follow. The remaining probability is that of any other answer. Returns
-        rows × numbers, in 64 bits.
+        it, if one could follow. The remaining probability is that of any other answer. From rows ×
+        nodes × vocabulary to rows × numbers, in 64 bits; differentiable.
         """
-        logs = (logits[..., self.token_ids] - logits.logsumexp(-1, keepdim=True)).double()
-        zeros = torch.zeros_like(logs[:, 0, :1])  # what a step of −1 adds
-        along = torch.cat([logs.flatten(1), zeros], 1)[:, self.steps].sum(-1)
-        goes_on = logs.exp().sum(-1)
-        ends_here = torch.cat([1 - goes_on, 1 + zeros], 1)[:, self.ends].clamp(min=0)
-        return along.exp() * ends_here
+        of_tokens = logits[..., self.token_ids].double()
+        # Summed, not taken as 1 − p, which is rounding where a number token is nearly certain
+        of_others = logits.index_fill(-1, self.token_ids, -math.inf).logsumexp(-1).double()
+        total = torch.logaddexp(of_tokens.logsumexp(-1), of_others)
+        goes_on = of_tokens - total[..., None]
+        ends_here = of_others - total
+        zeros = torch.zeros_like(ends_here[:, :1])  # what a step of −1 adds
+        along = torch.cat([goes_on.flatten(1), zeros], 1)[:, self.steps].sum(-1)
+        return along + torch.cat([ends_here, zeros], 1)[:, self.ends]
 
     def log_shares(self, logits):
-        """The logs of the numbers' shares of their total probability: rows × numbers.
-
-        From the same logits. Unlike `number_probabilities` it has a gradient everywhere.
-        """
-        if not self.branches:
+        """The logs of the numbers' shares of their total probability, from the same logits."""
+        if not self.branches:  # other tokens don't matter
             return logits[:, 0, self.number_ids].log_softmax(-1)
-        logs = logits[..., self.token_ids] - logits.logsumexp(-1, keepdim=True)
-        zeros = torch.zeros_like(logs[:, 0, :1])
-        along = torch.cat([logs.flatten(1), zeros], 1)[:, self.steps].sum(-1)
-        ends_here = (1 - logs.exp().sum(-1)).clamp(min=1e-7).log()
-        return (along + torch.cat([ends_here, zeros], 1)[:, self.ends]).log_softmax(-1)
+        return self.number_logs(logits).log_softmax(-1)
 
     def number_in(self, tokens):
         """The number that a completion's tokens begin with; None if there is none."""
@@ -1197,9 +1200,9 @@ class PriceReader:
         self.tree = NumberTree(spell_numbers(tokenizer), model.device)
         self.in_one_row = in_tree and is_packed(model) and not self.tree.branches
         on_gpu = torch.cuda.is_available()
-        # A row's logits take 4 bytes a value twice and 2 once
+        # A row's logits take 4 bytes a value three times and 2 once
         vocab_size = model.get_output_embeddings().weight.shape[0]
-        row_bytes = 10 * (4 + len(self.tree.branches)) * vocab_size
+        row_bytes = 14 * (4 + len(self.tree.branches)) * vocab_size
         rows_that_fit = memory().available // 8 // row_bytes
         self.batch_size = max(1, min(EVAL_BATCH if on_gpu else EVAL_BATCH_CPU, rows_that_fit))
         self.threads = 2 if on_gpu else 1  # while the GPU computes one batch, the next is prepared
@@ -1213,7 +1216,7 @@ class PriceReader:
         with torch.no_grad():
             along_completions, at_nodes = self.logits(prompts, completions)
             losses = completion_losses(along_completions, completions) if with_loss else None
-            probabilities = self.tree.number_probabilities(at_nodes).cpu().numpy()
+            probabilities = self.tree.number_logs(at_nodes).exp().cpu().numpy()
             return Reading(probabilities, self.tree.greedy_numbers(at_nodes), losses)
 
     def logits(self, prompts, completions):
@@ -1729,11 +1732,9 @@ def check_tokenizer(path, tokenizer):
 
     if tokenizer.eos_token is None:
         refuse("has no end-of-text token, which ends each answer")
-    prefix = tokenizer(PREFIX, add_special_tokens=False)["input_ids"]
+    prefix, rows = encode_numbers(tokenizer)
     if set(prefix) <= {tokenizer.unk_token_id}:
         refuse(f"can't encode `{PREFIX}`: its files are missing or incomplete")
-    texts = [f"{PREFIX}{number}" for number in NUMBERS]
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     for number, ids in zip(NUMBERS, rows, strict=True):
         if ids[: len(prefix)] != prefix or len(ids) == len(prefix):
             refuse(f"merges `{PREFIX}` with the {number} behind it, so prices can't be read")
@@ -2387,12 +2388,14 @@ class MemoryEstimate:
     full.
     """
 
-    def __init__(self, base, recipe, targets, lengths, precision, packed, storage):
+    def __init__(self, base, recipe, targets, lengths, precision, packed, storage, branches=0):
         self.recipe = recipe
-        self.lengths = lengths
+        self.lengths = lengths + branches
         self.packed = packed
         self.value_bytes = DTYPES[precision].itemsize
-        self.logits_bytes = 0  # a row, for the price loss
+        vocab_size = base.skeleton.get_output_embeddings().weight.shape[0]
+        # Logits at the price loss's branches, their gradients and copies, in 32 bits; of a row
+        self.logits_bytes = 16 * vocab_size * branches
         self.adapter_bytes = 16 * targets.count_parameters(recipe.lora_r)
         self.adapter_inputs = sum(input_size(layer) for layer in targets.layers.values())
 
@@ -2553,6 +2556,7 @@ class Planner:
     def __init__(self, base, run, data, use_bf16, micro_batch, fast):
         self.base = base
         self.recipe = run.recipe
+        self.data = data
         self.lengths = data.lengths
         self.micro_batch = micro_batch
         self.fast = fast
@@ -2561,7 +2565,6 @@ class Planner:
         self.branches = 0  # tokens that the price loss needs behind each row
         if run.recipe.price_loss:
             self.branches = len(NumberTree(spell_numbers(base.tokenizer), "cpu").branches)
-        self.spread = data.spread
         self.packed = fast and not self.branches and can_pack(self.precision, use_bf16)
         self.rows_per_step = self.recipe.batch_size // world_size()  # of this process
         self.steps = count_steps(self.recipe, len(self.lengths))
@@ -2570,14 +2573,12 @@ class Planner:
             base,
             self.recipe,
             self.targets,
-            self.lengths + self.branches,
+            self.lengths,
             self.precision,
             self.packed,
             self.storage,
+            self.branches,
         )
-        vocab_size = base.skeleton.get_output_embeddings().weight.shape[0]
-        # Logits, their gradients and what is computed from them, in 32 bits
-        self.memory_estimate.logits_bytes = 12 * vocab_size * self.branches
 
     def plan(self):
         """The Plan of the run."""
@@ -2663,7 +2664,7 @@ class Planner:
         loss = "cross-entropy of the completions"
         if not self.recipe.price_loss:
             return loss
-        loss += f" + {self.recipe.price_loss:g} × CRPS of the prices / ${self.spread:.2f}"
+        loss += f" + {self.recipe.price_loss:g} × CRPS of the prices / ${self.data.spread:.2f}"
         if not self.branches:
             return f"{loss}, at no cost: one token spells a number"
         return f"{loss}, for which each row has {self.branches} tokens more"
@@ -2755,7 +2756,12 @@ class TrainingData:
     val_tokens: object  # the same of the validation rows
     val_rows: list  # the validation rows, of prompt and completion
     lengths: numpy.ndarray  # tokens of each training row
-    spread: float  # dollars: mean absolute deviation of the training prices
+    prompts: object  # Dataset of the training rows, of prompt and completion
+
+    @cached_property
+    def spread(self):
+        """The mean absolute deviation of the training prices from their median, in dollars."""
+        return price_spread(self.prompts)
 
     def prompt_tokens(self, index):
         """The tokens of the prompt of a training row, a list."""
@@ -2773,7 +2779,7 @@ def make_training_data(splits, tokenizer, val_size):
         val_tokens=val.select(validation),
         val_rows=list(splits["val"].select(validation)),
         lengths=row_lengths(train),
-        spread=price_spread(splits["train"]),
+        prompts=splits["train"],
     )
 
 
@@ -3675,12 +3681,10 @@ def find_run(config, name, recipe_type, hf_user, revision=None):
     is_here = is_finished(config, name)
     if not config.can_use_account and name in read_records(config):
         is_here = True  # unfinished, but it can't be anywhere else
-    adapter = (
-        folder if is_here and not revision else fetch_run(config, name, hf_user, revision=revision)
-    )
-    if not (
-        adapter / ADAPTER_FILE
-    ).exists():  # PEFT would take an adapter_model.bin, which may hold any code
+    adapter = folder
+    if revision or not is_here:
+        adapter = fetch_run(config, name, hf_user, revision=revision)
+    if not has_adapter(adapter):  # PEFT would take an adapter_model.bin, which may hold any code
         raise UserError(
             f"{name}: holds no {ADAPTER_FILE}. If it isn't finished, resume it by "
             f"{config.resume_command(name)}."
@@ -3723,8 +3727,7 @@ def is_own(account):
 def own_accounts():
     """The names on the Hub of HF_TOKEN's account and its organisations."""
     with hub_errors("HF_TOKEN"):
-        account = HfApi().whoami()
-    return [account["name"], *(one["name"] for one in account.get("orgs", ()))]
+        return account_names(HfApi().whoami())
 
 
 def newest_finished(config):
@@ -3752,14 +3755,6 @@ def newest_finished(config):
 def has_adapter(folder):
     """Whether the folder holds a finished run: the adapter's weights are written last."""
     return (folder / ADAPTER_FILE).exists()
-
-
-def damage(folder):
-    """Why a finished run can't be used, in a few words, or None.
-
-    One without a manifest, of an older version or of somebody else, is not checked.
-    """
-    return manifest_problem(folder) if (folder / MANIFEST).exists() else None
 
 
 def is_finished(config, name):
@@ -4087,9 +4082,9 @@ class RunReader:
     def estimate_rows(self, adapter, rows, decode, name):
         """(the Estimates of rows, the seconds they took)."""
         model = self.load(adapter)
-        by_length = sorted(rows, key=lambda row: len(row["prompt"]))
-        texts = [by_length[0]["prompt"], by_length[-1]["prompt"]]
-        prompts = self.base.tokenizer(texts)["input_ids"]
+        texts = [row["prompt"] for row in rows]
+        extremes = [min(texts, key=len), max(texts, key=len)]
+        prompts = self.base.tokenizer(extremes)["input_ids"]
         check = SelfCheck(model, self.base.tokenizer, prompts, self.precision)
         if self.fused_norms:
             fuse_norms(model, self.precision)
