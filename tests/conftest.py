@@ -92,6 +92,30 @@ def read(path):
     return json.loads(Path(path).read_text("utf-8"))
 
 
+def contents(folder):
+    """{path below the folder: content} of all files."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def cut(file):
+    """Keeps half of a file."""
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file):
+    """Flips a bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def open_run_reader(base, precision="fp32", fast=True):
+    """A RunReader of a Base on a CPU."""
+    quant_config = build_quant_config(True, False, util.DTYPES[precision])
+    return util.RunReader(base, quant_config, precision, use_bf16=False, fast=fast)
+
+
 def package(name):
     return Path(importlib.util.find_spec(name).origin).parent
 

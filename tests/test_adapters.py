@@ -17,9 +17,9 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import app
 import items
 import util
+from conftest import cut, open_run_reader
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PROMPTS = [items.prompt_of("Title: Lamp"), items.prompt_of("Title: A desk of oak, 48 inches")]
@@ -81,11 +81,6 @@ def make_adapter(kind, base, folder):
     return folder
 
 
-def open_reader(base):
-    quant_config = app.build_quant_config(True, False, torch.float32)
-    return util.RunReader(util.Base(base), quant_config, "fp32", use_bf16=False)
-
-
 def answers(model, tokenizer):
     """The logits behind each prompt."""
     with torch.no_grad():
@@ -98,7 +93,7 @@ def test_adapter_answers_as_by_peft(kind, base_kind, tiny_base, untied_base, tmp
     """Read by `eval`, mostly merged; against PEFT, where the adapter is beside the base."""
     base = tiny_base if base_kind == "tied" else untied_base
     folder = make_adapter(kind, base, tmp_path / "adapter")
-    reader = open_reader(base)
+    reader = open_run_reader(util.Base(base))
     quantised = util.load_quantised(reader.base, reader.quant_config, "fp32")
     beside = PeftModel.from_pretrained(util.dequantise(quantised), folder).eval()
 
@@ -114,7 +109,7 @@ def test_export_answers_as_the_run(kind, base_kind, tiny_base, untied_base, tmp_
     """But for its 16 bits: head and embeddings of a tied base don't change each other."""
     base = tiny_base if base_kind == "tied" else untied_base
     folder = make_adapter(kind, base, tmp_path / "adapter")
-    reader = open_reader(base)
+    reader = open_run_reader(util.Base(base))
     expected = answers(reader.load(folder), reader.base.tokenizer)
     merged = reader.load(folder, out_precision="bf16")
     merged.save_pretrained(tmp_path / "merged")
@@ -140,11 +135,6 @@ def make_one_nan(folder):
     save_file(weights, file)
 
 
-def cut(folder):
-    file = folder / util.ADAPTER_FILE
-    file.write_bytes(file.read_bytes()[:1000])
-
-
 def make_pointer(folder):
     text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 116744\n"
     (folder / util.ADAPTER_FILE).write_text(text)
@@ -161,7 +151,7 @@ DAMAGES = {
     "nested": (lambda folder: rename(folder, "layers", "language_model.layers"), "fit nowhere"),
     "half": (keep_second_layer, "8 of the adapter's 16 tensors are missing or not finite"),
     "nan": (make_one_nan, "1 of the adapter's 16 tensors are missing or not finite"),
-    "cut": (cut, "is no complete safetensors file"),
+    "cut": (lambda folder: cut(folder / util.ADAPTER_FILE), "is no complete safetensors file"),
     "pointer": (make_pointer, "a pointer of Git LFS"),
     "rank": (lambda folder: change_config(folder, r=4), "the adapter doesn't fit"),
     "no layer": (lambda folder: change_config(folder, target_modules=["x"]), "doesn't fit"),
@@ -177,7 +167,7 @@ def test_damaged_adapter_is_refused(kind, tiny_base, tmp_path):
     damage(folder)
     with pytest.raises(items.UserError) as refusal:
         util.check_adapter(folder)
-        open_reader(tiny_base).load(folder)
+        open_run_reader(util.Base(tiny_base)).load(folder)
     assert problem in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -193,7 +183,7 @@ def test_adapter_with_biases_is_not_exported(tiny_base, tmp_path):
     """Merging it would need biases, which the base's layers don't have."""
     folder = make_adapter("lora_bias", tiny_base, tmp_path / "adapter")
     with pytest.raises(items.UserError, match="can't be merged"):
-        open_reader(tiny_base).load(folder, out_precision="bf16")
+        open_run_reader(util.Base(tiny_base)).load(folder, out_precision="bf16")
 
 
 def test_adapter_without_base_is_refused(call, tiny_base, tmp_path):

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 import app
 import items
 import util
-from conftest import DATASET, attend_on_cpu
+from conftest import DATASET, attend_on_cpu, open_run_reader
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 VOCABULARY = 49152
@@ -165,7 +165,9 @@ def run(base, prepared, tmp_path_factory):
     config = app.RunConfig(
         base_model=base, lite_mode=True, local=True, output_dir=str(folder), seed=1
     )
-    settings = {"max_steps": 12, "save_steps": 6, "batch_size": 4, "learning_rate": 1e-2}
+    # At 1e-2 Qwen 3.5's gates get so steep that adding the adapter's product beside a weight or to
+    # it differs by 2e-3 in 32 bits
+    settings = {"max_steps": 12, "save_steps": 6, "batch_size": 4, "learning_rate": 3e-3}
     run_folder = app.train_model(config, run_name="taught", **settings)
     adapter = (run_folder / util.ADAPTER_FILE).read_bytes()
     (run_folder / util.ADAPTER_FILE).unlink()
@@ -219,14 +221,9 @@ def read_by_brute_force(model, tokenizer, prompt):
     return torch.tensor(found)
 
 
-def open_reader(base, fast):
-    quant_config = app.build_quant_config(True, False, torch.float32)
-    return util.RunReader(base, quant_config, "fp32", use_bf16=False, fast=fast)
-
-
 def read_rows(base, adapter, rows, fast):
     """(log probabilities of the numbers, whether they come from one pass), as `eval` reads them."""
-    model = open_reader(base, fast).load(adapter)
+    model = open_run_reader(base, fast=fast).load(adapter)
     prompts = base.tokenizer([row["prompt"] for row in rows])["input_ids"]
     check = util.SelfCheck(model, base.tokenizer, prompts, "fp32")
     if fast:
@@ -254,12 +251,10 @@ def test_prices_equal_brute_force(family, base, run, rows, is_taught, packed_att
     expected = [read_by_brute_force(plain, tokenizer, row["prompt"]) for row in rows]
     expected = torch.stack(expected)
     likely = expected > -40  # less is rounding
-    # Where 1 − p, that no digit follows, is small, it has the rounding of 32 bits
-    tolerance = torch.where(expected > -20, 1e-3, 5e-3)
     assert likely.sum() > 100
     for fast in (False, True):
         found, checked = read_rows(util.Base(base), adapter, rows, fast)
-        assert ((found - expected).abs() < tolerance)[likely].all()
+        assert (found - expected)[likely].abs().max() < 1e-3
         assert checked.in_tree == (family not in SLOW_READING)
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from app import RECIPES, RunConfig, build_parser, train_model
+from app import RECIPES, RunConfig, build_parser, parse_arguments, train_model
 from conftest import ROOT
 
 SHARED_FLAGS = (
@@ -60,6 +60,7 @@ def test_help_is_instant():
     done = run_without_packages("--help")
     taken = time.time() - start
     assert "python app.py prepare" in done.stdout
+    assert done.returncode == 0
     assert taken < 0.3
 
 
@@ -108,7 +109,19 @@ def test_columns_become_a_dict():
 
 
 def test_size_all_means_none():
+    """The default is the course's 200."""
     assert build_parser().parse_args(["eval", "--size", "all"]).size is None
+    assert build_parser().parse_args(["eval"]).size == 200
+
+
+def test_folder_names_name_runs():
+    """A run's folder has the project's name before the run's."""
+    typed = "eval --run-name price-first --compare price-second third"
+    args = parse_arguments(typed.split())
+    assert (args.run_name, args.compare) == ("first", ["second", "third"])
+    assert parse_arguments(["train", "--resume", "price-first"]).resume == "first"
+    other = parse_arguments(["--project-name", "lab", "eval", "--run-name", "price-first"])
+    assert other.run_name == "price-first"
 
 
 def test_arguments_come_from_a_file(tmp_path):

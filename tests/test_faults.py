@@ -12,7 +12,7 @@ import pytest
 
 import child
 import items
-from conftest import DATASET, read, write_catalogue
+from conftest import DATASET, cut, flip, read, write_catalogue
 from util import ADAPTER_FILE
 
 RUN = "outputs/price-first"
@@ -27,22 +27,25 @@ def empty(file):
     os.truncate(file, 0)
 
 
-def halve(file):
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-DAMAGES = {"removed": remove, "emptied": empty, "cut to half": halve, "one bit flipped": flip}
+DAMAGES = {"removed": remove, "emptied": empty, "cut to half": cut, "one bit flipped": flip}
 UNCHECKED = ("README.md", "loss.png", "prepare.png")  # nothing is read from them
 
 
 def files_of(folder):
     return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def assert_each_file_is_checked(folder, damage):
+    """Whichever file is damaged, the manifest names it; README.md isn't in it."""
+    for name in files_of(folder):
+        if name == "README.md":
+            continue
+        content = (folder / name).read_bytes()
+        DAMAGES[damage](folder / name)
+        problem = items.manifest_problem(folder)
+        assert name in problem or (name == items.MANIFEST and problem), name
+        (folder / name).write_bytes(content)
+    assert items.manifest_problem(folder) is None
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -51,13 +54,7 @@ def test_damaged_checkpoint_is_skipped(call, trained, tmp_path, outcomes, damage
     shutil.copytree(trained / "outputs", tmp_path / "outputs")
     run = tmp_path / RUN
     newest = run / "checkpoint-6"
-    for name in files_of(newest):
-        content = (newest / name).read_bytes()
-        DAMAGES[damage](newest / name)
-        problem = items.manifest_problem(newest)
-        assert name in problem or (name == items.MANIFEST and problem), name
-        (newest / name).write_bytes(content)
-    assert items.manifest_problem(newest) is None
+    assert_each_file_is_checked(newest, damage)
     DAMAGES[damage](newest / "optimizer.pt")
     (run / ADAPTER_FILE).unlink()
     said = call(*RESUME, cwd=tmp_path)
@@ -71,6 +68,8 @@ def test_damaged_checkpoint_is_skipped(call, trained, tmp_path, outcomes, damage
 def test_damaged_run_is_made_again(call, shared, trained, tmp_path, outcomes, damage):
     """`eval` names the file; `--resume` makes it again, the same to the bit."""
     before = (trained / RUN / ADAPTER_FILE).read_bytes()
+    shutil.copytree(trained / RUN, tmp_path / "checked")
+    assert_each_file_is_checked(tmp_path / "checked", damage)
     for name in ("adapter_config.json", "run.json", "tokenizer.json", ADAPTER_FILE):
         folder = tmp_path / name
         shutil.copytree(trained / "outputs", folder / "outputs")

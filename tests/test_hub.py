@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 import app
 import items
 import util
-from conftest import DATASET, HF_HOME, HUB, TRAIN, read
+from conftest import DATASET, HF_HOME, HUB, ROOT, TRAIN, contents, read
 from items import SPLITS, Item, demo_items, fingerprint, load_prompts, write_manifest
 
 WRITER, READER = "hf_test_writer_secret", "hf_test_reader_secret"
@@ -47,12 +49,6 @@ REFUSALS = (  # what is typed, with which token: the beginnings of the lines tha
         ["bob: HF_TOKEN belongs", "half/items_prompts_lite: lacks", "meta/gated: gated", "--log-w"],
     ),
 )
-
-
-def contents(folder):
-    """{path below the folder: content} of all files."""
-    files = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def put_dataset(hub, name, splits):
@@ -382,7 +378,19 @@ def test_refusals_come_at_once(online, hub, prepared, tiny_base, monkeypatch, ty
 
 def test_unknown_token_is_refused(online):
     said = online("train", *SHARED, code=1, token="hf_unknown_secret")
-    assert "app.py train: HF_TOKEN: the Hub refuses HF_TOKEN: it is mistyped, expired or" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("app.py")]
+    assert "app.py train: HF_TOKEN: the Hub refuses HF_TOKEN: it is mistyped, expired or" in line
+
+
+def test_local_project_asks_no_hub(online, hub, tiny_base, catalogue):
+    """With a base on disk; --export, too."""
+    hub.requests.clear()
+    local = ("--lite", "--local", "--base-model", tiny_base)
+    online("prepare", *local, "--source", catalogue)
+    online("train", *local, "--run-name", "alone", *SHORT)
+    online("eval", "--local", "--size", "2")
+    online("eval", "--local", "--export", "merged")
+    assert not hub.requests
 
 
 # Data as people publish them
@@ -483,11 +491,15 @@ def test_plain_meaning_is_read(online, hub, data, prepared, change, which):
     ],
 )
 def test_hub_down_at_the_start(online, hub, typed):
-    """It is said before any work."""
+    """It is said before any work, and data that are there stay as they are."""
+    older = OUTPUTS / "datasets/items_prompts_lite/prepare.json"
+    older.parent.mkdir(parents=True)
+    older.write_text("{}")
+    before = contents(OUTPUTS)
     hub.down()
     said = online(*typed.format(shared=" ".join(SHARED)).split(), code=1)
     assert "the Hub can't be reached" in said
-    assert not contents(OUTPUTS)
+    assert contents(OUTPUTS) == before
 
 
 @pytest.mark.parametrize(
@@ -735,6 +747,12 @@ def test_wandb_gets_one_run(call, shared, project):
     history = {key_of(item) for record in logged for item in record.history.item}
     assert history >= {"train/loss", "train/learning_rate", "eval/loss", "eval/mae"}
     assert history >= {"test/mae", "test/mae_ci95", "test/scatter"}
+
+
+def test_import_of_util_takes_no_wandb():
+    """TRL would import it, which takes two seconds."""
+    code = "import sys, util; sys.exit('wandb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_wandb_is_not_imported_unasked(call, shared, project):

@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import util
-from app import build_quant_config
+from conftest import open_run_reader
 from items import completion_tokens
-from util import NumberTree, PriceReader, RunReader, estimate_prices, spell_numbers
+from util import NumberTree, PriceReader, estimate_prices, spell_numbers
 
 QUESTION = "What does this cost to the nearest dollar?"
 CHECKED_NUMBERS = (0, 5, 9, 10, 42, 74, 99, 100, 219, 407, 555, 740, 999)
@@ -100,6 +100,14 @@ def test_spellings_have_known_lengths(request, name, lengths):
     assert [len(spellings[number]) for number in (0, 9, 10, 99, 100, 999)] == lengths
 
 
+def test_completions_end_in_cents(tokenizer):
+    """Behind the number come the cents and the end of text, as tokens of their own."""
+    (tokens,) = completion_tokens(["219.00"], tokenizer)
+    rest = tokens[len(spell_numbers(tokenizer)[219]) :]
+    pieces = [tokenizer.decode([token]) for token in rest]
+    assert "".join(pieces) == f".00{tokenizer.eos_token}"
+
+
 def test_number_tree_by_hand():
     """Three numbers: the token 5, the tokens 5 and 6, and the token 7. Token 0 ends an answer."""
     tree = NumberTree([(5,), (5, 6), (7,)], "cpu")
@@ -111,7 +119,7 @@ def test_number_tree_by_hand():
     probabilities[:, seven, [0, 6]] = torch.tensor([0.9, 0.1])
     logits = probabilities.log()
 
-    first, second = tree.number_probabilities(logits).tolist()
+    first, second = tree.number_logs(logits).exp().tolist()
     assert first == pytest.approx([0.6 * 0.7, 0.6 * 0.25, 0.3 * 0.9], rel=1e-5)
     assert second == pytest.approx([0.6 * 0.2, 0.6 * 0.8, 0.3 * 0.9], rel=1e-5)
     assert tree.greedy_numbers(logits) == [0, 1]
@@ -127,7 +135,7 @@ def test_generation_may_miss_the_likeliest():
     probabilities[:, seven, [1, 2, 3]] = torch.tensor([0.3, 0.4, 0.3])
     logits = probabilities.log()
     assert tree.greedy_numbers(logits) == [2]
-    assert tree.number_probabilities(logits).argmax().item() == 0
+    assert tree.number_logs(logits).exp().argmax().item() == 0
     assert util.DECODINGS["greedy"] == "what generation answers"
 
 
@@ -449,11 +457,6 @@ def adapter(tiny_base, tmp_path_factory):
     model = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_base), config)
     model.save_pretrained(folder)
     return folder
-
-
-def open_run_reader(base, precision="fp32"):
-    quant_config = build_quant_config(True, False, util.DTYPES[precision])
-    return RunReader(base, quant_config, precision, use_bf16=False)
 
 
 def read_prices(model, base):

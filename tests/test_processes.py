@@ -132,6 +132,7 @@ def test_signal_stops_both_alike(begin, project):
     ("flags", "problem"),
     [
         ("--batch-size 7", "--batch-size 7: can't be divided among 2 processes"),
+        ("--micro-batch 4", "--micro-batch 4: 6 rows a step and process can't be divided by it"),
         ("--run-name taken", "--run-name taken: outputs/price-taken exists already"),
     ],
 )

@@ -24,7 +24,7 @@ import app
 import child
 import items
 import util
-from conftest import read
+from conftest import cut, flip, read
 from items import MANIFEST, row_lengths, write_manifest
 from util import ADAPTER_FILE
 
@@ -183,16 +183,6 @@ def test_missing_last_save_is_made_up(call, shared, project):
 
 
 # Damage
-
-
-def cut(file):
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from trl import SFTTrainer
 
 import util
 from app import RECIPES, build_quant_config
-from conftest import DATASET, TRAIN, read, write_catalogue
+from conftest import DATASET, TRAIN, contents, read, write_catalogue
 from items import IGNORED, load_prompts, write_manifest
 
 RUN = "outputs/price-first"
@@ -79,11 +79,6 @@ def judged(call, trained, tmp_path_factory):
 def read_csv(path):
     with open(path, encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def contents(folder):
-    """{file: its bytes} of all files below a folder."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def logged_losses(history):
@@ -215,6 +210,10 @@ def test_recipe_reaches_the_trainer(build, mode, targets):
     assert args.train_batch_size * args.gradient_accumulation_steps == recipe.batch_size
     assert args.learning_rate == recipe.learning_rate
     assert args.lr_scheduler_type == "cosine"
+    assert (args.warmup_steps, args.weight_decay, args.max_grad_norm) == (0.01, 0.001, 0.3)
+    assert args.optim == "adamw_torch_fused"
+    assert args.save_total_limit == 10
+    assert lora.bias == "none"
 
 
 def test_price_loss_of_zero_changes_nothing(build):
@@ -517,6 +516,12 @@ def test_predictions_agree_with_the_figures(judged):
         assert float(row["low"]) <= float(row["guess"]) <= float(row["high"])
 
 
+def test_unfinished_run_is_called_so(call, shared, trained_project):
+    (trained_project / RUN / "adapter_model.safetensors").unlink()
+    said = call("eval", *shared, "--run-name", "first", cwd=trained_project, code=1)
+    assert "If it isn't finished, resume it by `python app.py train --resume first`" in said
+
+
 def test_report_is_one_file(judged):
     """It needs no network and no file beside it; has no local path, but the base's real name."""
     page = (judged / "eval/report.html").read_text("utf-8")
@@ -549,6 +554,8 @@ def test_report_has_all_figures(judged):
         assert html.escape(row["title"]) in page
     for group in results["by_category"]:
         assert html.escape(group) in page
+    for chart in ("guess over its true price", "error as items are added", "Calibration of the"):
+        assert chart in page
 
 
 def test_card_has_the_figures(judged):

@@ -1,6 +1,7 @@
 """Answers, figures, charts and reports, without a model."""
 
 import csv
+import json
 import math
 import random
 from functools import partial
@@ -412,3 +413,14 @@ def test_out_of_memory_halves_the_batch():
     assert max(sizes) == 5
     with pytest.raises(UserError, match="Out of memory with one row of 9 characters"):
         util.predict(partial(answer, most=0), rows, batch_size=5, name=None)
+
+
+def test_projects_see_own_runs_only(tmp_path):
+    """Also where one project's name begins another's."""
+    for project, run in (("price", "a"), ("price-lab", "b"), ("price", "lab-c")):
+        folder = tmp_path / f"{project}-{run}"
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps({"run": run, "project": project}))
+    for project, runs in (("price", {"a", "lab-c"}), ("price-lab", {"b"}), ("other", set())):
+        config = RunConfig(project_name=project, output_dir=str(tmp_path))
+        assert util.read_records(config).keys() == runs
