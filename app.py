@@ -894,6 +894,8 @@ def set_up_process(args):
     if args.demo:
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Or `datasets` would report each file that it reads to a host of its own
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     # Warnings between the pinned libraries, which a user can't act on
     warnings.simplefilter("ignore", FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")

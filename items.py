@@ -692,8 +692,8 @@ AWAY_S = 30.0  # seconds for which a Hub that couldn't be reached isn't asked ag
 
 
 @dataclass
-class HubContact:
-    """Whether the Hub has answered to this stage, and until when it is taken to be away."""
+class Contact:
+    """Whether a host has answered to this stage, and until when it is taken to be away."""
 
     is_made: bool = False
     away_until: float = 0.0  # of time.monotonic()
@@ -707,34 +707,35 @@ class HubClient(httpx2.Client):
     offline: they take what is cached. Once it has answered, their own retries are patient.
     """
 
-    def __init__(self, contact, **options):
+    def __init__(self, contacts, **options):
         super().__init__(**options)
-        self.contact = contact
+        self.contacts = contacts  # {host: its Contact}: the libraries ask others than the Hub, too
 
     def send(self, request, **options):
-        if self.contact.is_made:
+        contact = self.contacts.setdefault(request.url.host, Contact())
+        if contact.is_made:
             return super().send(request, **options)
-        if time.monotonic() > self.contact.away_until:
+        if time.monotonic() > contact.away_until:
             timeouts = request.extensions.get("timeout", {})
             request.extensions["timeout"] = timeouts | {"connect": CONNECT_S}
             for pause in (0.2, 0):
                 try:
                     response = super().send(request, **options)
-                    self.contact.is_made = True
+                    contact.is_made = True
                     return response
                 except httpx2.TransportError:
                     time.sleep(pause)
-            self.contact.away_until = time.monotonic() + AWAY_S
+            contact.away_until = time.monotonic() + AWAY_S
         raise errors.OfflineModeIsEnabled(f"{request.url.host} can't be reached")
 
 
 def use_hub_client():
     """Has the Hub's libraries use a HubClient from now on, which hasn't reached the Hub yet."""
-    contact = HubContact()
+    contacts = {}
     hooks = get_session().event_hooks
 
     def make_client():
-        return HubClient(contact, event_hooks=hooks, follow_redirects=True, timeout=None)
+        return HubClient(contacts, event_hooks=hooks, follow_redirects=True, timeout=None)
 
     set_client_factory(make_client)
 
