@@ -715,7 +715,7 @@ def test_other_data_are_evaluated_apart(call, shared, trained_project):
 
     new = {path: content for path, content in contents(run).items() if path not in before}
     assert {path: contents(run)[path] for path in before} == before
-    (apart,) = {path.parent for path in new}
+    (apart,) = {(run / path).parent for path in new}
     results = read(apart / "results.json")
     fingerprint = results["data"]["fingerprint"]
     assert apart.name == f"eval-data-{fingerprint[:8]}"
