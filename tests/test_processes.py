@@ -93,23 +93,60 @@ def test_only_one_process_talks(two):
     assert "Traceback" not in said
 
 
-def test_killed_process_resumes_exactly(begin, two, project, tmp_path_factory):
-    """The launcher ends the other process; both resume, with dropout."""
+@pytest.fixture(scope="module")
+def whole(begin, prepared, tmp_path_factory):
+    """The folder of the run by two processes, with dropout."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(prepared / "outputs", folder / "outputs")
+    run_two([*begin, "--micro-batch", "3"], folder)
+    return folder
+
+
+def begin_and_kill(begin, folder, rank, hook, *options):
+    """Begins the run, whose process of this rank the hook kills; the launcher ends the other.
+
+    Returns whether it was killed before it had ended.
+    """
     start = [*begin, "--micro-batch", "3"]
-    whole = tmp_path_factory.mktemp("whole")
-    shutil.copytree(project / "outputs", whole / "outputs")
-    run_two(start, whole)
+    processes = child.start_two(start, folder, hook, *options, rank=rank)
+    code = child.finish(processes[rank])
+    was_killed = code == -signal.SIGKILL
+    assert was_killed or code == 0, child.said(folder)
+    if was_killed:
+        processes[1 - rank].kill()
+    child.finish(processes[1 - rank])
+    return was_killed
 
-    processes = child.start_two(start, project, "kill_at_step", 5, rank=1)
-    processes[1].join(120)
-    assert processes[1].exitcode == -signal.SIGKILL
-    processes[0].kill()
-    processes[0].join(120)
 
-    run_two(["train", "--local", "--resume", "run"], project)
+def resume_and_compare(folder, whole):
+    """Both processes resume the run; it has to end as one that was never interrupted."""
+    run_two(["train", "--local", "--resume", "run"], folder)
+    assert (folder / RUN / ADAPTER_FILE).read_bytes() == (whole / RUN / ADAPTER_FILE).read_bytes()
+    assert read(folder / RUN / "run.json")["history"] == read(whole / RUN / "run.json")["history"]
+
+
+def test_killed_process_resumes_exactly(begin, whole, project):
+    assert begin_and_kill(begin, project, 1, "kill_at_step", 5)
+    resume_and_compare(project, whole)
     assert "Resuming from step 4" in child.said(project)
-    assert (project / RUN / ADAPTER_FILE).read_bytes() == (whole / RUN / ADAPTER_FILE).read_bytes()
-    assert read(project / RUN / "run.json")["history"] == read(whole / RUN / "run.json")["history"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("part", ["checkpoint-4", "checkpoint-12", "adapter.new"])
+def test_kill_at_any_file_event(begin, whole, prepared, tmp_path, request, rank, part):
+    """Of either process: of a save in mid-epoch, at the second epoch's end, and of the last."""
+    all_kills = request.config.getoption("--all-kills")
+    if not all_kills and (rank, part) != (0, "checkpoint-4"):
+        pytest.skip("one of them is enough without --all-kills")
+    for number in range(1, 200) if all_kills else (7,):
+        folder = tmp_path / str(number)
+        shutil.copytree(prepared / "outputs", folder / "outputs")
+        if not begin_and_kill(begin, folder, rank, "kill_at_file_event", number, part):
+            break  # there are fewer events
+        resume_and_compare(folder, whole)
+        shutil.rmtree(folder)
+    else:
+        assert not all_kills, "there are more events"
 
 
 def test_signal_stops_both_alike(begin, project):
