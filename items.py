@@ -37,6 +37,7 @@ import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
+from decimal import Decimal
 from functools import lru_cache
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -70,11 +71,15 @@ from tqdm import tqdm
 
 QUESTION = "What does this cost to the nearest dollar?"
 PREFIX = "Price is $"
+SCALE_END_LEN = 60  # characters of a prompt in which its scale is
 SPLITS = ("train", "val", "test")
 ITEM_SPLITS = ("train", "validation", "test")  # the names in datasets of items
 
-MIN_PRICE = 0.50  # dollars; the course's lowest price
-MAX_PRICE = 999.49  # dollars; the highest that rounds to 999
+MIN_PRICE = 0.50  # units; the course's lowest price in dollars
+MAX_PRICE = 999.49  # units; the highest that rounds to 999
+HELD_SHARE = 0.995  # of the prices: what a unit has to hold to be chosen
+UNIT_EXPONENTS = range(-2, 13)  # of the powers of ten that units can be
+TIMES = "×"  # between the unit and the number in a prompt
 
 IGNORED = -100  # the label of tokens that are not trained on, as in PyTorch
 # A completion that is trained on and judged as it is. RE2's syntax, as pyarrow has it
@@ -164,22 +169,145 @@ def truncate(summaries, tokenizer, max_tokens):
     return truncated
 
 
-def prompt_of(summary):
-    """The prompt for a description. It ends with PREFIX and no space: a number follows."""
-    return f"{QUESTION}\n\n{summary}\n\n{PREFIX}"
+@dataclass(frozen=True)
+class PriceScale:
+    """What the numbers 0 … 999 of a dataset mean: number × unit, in a currency.
 
-
-def completion_of(price, do_round):
-    """The price in dollars as text: to the nearest dollar, or as it is.
-
-    Half is rounded to even, as Python does.
+    The prompts name both, so a dataset carries its scale wherever it goes. With unit 1 and `$` they
+    are the course's.
     """
-    return f"{round(price)}.00" if do_round else str(price)
+
+    unit: float = 1  # a power of ten
+    currency: str = "$"
+
+    @property
+    def step(self):
+        """One unit in words: `$10`."""
+        return f"{self.currency}{format_unit(self.unit)}"
+
+    @property
+    def question(self):
+        return (
+            QUESTION if self == COURSE_SCALE else f"What does this cost to the nearest {self.step}?"
+        )
+
+    @property
+    def prefix(self):
+        """The end of each prompt, without a space: a number follows."""
+        return f"Price is {self.currency if self.unit == 1 else self.step + TIMES}"
+
+    @property
+    def lowest(self):
+        """The lowest price that is used. Cheap items of a dear catalogue are kept."""
+        return MIN_PRICE * min(1, self.unit)
+
+    @property
+    def highest(self):
+        return self.amount(MAX_PRICE)
+
+    def range(self):
+        """The prices that are used, as text."""
+        if self.unit == 1:
+            return f"{self.currency}{MIN_PRICE:.2f}–{self.currency}{MAX_PRICE}"
+        return f"{self.format(self.lowest, 3 if self.unit < 1 else 2)}–{self.format(self.highest)}"
+
+    def amount(self, number):
+        """The money that a number means; of an array, an array."""
+        if self.unit < 1:  # 57 × 0.01 isn't 0.57
+            return number / round(1 / self.unit)
+        return number * int(self.unit)
+
+    def number(self, price):
+        """The number for a price, a Decimal: exact, as both are written."""
+        return Decimal(str(price)) / Decimal(format_unit(self.unit))
+
+    def format(self, amount, digits=2):
+        """An amount of money for people: `$1,234.50`, `CHF 20.00`, `−€3.00`, `–` for NaN."""
+        if math.isnan(amount):
+            return "–"
+        sign = "−" if amount < 0 else ""
+        gap = " " if self.currency[-1].isalpha() else ""
+        return f"{sign}{self.currency}{gap}{abs(amount):,.{digits}f}"
+
+    @property
+    def digits(self):
+        """The decimals of a whole number of units in money."""
+        return max(0, -round(math.log10(self.unit)))
+
+    def format_whole(self, amount):
+        """An amount that is a whole number of units: `$57`, `$0.57`."""
+        return self.format(amount, self.digits)
+
+    def prompt(self, summary):
+        """The prompt for a description."""
+        return f"{self.question}\n\n{summary}\n\n{self.prefix}"
+
+    def completion(self, price, do_round):
+        """The number for a price as text: whole, or as it is. Half is rounded to even."""
+        number = price if self.unit == 1 else self.number(price)
+        if do_round:
+            return f"{round(number)}.00"
+        return str(price) if self.unit == 1 else f"{number.normalize():f}"
+
+    def record(self):
+        """What prepare.json and run.json have of it."""
+        return {"unit": self.unit, "currency": self.currency}
+
+    @classmethod
+    def from_record(cls, record):
+        """The scale in a prepare.json or a run.json; older ones are the course's."""
+        return cls(record.get("unit", 1), record.get("currency", "$"))
+
+
+COURSE_SCALE = PriceScale()
+SCALE_AT_END = re.compile(rf"Price is ([^\s\d{TIMES}]+)(?:([\d.]+){TIMES})?\s*$")
+
+
+def format_unit(unit):
+    """A unit as it stands in prompts: 0.01, 10."""
+    return numpy.format_float_positional(unit, trim="-")
+
+
+def scale_of(prompt):
+    """The PriceScale that a prompt names at its end; the course's for any other text."""
+    match = SCALE_AT_END.search(prompt[-SCALE_END_LEN:])
+    if not match:
+        return COURSE_SCALE
+    unit = float(match[2] or 1)
+    return PriceScale(int(unit) if unit >= 1 else unit, match[1])
+
+
+def smallest_unit(price):
+    """The exponent of the smallest unit whose numbers hold a price."""
+    exponent = UNIT_EXPONENTS.start
+    while price > MAX_PRICE * 10.0**exponent and exponent < UNIT_EXPONENTS.stop - 1:
+        exponent += 1
+    return exponent
+
+
+def choose_unit(counts):
+    """(the smallest unit that holds HELD_SHARE of the prices, the share that it holds).
+
+    `counts` is {exponent of `smallest_unit`: prices}.
+    """
+    total = sum(counts.values())
+    held = 0
+    for exponent in UNIT_EXPONENTS:
+        held += counts.get(exponent, 0)
+        if held >= HELD_SHARE * total:
+            break
+    unit = 10**exponent if exponent >= 0 else float(f"1e{exponent}")
+    return unit, held / total
+
+
+def prompt_of(summary):
+    """The course's prompt for a description."""
+    return COURSE_SCALE.prompt(summary)
 
 
 @dataclass
 class Item:
-    """A product with its price in dollars. `summary` is the description that the model reads."""
+    """A product with its price. `summary` is the description that the model reads."""
 
     title: str
     category: str
@@ -198,11 +326,14 @@ class Item:
         """Tokens of the summary, special ones not counted."""
         return len(tokenizer.encode(self.summary, add_special_tokens=False))
 
-    def make_prompts(self, tokenizer, max_tokens, do_round):
-        """Sets `prompt`, with the summary cut to `max_tokens` tokens, and `completion`."""
+    def make_prompts(self, tokenizer, max_tokens, do_round, scale=COURSE_SCALE):
+        """Sets `prompt`, with the summary cut to `max_tokens` tokens, and `completion`.
+
+        An item without a price has an empty completion.
+        """
         (summary,) = truncate([self.summary], tokenizer, max_tokens)
-        self.prompt = prompt_of(summary)
-        self.completion = completion_of(self.price, do_round)
+        self.prompt = scale.prompt(summary)
+        self.completion = "" if self.price is None else scale.completion(self.price, do_round)
 
     def count_prompt_tokens(self, tokenizer):
         """Tokens of prompt and completion together, special ones not counted."""
@@ -250,13 +381,14 @@ class PromptMaker:
     Each text is tokenised once, except those near the cutoff.
     """
 
-    def __init__(self, tokenizer, cutoff, bar=None):
+    def __init__(self, tokenizer, cutoff, scale, bar=None):
         self.tokenizer = tokenizer
         self.cutoff = cutoff
+        self.scale = scale
         self.bar = bar
         # Tokens can merge where a summary and the rest of its prompt meet, so that a prompt has a
         # few less than the two have alone. Up to this length a summary surely needn't be cut.
-        empty_prompt_len = len(encode([prompt_of("")], tokenizer)[0])
+        empty_prompt_len = len(encode([scale.prompt("")], tokenizer)[0])
         self.max_uncut_len = cutoff + empty_prompt_len - MERGE_MARGIN
         self.special_tokens = tokenizer.num_special_tokens_to_add() + 1  # and the end of text
 
@@ -267,8 +399,8 @@ class PromptMaker:
         """
         summaries = table["summary"].to_pylist()
         prices = table["price"].to_pylist()
-        completions = [completion_of(price, do_round) for price in prices]
-        prompts = [prompt_of(summary) for summary in summaries]
+        completions = [self.scale.completion(price, do_round) for price in prices]
+        prompts = [self.scale.prompt(summary) for summary in summaries]
         lengths = self.count(prompts, completions)
 
         is_cut = [False] * len(prompts)
@@ -277,7 +409,7 @@ class PromptMaker:
         for i, summary in zip(near, kept, strict=True):
             if summary != summaries[i]:
                 is_cut[i] = True
-                prompts[i] = prompt_of(summary)
+                prompts[i] = self.scale.prompt(summary)
         cut = [i for i in near if is_cut[i]]
         counted = self.count([prompts[i] for i in cut], [completions[i] for i in cut])
         for i, length in zip(cut, counted, strict=True):
@@ -318,16 +450,17 @@ def expect(bar, name, rows):
         bar.set_description(name)
 
 
-def build_prompts(splits, tokenizer, cutoff, bar=None):
+def build_prompts(splits, tokenizer, cutoff, bar=None, scale=COURSE_SCALE):
     """Prompts for the items of a DatasetDict with the columns `summary` and `price`.
 
     Prices are rounded in train and val only. Returns the DatasetDict of exactly `prompt` and
     `completion`, and what was counted on the way, numpy arrays: {split: {"cut": whether the summary
-    was too long, "tokens": of prompt and completion, "price": in dollars}}.
+    was too long, "tokens": of prompt and completion, "price": in money}}.
     """
-    maker = PromptMaker(tokenizer, cutoff, bar)
+    maker = PromptMaker(tokenizer, cutoff, scale, bar)
     expect(bar, "prompts", sum(len(splits[name]) for name in SPLITS))
     identity = tokenizer_identity(tokenizer)
+    scale_identity = f"-{hashed(scale.prefix):x}"
     prompts = DatasetDict()
     counts = {}
     for name in SPLITS:
@@ -338,7 +471,7 @@ def build_prompts(splits, tokenizer, cutoff, bar=None):
             fn_kwargs={"do_round": name != "test"},
             remove_columns="summary",
             desc=f"prompts of {name}",
-            new_fingerprint=f"{items._fingerprint}-{cutoff}-{identity}",
+            new_fingerprint=f"{items._fingerprint}-{cutoff}-{identity}{scale_identity}",
         ).with_format(None)
         prompts[name] = rows.select_columns(["prompt", "completion"])
         counts[name] = {
@@ -361,7 +494,8 @@ def tokenise(prompts, tokenizer, name):
     def convert(table):
         texts = table["prompt"].to_pylist(), table["completion"].to_pylist()
         ids = encode_rows(*texts, tokenizer)
-        return pyarrow.table(token_columns(ids, texts[1], tokenizer))
+        prefix = scale_of(texts[0][0]).prefix
+        return pyarrow.table(token_columns(ids, completion_tokens(texts[1], tokenizer, prefix)))
 
     return (
         prompts.with_format("arrow")
@@ -385,23 +519,26 @@ def encode_rows(prompts, completions, tokenizer):
     return encode(texts, tokenizer)
 
 
-def completion_tokens(completions, tokenizer):
-    """The token ids of each completion with its end of text, behind PREFIX; lists.
+def completion_tokens(completions, tokenizer, prefix=PREFIX):
+    """The token ids of each completion with its end of text, behind the prefix; lists.
 
     Encoded alone a completion can differ: Llama 2's tokenizer puts a space before it.
     """
-    prefix_len = len(encode([PREFIX], tokenizer, special=False)[0])
+    prefix_len = len(encode([prefix], tokenizer, special=False)[0])
     unique = sorted(set(completions))
-    texts = [f"{PREFIX}{text}{tokenizer.eos_token}" for text in unique]
+    texts = [f"{prefix}{text}{tokenizer.eos_token}" for text in unique]
     ids = encode(texts, tokenizer, special=False)
     tokens = {text: row[prefix_len:] for text, row in zip(unique, ids, strict=True)}
     return [tokens[text] for text in completions]
 
 
-def token_columns(ids, completions, tokenizer):
-    """`input_ids` and `labels` of rows with the token ids `ids`, as Arrow columns."""
+def token_columns(ids, completions):
+    """`input_ids` and `labels` of rows, as Arrow columns.
+
+    `ids` are the tokens of the rows, `completions` those of their completions.
+    """
     lengths = numpy.array([len(row) for row in ids])
-    completion_len = numpy.array([len(row) for row in completion_tokens(completions, tokenizer)])
+    completion_len = numpy.array([len(row) for row in completions])
     ends = lengths.cumsum()
     completion_starts = ends - completion_len
 
@@ -855,6 +992,7 @@ def describe_prompts(config, cutoff, catalogue, counts, prompts):
     return {
         "mode": config.mode,
         "cutoff": cutoff,
+        **catalogue.scale.record(),
         "seed": config.seed,
         "base_model": config.base_name,
         "kept": {name: len(columns["cut"]) for name, columns in counts.items()},
@@ -872,10 +1010,11 @@ def format_prompts(about, counts):
     examples = about.get("dropped_examples")
     reasons = f": {format_dropped(about['dropped'], examples=examples)}" if dropped else ""
     train = counts["train"]
+    currency = PriceScale.from_record(about).currency
     lines = [
         f"Rows: {kept:,} kept ({splits}), {dropped:,} dropped{reasons}",
         f"Cut at {about['cutoff']} tokens: {sum(about['cut'].values()):,} of {kept:,} descriptions",
-        f"Price, train, in $:       {format_quantiles(train['price'], 2)}",
+        f"{f'Price, train, in {currency}:':<26}{format_quantiles(train['price'], 2)}",
         f"Tokens an item, train:    {format_quantiles(train['tokens'])}",
         format_near_duplicates(about["near_duplicates"]),
     ]
@@ -964,6 +1103,11 @@ class Prompts:
         """Where the items come from, in words."""
         return self.about.get("source", self.place)
 
+    @property
+    def scale(self):
+        """The PriceScale that its prompts name."""
+        return scale_of(self.splits["train"][0]["prompt"])
+
 
 def find_prompts(config, trained_on=None):
     """The Prompts to train or evaluate on; prints which.
@@ -1050,9 +1194,12 @@ def read_prompts(place, splits):
     """The splits with exactly `prompt` and `completion`, as training and evaluation read them.
 
     Completions that are plain numbers stay letter by letter; numbers and texts like $219 become
-    219.00. Prompts lose blanks behind PREFIX. Raises one UserError that names the first row whose
-    prompt doesn't end with PREFIX or whose completion is no price, and the number of such rows.
+    219.00. Prompts lose blanks at their end, which is that of the first training row's PriceScale.
+    Raises one UserError that names the first row whose prompt ends otherwise or whose completion is
+    no price, and the number of such rows.
     """
+    first = splits["train"][0]["prompt"]
+    scale = scale_of(first) if isinstance(first, str) else COURSE_SCALE
     problem = None
     bad_rows = 0
     rewritten = 0
@@ -1060,13 +1207,13 @@ def read_prompts(place, splits):
     for split in SPLITS:
         dataset = splits[split].with_format(None).select_columns(["prompt", "completion"])
         columns = {name: dataset.data.column(name) for name in dataset.column_names}
-        prompts, is_prompt = read_prompt_column(columns["prompt"])
+        prompts, is_prompt = read_prompt_column(columns["prompt"], scale.prefix)
         completions, prices = read_completion_column(columns["completion"])
         is_price = (prices >= 0) & (prices <= MAX_PRICE)  # NaN isn't
         bad = numpy.flatnonzero(~(is_prompt & is_price))
         if len(bad):
             bad_rows += len(bad)
-            problem = problem or describe_row(dataset, split, int(bad[0]), is_prompt[bad[0]])
+            problem = problem or describe_row(dataset, split, int(bad[0]), is_prompt[bad[0]], scale)
             continue
 
         if prompts is not columns["prompt"]:
@@ -1086,7 +1233,7 @@ def read_prompts(place, splits):
     return read
 
 
-def describe_row(dataset, split, index, is_prompt):
+def describe_row(dataset, split, index, is_prompt, scale):
     """Which row can't be used and why, as text: its completion or, unless `is_prompt`, its prompt.
 
     Rows count from 1.
@@ -1095,30 +1242,32 @@ def describe_row(dataset, split, index, is_prompt):
     name = f"row {index + 1:,} of {split}"
     if is_prompt:
         value = shorten(repr(row["completion"]))
-        return f"{name}: the completion {value} is no price from $0 to ${MAX_PRICE}, like 219.00"
+        limit = f"${MAX_PRICE}" if scale == COURSE_SCALE else f"{MAX_PRICE} × {scale.step}"
+        zero = "$0" if scale == COURSE_SCALE else "0"
+        return f"{name}: the completion {value} is no price from {zero} to {limit}, like 219.00"
     if isinstance(row["prompt"], str):
         end = row["prompt"][-SHOWN_VALUE:]
-        return f"{name}: the prompt doesn't end with `{PREFIX}`, but with {end!r}"
+        return f"{name}: the prompt doesn't end with `{scale.prefix}`, but with {end!r}"
     value = shorten(repr(row["prompt"]))
-    return f"{name}: the prompt {value} is no text that ends with `{PREFIX}`"
+    return f"{name}: the prompt {value} is no text that ends with `{scale.prefix}`"
 
 
-def read_prompt_column(column):
-    """(the prompts without blanks behind PREFIX, whether each ends with PREFIX).
+def read_prompt_column(column, prefix):
+    """(the prompts without blanks at the end, whether each ends with `prefix`).
 
     An Arrow column and a numpy array.
     """
     if not is_text(column.type):
         return column, numpy.zeros(len(column), bool)
-    is_prompt = pyarrow.compute.ends_with(column, PREFIX)
+    is_prompt = pyarrow.compute.ends_with(column, prefix)
     if not pyarrow.compute.all(is_prompt, skip_nulls=False).as_py():
         column = pyarrow.compute.utf8_rtrim_whitespace(column)
-        is_prompt = pyarrow.compute.ends_with(column, PREFIX)
+        is_prompt = pyarrow.compute.ends_with(column, prefix)
     return column, is_prompt.fill_null(False).to_numpy()
 
 
 def read_completion_column(column):
-    """(the completions as texts, their prices in dollars, NaN for what is no number).
+    """(the completions as texts, their numbers, NaN for what is none).
 
     An Arrow column and a numpy array. Plain numbers in texts are left as they are.
     """
@@ -1198,18 +1347,18 @@ def fingerprint(splits):
 
 
 def training_prices(train):
-    """The prices of the training rows in dollars, a numpy array."""
-    return numpy.array(train["completion"][:], dtype=float)
+    """The prices of the training rows, a numpy array, in money."""
+    return scale_of(train[0]["prompt"]).amount(numpy.array(train["completion"][:], dtype=float))
 
 
 def constant_guesses(train):
-    """The mean and median of the training prices, in dollars: guesses that read nothing."""
+    """The mean and median of the training prices, in money: guesses that read nothing."""
     prices = training_prices(train)
     return {"constant_mean": float(prices.mean()), "constant_median": float(numpy.median(prices))}
 
 
 def price_spread(train):
-    """The mean absolute deviation of the training prices from their median, in dollars."""
+    """The mean absolute deviation of the training prices from their median, in money."""
     prices = training_prices(train)
     return float(abs(prices - numpy.median(prices)).mean())
 
@@ -1218,28 +1367,36 @@ def price_spread(train):
 class Catalogue:
     """Items to make prompts of.
 
-    `splits` (train, val, test) have the columns `summary` and `price`; `dropped` is {reason: [line,
-    …]}; `about` is to be recorded: `source`, in words, and more; `notes` are lines for the screen.
+    `splits` (train, val, test) have the columns `summary` and `price`, which are to be written in
+    the `scale`; `dropped` is {reason: [line, …]}; `about` is to be recorded: `source`, in words,
+    and more; `notes` are lines for the screen.
     """
 
     splits: DatasetDict
     dropped: dict
     about: dict
+    scale: PriceScale = COURSE_SCALE
     notes: list = field(default_factory=list)
 
 
-def find_items(config, path=None, columns=None, bar=None):
-    """The Catalogue to prepare: the file's at `path`, the demo's, or the course's."""
+def find_items(config, path=None, columns=None, bar=None, unit=None, currency="$"):
+    """The Catalogue to prepare: the file's at `path`, the demo's, or the course's.
+
+    Without a `unit` a file's prices choose it; other items have the course's, 1.
+    """
     if path is not None:
-        return own_catalogue(config, path, columns, bar)
+        return own_catalogue(config, path, columns, bar, unit, currency)
+    scale = PriceScale(unit or 1, currency)
     if config.demo_mode:
-        return demo_catalogue(config.seed)
-    return published_items(f"{config.data_user or config.course_user}/items_{config.mode}", bar)
+        return demo_catalogue(config.seed, scale)
+    name = f"{config.data_user or config.course_user}/items_{config.mode}"
+    return published_items(name, bar, scale)
 
 
-def own_catalogue(config, path, columns, bar):
+def own_catalogue(config, path, columns=None, bar=None, unit=None, currency="$"):
     """The Catalogue of the user's own file. Its items are on disk, where a million find room."""
     catalogue = OwnCatalogue(path, columns, bar=bar)
+    catalogue.choose_scale(unit, currency)
     expect(bar, "reading", 2 * catalogue.row_count)
     items, keys = spool_items(catalogue.items(), Path(config.output_dir, "catalogue"))
     splits = DatasetDict()
@@ -1247,7 +1404,7 @@ def own_catalogue(config, path, columns, bar):
         splits[name] = items.select(rows)
     source = f"{path}, split 90/5/5 by title and description, seed {config.seed}"
     about = {"source": source} | catalogue.record()
-    return Catalogue(splits, catalogue.dropped, about, catalogue.notes())
+    return Catalogue(splits, catalogue.dropped, about, catalogue.scale, catalogue.notes())
 
 
 def spool_items(items, target):
@@ -1279,7 +1436,7 @@ def batched(values, size):
         yield batch
 
 
-def published_items(name, bar=None):
+def published_items(name, bar=None, scale=COURSE_SCALE):
     """The Catalogue of a dataset of items on the Hub; what is dropped is named by split and row."""
     with hub_errors(name):
         published = load_splits(name)
@@ -1289,7 +1446,7 @@ def published_items(name, bar=None):
 
     def is_usable(batch, rows, split):
         problems = [
-            text_problem(text, "summary") or price_problem(price)
+            text_problem(text, "summary") or price_problem(price, scale)
             for text, price in zip(batch["summary"], batch["price"], strict=True)
         ]
         for row, problem in zip(rows, problems, strict=True):
@@ -1310,7 +1467,7 @@ def published_items(name, bar=None):
             desc=f"checking {split}",
         )
     pyarrow.default_memory_pool().release_unused()  # what reading Parquet took, half a GiB
-    return Catalogue(splits, dropped, {"source": name})
+    return Catalogue(splits, dropped, {"source": name}, scale)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1623,6 +1780,7 @@ CURRENCY_CODES = (
 )
 CURRENCIES |= {code: code for code in CURRENCY_CODES.split()}
 CURRENCY_CODE_OF = {written.casefold(): code for written, code in CURRENCIES.items()}
+CURRENCY_SIGNS = {code: sign for sign, code in reversed(CURRENCIES.items())}  # the first of each
 SHARED_SIGNS = {  # signs of several currencies, which a code beside them tells apart
     "$": "USD CAD AUD NZD HKD SGD MXN TWD CLP COP ARS",
     "¥": "JPY CNY",
@@ -1773,11 +1931,16 @@ class PriceSurvey:
         self.shown = {".": [], ",": []}  # texts that can't have the other decimal sign
         self.counts = Counter()
         self.currencies = Counter()
+        self.sizes = Counter()  # of (decimal sign or None, currency, exponent of smallest_unit)
 
     def add(self, value):
         if not isinstance(value, str):
+            is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+            if is_number and 0 < value < math.inf:
+                self.sizes[None, None, smallest_unit(value)] += 1
             return
         price = analyse_price(value)
+        self.add_size(price)
         if price.currency:
             self.currencies[price.currency] += 1
         if not price.problem and price.depends_on_decimal:
@@ -1785,6 +1948,15 @@ class PriceSurvey:
                 self.note(".", value)
             elif price.by_point is None:
                 self.note(",", value)
+
+    def add_size(self, price):
+        """Counts how large a WrittenPrice is by each decimal sign that it can have."""
+        amounts = {".": price.by_point, ",": price.by_comma}
+        if not price.depends_on_decimal:
+            amounts = {None: price.by_point}
+        for decimal, amount in amounts.items():
+            if amount is not None and amount > 0:
+                self.sizes[decimal, price.currency, smallest_unit(amount)] += 1
 
     def note(self, decimal, value):
         self.counts[decimal] += 1
@@ -1805,7 +1977,11 @@ class PriceSurvey:
         others = tuple(self.shown["," if decimal == "." else "."])
         is_mixed = points > 0 and commas > 0
         has_long_decimals = self.counts[f"long {decimal}"] > 0
-        return PriceFormat(decimal, currency, is_mixed, has_long_decimals, examples, others)
+        sizes = Counter()  # of what can be read
+        for (sign, code, exponent), count in self.sizes.items():
+            if sign in (None, decimal) and code in (None, currency):
+                sizes[exponent] += count
+        return PriceFormat(decimal, currency, is_mixed, has_long_decimals, examples, others, sizes)
 
 
 @dataclass(frozen=True)
@@ -1813,7 +1989,7 @@ class PriceFormat:
     """How a column writes prices: the decimal sign, `.` or `,` or None, and the currency, or None.
 
     `is_mixed`: some prices can only have the other sign, `others`. `has_long_decimals`: some surely
-    have three decimals or more. `examples` show the sign.
+    have three decimals or more. `examples` show the sign. `sizes` are the `counts` of choose_unit.
     """
 
     decimal: str | None = None
@@ -1822,6 +1998,7 @@ class PriceFormat:
     has_long_decimals: bool = False
     examples: tuple = ()
     others: tuple = ()
+    sizes: dict = field(default_factory=dict)
 
     def read(self, value):
         """(the amount, None) or (None, why there is none, in a few words)."""
@@ -1880,10 +2057,10 @@ class PriceFormat:
         return "; ".join(parts)
 
 
-def price_problem(price):
+def price_problem(price, scale=COURSE_SCALE):
     """Why the number `price` can't be used, in a few words, or None.
 
-    Usable are those from MIN_PRICE to MAX_PRICE dollars.
+    Usable are those that the numbers 0 … 999 of the scale can say.
     """
     if price is None or (isinstance(price, float) and math.isnan(price)):
         return PRICE_MISSING
@@ -1891,8 +2068,8 @@ def price_problem(price):
         return PRICE_NO_NUMBER
     if price <= 0:
         return "price is zero or negative"
-    if not MIN_PRICE <= price <= MAX_PRICE:
-        return f"price is outside ${MIN_PRICE:.2f}–${MAX_PRICE}"
+    if not scale.lowest <= price <= scale.highest:
+        return f"price is outside {scale.range()}"
     return None
 
 
@@ -2151,6 +2328,8 @@ class OwnCatalogue:
         self.file = RowFile(path)
         self.row_count = 0
         self.columns, self.price_format = self.survey(chosen or {})
+        self.scale = COURSE_SCALE
+        self.scale_notes = []
         self.clear()
 
     def clear(self):
@@ -2183,6 +2362,27 @@ class OwnCatalogue:
         columns = find_columns(self.path, list(names), chosen, self.needs_price)
         survey = surveys.get(columns.price, PriceSurvey())
         return columns, survey.result()
+
+    def choose_scale(self, unit, currency):
+        """Sets the PriceScale: of the `unit`, or of the smallest that holds nearly all prices."""
+        sizes = self.price_format.sizes
+        is_chosen = unit is None and bool(sizes)
+        if is_chosen:
+            unit, held = choose_unit(sizes)
+        self.scale = PriceScale(unit or 1, currency)
+        self.scale_notes = []
+        if is_chosen:
+            self.scale_notes.append(
+                f"Unit: {self.scale.step}, the smallest whose numbers 0 … 999 hold "
+                f"{HELD_SHARE:.1%} of the prices; they hold {held:.1%}, --unit takes another"
+            )
+        written = self.price_format.currency
+        if written not in (None, CURRENCY_CODE_OF.get(currency.casefold(), currency)):
+            sign = CURRENCY_SIGNS.get(written, written)
+            self.scale_notes.append(
+                f"Currency: the prices are in {written}, the prompts say {currency}; `--currency "
+                f"{sign}` makes them say {sign}"
+            )
 
     def count_row(self):
         self.row_count += 1
@@ -2279,7 +2479,7 @@ class OwnCatalogue:
         price, problem = self.price_format.read(value)
         if problem == PRICE_MISSING:
             return None, problem if self.needs_price else None
-        problem = problem or price_problem(price)
+        problem = problem or price_problem(price, self.scale)
         if problem:
             self.examples.setdefault(problem, shown_value(value))
             return None, problem
@@ -2290,6 +2490,7 @@ class OwnCatalogue:
         lines = [f"Columns: {self.columns}"]
         if str(self.price_format):
             lines.append(f"Prices: {self.price_format}")
+        lines += self.scale_notes
         if self.changes:
             parts = [f"{count:,} × {change}" for change, count in self.changes.most_common()]
             lines.append(f"Changed: {'; '.join(parts)}")
@@ -2339,7 +2540,7 @@ def read_catalogue(path, needs_price=True, columns=None):
     return items, catalogue.dropped
 
 
-def own_rows(path, text, tokenizer, cutoff, columns=None):
+def own_rows(path, text, tokenizer, cutoff, columns=None, scale=COURSE_SCALE):
     """(rows of the user's own items to price, their OwnCatalogue, or None without a file).
 
     They come from the file at `path` or are the one described by `text`. A row has prompt,
@@ -2348,6 +2549,7 @@ def own_rows(path, text, tokenizer, cutoff, columns=None):
     catalogue = None
     if path:
         catalogue = OwnCatalogue(path, columns, needs_price=False)
+        catalogue.scale = scale
         items = list(catalogue.items())
     elif text_problem(text, "text"):
         raise UserError(
@@ -2357,11 +2559,8 @@ def own_rows(path, text, tokenizer, cutoff, columns=None):
         items = [item_of_text(text)]
     rows = []
     for item in items:
-        item.make_prompts(tokenizer, cutoff, do_round=False)
-        completion = "" if item.price is None else item.completion
-        rows.append(
-            {"prompt": item.prompt, "completion": completion, "line": item.id, "title": item.title}
-        )
+        item.make_prompts(tokenizer, cutoff, do_round=False, scale=scale)
+        rows.append(item.to_datapoint() | {"line": item.id, "title": item.title})
     return rows, catalogue
 
 
@@ -2515,7 +2714,9 @@ def word_grams(text):
 
 
 def description_in(prompt):
-    return prompt.removeprefix(f"{QUESTION}\n\n").removesuffix(f"\n\n{PREFIX}")
+    _, _, rest = prompt.partition("\n\n")  # the question
+    description, _, _ = rest.rpartition("\n\n")
+    return description
 
 
 def count_near_duplicates(prompts):
@@ -2661,7 +2862,7 @@ def demo_items(n, seed, noise=DEMO_NOISE):
     return items
 
 
-def demo_catalogue(seed):
+def demo_catalogue(seed, scale=COURSE_SCALE):
     """The demo's Catalogue, with the prices that the test items' wording implies."""
     train, val, test = split_by_title(demo_items(DEMO_ROWS, seed), seed)
     implied = {item.id: item.price for item in demo_items(DEMO_ROWS, seed, noise=0)}
@@ -2669,4 +2870,4 @@ def demo_catalogue(seed):
         "source": f"synthetic catalogue of {DEMO_ROWS:,} items, seed {seed}",
         "implied_prices": [implied[item.id] for item in test],
     }
-    return Catalogue(item_splits(train, val, test), {}, about)
+    return Catalogue(item_splits(train, val, test), {}, about, scale)

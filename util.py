@@ -27,6 +27,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import statistics
@@ -81,10 +82,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from items import (
+    COURSE_SCALE,
     IGNORED,
     MANIFEST,
     PREFIX,
-    QUESTION,
+    PriceScale,
     Problems,
     UserError,
     account_names,
@@ -96,17 +98,18 @@ from items import (
     find_prompts,
     fingerprint,
     finish_interrupted_replace,
+    format_unit,
     free_bytes,
     hub_errors,
     is_disk_full,
     is_first_process,
     manifest_problem,
     price_spread,
-    prompt_of,
     push_or_explain,
     read_json,
     replacing,
     row_lengths,
+    scale_of,
     sync,
     tokenise,
     world_size,
@@ -137,17 +140,17 @@ DECODINGS = {
     "mean": "the mean price",
     "greedy": "what generation answers",  # token by token; not always the likeliest number
 }
-BAND_STARTS = (0, 20, 50, 100, 250)  # dollars, of the bands that errors are grouped by
+BAND_STARTS = (0, 20, 50, 100, 250)  # units, of the bands that errors are grouped by
 BAND_END = 1000
 WORST_ITEMS = 100  # of an evaluation, in results.json and the report
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a distribution over the prices $0 … $999 says of one item.
+    """What a distribution over the prices of NUMBERS says of one item.
 
-    In dollars unless noted. The scores need a true price and are NaN without one.
-    `nll` is the negative log of the probability given to the truth, to the dollar; `crps` the
+    In money unless noted. The scores need a true price and are NaN without one.
+    `nll` is the negative log of the probability given to the truth, to the unit; `crps` the
     continuous ranked probability score (Gneiting & Raftery 2007); `rank` the share of the
     distribution below the truth, half of the truth's own share included.
     """
@@ -166,10 +169,12 @@ class Estimate:
 
 
 def estimate_prices(probabilities, greedy, rows, decode="median"):
-    """The Estimates of rows from their probabilities of $0 … $999, an array of rows × 1,000.
+    """The Estimates of rows from their probabilities of NUMBERS, an array of rows × 1,000.
 
-    `decode` names the answer. Probability outside the prices counts in `outside` and `nll` only.
+    What a number means in money is the rows' PriceScale. `decode` names the answer. Probability
+    outside the prices counts in `outside` and `nll` only.
     """
+    scale = scale_of_rows(rows)
     inside = probabilities.sum(1, keepdims=True)
     prices = numpy.arange(probabilities.shape[1])
     shares = probabilities / inside
@@ -181,7 +186,7 @@ def estimate_prices(probabilities, greedy, rows, decode="median"):
     low, high = quantile(0.1), quantile(0.9)
     row_numbers = numpy.arange(len(rows))
     below_low = reached[row_numbers, low] - shares[row_numbers, low]
-    truths = numpy.array([truth_of(row) if row.get("completion") else math.nan for row in rows])
+    truths = numpy.array([float(row.get("completion") or math.nan) for row in rows])
     nearest = numpy.nan_to_num(truths).round().clip(0, prices[-1]).astype(int)
     at_truth = row_numbers, nearest
     is_known = numpy.where(numpy.isnan(truths), math.nan, 1)
@@ -200,13 +205,15 @@ def estimate_prices(probabilities, greedy, rows, decode="median"):
         "crps": distance - spread,
         "rank": (reached[at_truth] - shares[at_truth] / 2) * is_known,
     }
+    for name in ("median", "mean", "greedy", "low", "high", "crps"):
+        columns[name] = scale.amount(numpy.asarray(columns[name]))
     columns["guess"] = columns[decode]
     values = numpy.stack(list(columns.values()), axis=1).astype(float).tolist()
     return [Estimate(**dict(zip(columns, row, strict=True))) for row in values]
 
 
 def parse_price(answer):
-    """The price in dollars that an answer names, or None if it names none.
+    """The price that an answer names, or None if it names none.
 
     Numbers are taken as they are, of an Estimate the guess; of a text the first number, after
     dropping `$` and `,`, as in the course.
@@ -220,11 +227,14 @@ def parse_price(answer):
     return price if math.isfinite(price) else None
 
 
-def color(error, truth):
-    """green below $40 or 20 % of the truth, orange below $80 or 40 %, else red."""
-    if error < 40 or error < 0.2 * truth:
+def color(error, truth, unit=1):
+    """green below 40 units or 20 % of the truth, orange below 80 or 40 %, else red.
+
+    In the course, which has unit 1, these are $40 and $80.
+    """
+    if error < 40 * unit or error < 0.2 * truth:
         return "green"
-    return "orange" if error < 80 or error < 0.4 * truth else "red"
+    return "orange" if error < 80 * unit or error < 0.4 * truth else "red"
 
 
 def half_interval(errors):
@@ -238,9 +248,9 @@ def half_interval(errors):
 
 
 def metrics(guesses, truths):
-    """{n, mae, mae_ci95, mse, r2} of guesses against truths, two lists of dollars.
+    """{n, mae, mae_ci95, mse, r2} of guesses against truths, two lists of money.
 
-    The errors are in dollars, mse in dollars², r2 in %. NaN is what has no meaning: the interval of
+    The errors are in money, mse in its square, r2 in %. NaN is what has no meaning: the interval of
     a single item, r² of that or of truths that are all the same.
     """
     errors = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
@@ -271,8 +281,13 @@ def paired_difference(errors, others, seed, draws=2000):
 
 
 def truth_of(row):
-    """The true price of a row, in dollars."""
-    return float(row["completion"])
+    """The true price of a row, in money."""
+    return scale_of(row.get("prompt", "")).amount(float(row["completion"]))
+
+
+def scale_of_rows(rows):
+    """The PriceScale of rows, which is that of the first; the course's of rows without prompts."""
+    return scale_of(rows[0].get("prompt", ""))
 
 
 def field_of(prompt, name):
@@ -293,11 +308,12 @@ def category_of(prompt):
     return re.split(r"\s*[>|]\s*", field_of(prompt, "Category"))[0]
 
 
-def band_of(price):
-    """The band that a price in dollars is in, as text."""
-    ends = (*BAND_STARTS[1:], BAND_END)
-    band = next(i for i, end in enumerate(ends) if price < end or end == BAND_END)
-    return f"${BAND_STARTS[band]} to {ends[band]}"
+def band_of(price, scale=COURSE_SCALE):
+    """The band that a price is in, as text."""
+    ends = [scale.amount(end) for end in (*BAND_STARTS[1:], BAND_END)]
+    band = next(i for i, end in enumerate(ends) if price < end or end == ends[-1])
+    start = scale.format_whole(scale.amount(BAND_STARTS[band]))
+    return f"{start} to {ends[band]:.{scale.digits}f}"
 
 
 def errors_by(table, group_of):
@@ -350,7 +366,7 @@ def predict(function, rows, batch_size=None, name="the model", threads=1):
         return answer_in_memory(function, chosen) if batch_size else [function(chosen[0])]
 
     answers = [None] * len(rows)
-    bar = ErrorBar(len(rows), name)
+    bar = ErrorBar(rows, name)
     pool = ThreadPoolExecutor(threads)
     answer_all = pool.map if threads > 1 else map
     start = time.perf_counter()
@@ -387,8 +403,9 @@ def answer_in_memory(function, rows):
 class ErrorBar:
     """A progress bar that shows the mean error so far; nothing without a `name`."""
 
-    def __init__(self, total, name):
-        self.bar = tqdm(total=total, desc=f"asking {name}", unit="item", disable=name is None)
+    def __init__(self, rows, name):
+        self.bar = tqdm(total=len(rows), desc=f"asking {name}", unit="item", disable=name is None)
+        self.scale = scale_of_rows(rows)
         self.error = 0.0
         self.count = 0
 
@@ -401,7 +418,7 @@ class ErrorBar:
                 self.error += abs((parse_price(answer) or 0.0) - truth_of(row))
                 self.count += 1
         if self.count:
-            self.bar.set_postfix_str(f"mean error ${self.error / self.count:,.2f}")
+            self.bar.set_postfix_str(f"mean error {self.scale.format(self.error / self.count)}")
 
     def close(self):
         self.bar.close()
@@ -410,31 +427,33 @@ class ErrorBar:
 def score(rows, answers, title, folder=None):
     """The figures of the answers to rows of prompt and completion.
 
-    {n, mae, mae_ci95, mse, r2, parse_failures, by_category, by_price, worst}, and for Estimates
-    `decodings`, `distribution` and `calibration`. An answer without a number counts as $0 and
-    as one of the `parse_failures`. Prints the figures; writes charts and predictions.csv to
-    `folder`, if given; shows the charts in a notebook.
+    {n, mae, mae_ci95, mse, r2, unit, currency, parse_failures, by_category, by_price, worst}, and
+    for Estimates `decodings`, `distribution` and `calibration`. An answer without a number counts
+    as 0 and as one of the `parse_failures`. Prints the figures; writes charts and predictions.csv
+    to `folder`, if given; shows the charts in a notebook.
     """
     prices = [parse_price(answer) for answer in answers]
     guesses = [price or 0.0 for price in prices]
     truths = [truth_of(row) for row in rows]
-    figures = metrics(guesses, truths)
+    scale = scale_of_rows(rows)
+    figures = metrics(guesses, truths) | scale.record()
     figures["parse_failures"] = prices.count(None)
     interval = format_number(figures["mae_ci95"])
     print(f"{title}: {headline(figures)} (± {interval}, n = {figures['n']:,})")
     if 1 < len(rows) < 30:
         print("Fewer than 30 items: even the interval is a rough guess")
     if figures["parse_failures"]:
-        print(f"{figures['parse_failures']:,} answers named no price and count as $0")
+        zero = f"{scale.currency}0"
+        print(f"{figures['parse_failures']:,} answers named no price and count as {zero}")
     save_figure(scatter(guesses, truths, figures, title), folder, "scatter.png")
     save_figure(running_error(guesses, truths, figures, title), folder, "running_error.png")
 
     table = prediction_table(rows, answers, guesses)
     figures["by_category"] = errors_by(table, lambda row: row["category"])
-    figures["by_price"] = errors_by(table, lambda row: band_of(row["truth"]))
+    figures["by_price"] = errors_by(table, lambda row: band_of(row["truth"], scale))
     figures["worst"] = sorted(table, key=lambda row: -row["error"])[:WORST_ITEMS]
     if all(isinstance(answer, Estimate) for answer in answers):
-        figures |= score_distributions(answers, truths)
+        figures |= score_distributions(answers, truths, scale)
         ranks = [answer.rank for answer in answers]
         figures["calibration"] = shares_within(ranks)
         chart = reliability(ranks, title, figures["distribution"])
@@ -463,17 +482,20 @@ def prediction_table(rows, answers, guesses):
     return table
 
 
-def score_distributions(estimates, truths):
+def score_distributions(estimates, truths, scale=COURSE_SCALE):
     """`decodings`, the figures by each way to answer, and scores of the `distribution`.
 
     `coverage_80` is the share of true prices in the 80 % intervals, `promised_80` what these
-    intervals hold of the distributions: more than 0.8, since they end at whole dollars.
+    intervals hold of the distributions: more than 0.8, since they end at whole units.
     """
     decodings = {}
     for how in DECODINGS:
         decodings[how] = metrics([getattr(estimate, how) for estimate in estimates], truths)
     pairs = zip(estimates, truths, strict=True)
-    covered = [estimate.low <= round(truth) <= estimate.high for estimate, truth in pairs]
+    covered = [
+        estimate.low <= scale.amount(round(scale.number(truth))) <= estimate.high
+        for estimate, truth in pairs
+    ]
     distribution = {
         "coverage_80": statistics.fmean(covered),
         "promised_80": statistics.fmean(estimate.mass for estimate in estimates),
@@ -488,11 +510,8 @@ def score_distributions(estimates, truths):
 
 COLORS = {"green": "#2e8b57", "orange": "#e69f00", "red": "#c0392b"}
 MARKERS = {"green": "o", "orange": "s", "red": "^"}  # legible in black and white, too
-COLOR_LABELS = {
-    "green": "error < \\$40 or 20 %",
-    "orange": "error < \\$80 or 40 %",
-    "red": "larger",
-}
+COLOR_LIMITS = {"green": "error < {} or 20 %", "orange": "error < {} or 40 %", "red": "larger"}
+COLOR_UNITS = {"green": 40, "orange": 80, "red": 0}  # of the limits, see `color`
 TITLE_WIDTHS = (85, 70, 55, 40, 30)  # characters on a line: the first that fits into the figure
 LABEL_WIDTH = 45  # characters on a line beside a bar
 LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
@@ -515,9 +534,22 @@ INTERVAL_WIDTHS = range(0, 101, 5)  # %, of the central intervals whose calibrat
 RUNNING_POINTS = 400  # of the running error in the report, at most: more than it has pixels
 
 
+def color_label(shade, scale):
+    """What a colour means."""
+    limit = scale.format_whole(scale.amount(COLOR_UNITS[shade]))
+    return COLOR_LIMITS[shade].format(limit)
+
+
+def plain(text):
+    """A text for a chart, in which `$` would begin a formula."""
+    return text.replace("$", "\\$")
+
+
 def headline(figures):
     """The course's line of figures: `Error: $39.85 MSE: 5,555 r²: 70.1%`, with a true minus."""
-    text = f"Error: ${figures['mae']:,.2f} MSE: {figures['mse']:,.0f} r²: {figures['r2']:.1f}%"
+    error = PriceScale.from_record(figures).format(figures["mae"])
+    digits = 0 if figures.get("unit", 1) >= 1 else 2
+    text = f"Error: {error} MSE: {figures['mse']:,.{digits}f} r²: {figures['r2']:.1f}%"
     return text.replace("nan%", "–").replace(": -", ": −")
 
 
@@ -535,11 +567,11 @@ def format_intervals(distribution):
     return f"The 80 % intervals hold {held} of the true prices and promise {promised}"
 
 
-def format_difference(name, figures):
+def format_difference(name, figures, scale=COURSE_SCALE):
     """What a `paired_difference` to the earlier run `name` says, in words."""
     difference = figures["difference"]
     sign = "−" if difference < 0 else "+"
-    text = f"{sign}${abs(difference):,.2f}"
+    text = f"{sign}{scale.format(abs(difference))}"
     has_interval = not math.isnan(figures["low"])
     if has_interval:
         text += f" ({format_number(figures['low'])} to {format_number(figures['high'])})"
@@ -590,15 +622,16 @@ def set_title(figure, title, last_line=""):
 
 def scatter(guesses, truths, figures, title):
     """Each item's guess over its true price, with the line of perfect guesses."""
+    scale = PriceScale.from_record(figures)
     figure, axes = new_figure()
     points = {shade: ([], []) for shade in COLORS}
     for guess, truth in zip(guesses, truths, strict=True):
-        across, up = points[color(abs(guess - truth), truth)]
+        across, up = points[color(abs(guess - truth), truth, scale.unit)]
         across.append(truth)
         up.append(guess)
     for shade, (across, up) in points.items():
         if across:
-            label = f"{COLOR_LABELS[shade]}: {len(across):,} of {len(truths):,}"
+            label = plain(f"{color_label(shade, scale)}: {len(across):,} of {len(truths):,}")
             style = {
                 "c": COLORS[shade],
                 "marker": MARKERS[shade],
@@ -607,11 +640,17 @@ def scatter(guesses, truths, figures, title):
                 "linewidths": 0,
             }
             axes.scatter(across, up, clip_on=False, label=label, **style)
-    limit = 1.03 * max(1.0, *truths, *guesses)
+    limit = 1.03 * max(scale.unit, *truths, *guesses)
     axes.plot(
         [0, limit], [0, limit], color="black", linewidth=1, linestyle="--", label="guess = truth"
     )
-    axes.set(xlim=(0, limit), ylim=(0, limit), xlabel="true price ($)", ylabel="guess ($)")
+    currency = plain(scale.currency)
+    axes.set(
+        xlim=(0, limit),
+        ylim=(0, limit),
+        xlabel=f"true price ({currency})",
+        ylabel=f"guess ({currency})",
+    )
     set_title(figure, title, headline(figures))
     axes.legend(loc="upper left")
     return figure
@@ -633,11 +672,13 @@ def running_error(guesses, truths, figures, title):
     means, bands = running_means(guesses, truths)
     axes.fill_between(count, means - bands, means + bands, color="0.85", label="95 % interval")
     bands[0] = math.nan  # a single item has no interval
+    scale = PriceScale.from_record(figures)
     last_band = format_number(bands[-1])
-    label = f"\\${means[-1]:,.2f} ± {last_band} after {len(means):,} items"
-    axes.plot(count, means, color="black", label=label)
+    label = f"{scale.format(means[-1])} ± {last_band} after {len(means):,} items"
+    axes.plot(count, means, color="black", label=plain(label))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="items evaluated", ylabel="mean absolute error ($)", ylim=(0, None))
+    error = f"mean absolute error ({plain(scale.currency)})"
+    axes.set(xlabel="items evaluated", ylabel=error, ylim=(0, None))
     set_title(figure, title, headline(figures))
     axes.legend()
     return figure
@@ -654,7 +695,7 @@ def shares_within(ranks):
 def reliability(ranks, title, distribution=None):
     """The share of true prices within the central intervals, over their promised share.
 
-    The `distribution` of score_distributions adds a line on the 80 % intervals of whole dollars.
+    The `distribution` of score_distributions adds a line on the 80 % intervals of whole units.
     """
     figure, axes = new_figure(height=5)
     axes.plot([0, 100], [0, 100], color="black", linewidth=1, linestyle="--", label="as promised")
@@ -675,6 +716,7 @@ def reliability(ranks, title, distribution=None):
 def comparison(results):
     """The mean absolute errors of `table_rows`, with their 95 % intervals."""
     rows = table_rows(results)[::-1]
+    scale = PriceScale.from_record(results)
     figure, axes = new_figure(width=9, height=1.6 + 0.36 * len(rows))
     for place, (name, row) in enumerate(rows):
         shade = "0.75" if "mae_ci95" in row else "white"
@@ -684,19 +726,20 @@ def comparison(results):
             shade = "0.5"
         outline = {"edgecolor": "black", "linewidth": 0.6}
         axes.barh(place, row["mae"], xerr=interval, color=shade, capsize=3, **outline)
-        text = f"  \\${row['mae']:,.2f}"
+        text = "  " + plain(scale.format(row["mae"]))
         axes.text(row["mae"] + (interval or 0), place, text, va="center", fontsize=8)
-    labels = [textwrap.fill(name, LABEL_WIDTH).replace("$", "\\$") for name, _ in rows]
+    labels = [plain(textwrap.fill(name, LABEL_WIDTH)) for name, _ in rows]
     axes.set_yticks(range(len(rows)), labels)
     axes.margins(x=0.2)
-    axes.set(xlabel=f"mean absolute error (\\$) with its 95 % interval, n = {results['n']:,}")
+    error = f"mean absolute error ({plain(scale.currency)})"
+    axes.set(xlabel=f"{error} with its 95 % interval, n = {results['n']:,}")
     if results.get("course"):
         axes.set_title(f"white: {LADDER_SOURCE}", fontsize=8)
     return figure
 
 
-def loss_chart(history, title, val_size):
-    """Training and validation loss, and the validation error in dollars, over the steps.
+def loss_chart(history, title, val_size, currency="$"):
+    """Training and validation loss, and the validation error in money, over the steps.
 
     `history` is the trainer's log history.
     """
@@ -713,7 +756,7 @@ def loss_chart(history, title, val_size):
     plot(left, "eval_loss", f"validation, n = {val_size:,}", "black")
     plot(right, "eval_mae", f"validation, by the median price, n = {val_size:,}", "black")
     left.set(xlabel="step", ylabel="loss per completion token")
-    right.set(xlabel="step", ylabel="mean absolute error ($)", ylim=(0, None))
+    right.set(xlabel="step", ylabel=f"mean absolute error ({plain(currency)})", ylim=(0, None))
     set_title(figure, title)
     return figure
 
@@ -725,7 +768,9 @@ def data_chart(train, about):
     """
     figure, (left, right) = new_figure(columns=2, width=10, height=4)
     left.hist(train["price"], bins=50, color="0.45")
-    left.set(xlabel="price ($)", ylabel="items", title=f"{len(train['price']):,} training items")
+    currency = plain(PriceScale.from_record(about).currency)
+    title = f"{len(train['price']):,} training items"
+    left.set(xlabel=f"price ({currency})", ylabel="items", title=title)
     tokens = train["tokens"]
     right.hist(tokens, bins=range(min(tokens), max(tokens) + 2), color="0.45")
     title = f"descriptions cut at {about['cutoff']} tokens"
@@ -759,23 +804,25 @@ def table_rows(results):
 
 def footnotes(results):
     """What a results.json says beyond the table, a line each."""
+    scale = PriceScale.from_record(results)
     lines = []
     if results.get("differences"):
         lines.append(f"Note: {'; '.join(results['differences'])}")
     for name, figures in results.get("earlier", {}).items():
-        difference = format_difference(name, figures)
+        difference = format_difference(name, figures, scale)
         lines.append(f"This run's error less that of {name}, on the same items: {difference}")
     scores = results.get("distribution")
     if scores:
         outside = f"{100 * max(0, scores['outside']):.2f} %"  # rounding makes it negative
         lines.append(
             f"{format_intervals(scores)}; "
-            f"log score {scores['nll']:.3f}, CRPS ${scores['crps']:,.2f}, "
+            f"log score {scores['nll']:.3f}, CRPS {scale.format(scores['crps'])}, "
             f"probability of no price {outside}"
         )
     if results["parse_failures"]:
         lines.append(
-            f"{results['parse_failures']:,} answers of the run named no price and count as $0"
+            f"{results['parse_failures']:,} answers of the run named no price and count as "
+            f"{scale.currency}0"
         )
     if results.get("course"):
         lines.append(f"Published: {LADDER_SOURCE}")
@@ -786,7 +833,8 @@ def format_table(results):
     """`table_rows` as text, each figure with its 95 % interval, and the footnotes."""
     rows = table_rows(results)
     width = max(len(name) for name, _ in rows)
-    lines = [f"{'mean absolute error':<{width}}{'n':>8}{'$':>9}{'± 95 %':>9}{'r² %':>9}"]
+    currency = PriceScale.from_record(results).currency
+    lines = [f"{'mean absolute error':<{width}}{'n':>8}{currency:>9}{'± 95 %':>9}{'r² %':>9}"]
     for name, row in rows:
         line = f"{name:<{width}}{row['n']:>8,}{row['mae']:>9,.2f}"
         if "mae_ci95" in row:
@@ -850,38 +898,39 @@ class Chart:
             self.marks += [(mark, x, y) for x, y in places]
 
 
-def scatter_chart(table, currency):
+def scatter_chart(table, scale):
     """The Chart of guesses over true prices, from the rows of predictions.csv."""
-    limit = 1.03 * max(1.0, *(max(row["truth"], row["guess"]) for row in table))
+    limit = 1.03 * max(scale.unit, *(max(row["truth"], row["guess"]) for row in table))
     chart = Chart(
         caption="Each item's guess over its true price",
-        across=Axis(f"true price ({currency})", limit),
-        up=Axis(f"guess ({currency})", limit),
+        across=Axis(f"true price ({scale.currency})", limit),
+        up=Axis(f"guess ({scale.currency})", limit),
     )
     chart.add_line("dashed", "guess = truth", [(0, 0), (limit, limit)])
     for row in table:
-        shade = color(row["error"], row["truth"])
+        shade = color(row["error"], row["truth"], scale.unit)
         chart.marks.append((shade, *chart.at(row["truth"], row["guess"])))
     shades = [mark[0] for mark in chart.marks]
-    for shade, label in COLOR_LABELS.items():
+    for shade in COLOR_LIMITS:
         if shade in shades:
-            label = label.replace("\\$", currency)
+            label = color_label(shade, scale)
             chart.legend[shade] = f"{label}: {shades.count(shade):,} of {len(table):,}"
     return chart
 
 
-def scatter_points(table, chart, currency):
+def scatter_points(table, chart, scale):
     """What the scatter's script shows of each item, in the order of the chart's marks."""
     points = []
     for row, (_, x, y) in zip(table, chart.marks, strict=True):
         text = (
-            f"price {currency}{format_number(row['truth'])}, "
-            f"guess {currency}{format_number(row['guess'])}, "
-            f"off by {currency}{format_number(row['error'])}"
+            f"price {scale.format(row['truth'])}, "
+            f"guess {scale.format(row['guess'])}, "
+            f"off by {scale.format(row['error'])}"
         )
         point = {"title": row["title"], "x": x, "y": y}
         if "low" in row:
-            text += f"; 80 % interval {currency}{row['low']:,.0f} to {currency}{row['high']:,.0f}"
+            low, high = scale.format_whole(row["low"]), scale.format_whole(row["high"])
+            text += f"; 80 % interval {low} to {high}"
             point["low"] = chart.up.percent(row["low"])
             point["high"] = chart.up.percent(row["high"])
         points.append(point | {"text": text})
@@ -1011,9 +1060,10 @@ def write_report(folder, results, run):
 
     The items are those of predictions.csv in the same folder.
     """
-    currency = "$"
+    scale = PriceScale.from_record(results)
+    currency = scale.currency
     table = read_predictions(folder)
-    scatter_of_items = scatter_chart(table, currency)
+    scatter_of_items = scatter_chart(table, scale)
     charts = [running_error_chart(table, currency)]
     if results.get("calibration"):
         charts.append(calibration_chart(results["calibration"], results["n"]))
@@ -1031,13 +1081,15 @@ def write_report(folder, results, run):
         bars=comparison_bars(rows),
         footnotes=footnotes(results),
         scatter=scatter_of_items,
-        points=scatter_points(table, scatter_of_items, currency),
+        points=scatter_points(table, scatter_of_items, scale),
         charts=charts,
         training_charts=training_charts(run, currency),
         settings=training_settings(run),
         source=public_source(results["data"]["source"]),
         decoding=DECODINGS[results["decode"]],
         currency=currency,
+        format_money=scale.format,
+        unit_digits=scale.digits,
         colors=COLORS,
     )
     Path(folder, "report.html").write_text(page, encoding="utf-8")
@@ -1046,25 +1098,25 @@ def write_report(folder, results, run):
 # ------------------------------------------------------------------------------------------------
 # 3. Reading prices
 
-NUMBERS = range(1000)  # the prices in whole dollars that are read
+NUMBERS = range(1000)  # the prices that are read, in units
 EVAL_BATCH = 256  # prompts read at once on a GPU, at most
 EVAL_BATCH_CPU = 8  # on a CPU larger batches only make the bar jump
 
 
-def encode_numbers(tokenizer):
-    """(the tokens of PREFIX, those of PREFIX with each of NUMBERS behind it), lists."""
-    texts = [PREFIX, *(f"{PREFIX}{number}" for number in NUMBERS)]
-    prefix, *rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return prefix, rows
+def encode_numbers(tokenizer, prefix=PREFIX):
+    """(the tokens of the prefix, those of the prefix with each of NUMBERS behind it), lists."""
+    texts = [prefix, *(f"{prefix}{number}" for number in NUMBERS)]
+    prefix_ids, *rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return prefix_ids, rows
 
 
-def spell_numbers(tokenizer):
-    """The tokens of each of NUMBERS as the tokenizer spells it after PREFIX, tuples.
+def spell_numbers(tokenizer, prefix=PREFIX):
+    """The tokens of each of NUMBERS as the tokenizer spells it after the prefix, tuples.
 
     One token each for Llama 3, one a digit for SmolLM2, Qwen and Gemma.
     """
-    prefix, rows = encode_numbers(tokenizer)
-    return [tuple(row[len(prefix) :]) for row in rows]
+    prefix_ids, rows = encode_numbers(tokenizer, prefix)
+    return [tuple(row[len(prefix_ids) :]) for row in rows]
 
 
 class NumberTree:
@@ -1182,6 +1234,11 @@ class Reading:
     greedy: list
     losses: list | None = None
 
+    @property
+    def shares(self):
+        """The numbers' shares of their total probability."""
+        return self.probabilities / self.probabilities.sum(1, keepdims=True)
+
 
 class PriceReader:
     """Reads a model's probability of every price from one forward pass, without generating text.
@@ -1193,11 +1250,12 @@ class PriceReader:
     (`in_tree=False`) each prompt is read with each beginning, which is slow; see SelfCheck.
     """
 
-    def __init__(self, model, tokenizer, in_tree=True):
+    def __init__(self, model, tokenizer, in_tree=True, prefix=PREFIX):
         self.model = model
         self.tokenizer = tokenizer
         self.in_tree = in_tree
-        self.tree = NumberTree(spell_numbers(tokenizer), model.device)
+        self.prefix = prefix  # the end of the prompts
+        self.tree = NumberTree(spell_numbers(tokenizer, prefix), model.device)
         self.in_one_row = in_tree and is_packed(model) and not self.tree.branches
         on_gpu = torch.cuda.is_available()
         # A row's logits take 4 bytes a value three times and 2 once
@@ -1212,7 +1270,8 @@ class PriceReader:
         prompts = self.tokenizer([row["prompt"] for row in rows])["input_ids"]
         completions = [[] for _ in rows]
         if with_loss:
-            completions = completion_tokens([row["completion"] for row in rows], self.tokenizer)
+            texts = [row["completion"] for row in rows]
+            completions = completion_tokens(texts, self.tokenizer, self.prefix)
         with torch.no_grad():
             along_completions, at_nodes = self.logits(prompts, completions)
             losses = completion_losses(along_completions, completions) if with_loss else None
@@ -1253,6 +1312,15 @@ class PriceReader:
         ]
         at_nodes = torch.cat(at_nodes).view(len(prompts), len(self.tree.nodes), -1)
         return torch.nn.utils.rnn.pad_sequence(along, batch_first=True), at_nodes.float()
+
+    def read_all(self, rows):
+        """The Reading of any number of rows, in batches."""
+        batches = [
+            self.read(rows[start : start + self.batch_size])
+            for start in range(0, len(rows), self.batch_size)
+        ]
+        probabilities = numpy.concatenate([batch.probabilities for batch in batches])
+        return Reading(probabilities, [number for batch in batches for number in batch.greedy])
 
     def estimate(self, rows, decode="median"):
         """The Estimates of rows."""
@@ -1724,24 +1792,27 @@ def check_stored_quantisation(path, config):
         )
 
 
-def check_tokenizer(path, tokenizer):
-    """Raises UserError if a tokenizer can't tell where an answer ends, or which number it is."""
+def check_tokenizer(path, tokenizer, scale=COURSE_SCALE):
+    """Raises UserError if a tokenizer can't tell where an answer ends, or which number it is.
+
+    `scale` is the PriceScale of the prompts.
+    """
 
     def refuse(reason):
         raise UserError(f"{path}: its tokenizer {reason}. Take another base model.")
 
     if tokenizer.eos_token is None:
         refuse("has no end-of-text token, which ends each answer")
-    prefix, rows = encode_numbers(tokenizer)
+    prefix, rows = encode_numbers(tokenizer, scale.prefix)
     if set(prefix) <= {tokenizer.unk_token_id}:
-        refuse(f"can't encode `{PREFIX}`: its files are missing or incomplete")
+        refuse(f"can't encode `{scale.prefix}`: its files are missing or incomplete")
     for number, ids in zip(NUMBERS, rows, strict=True):
         if ids[: len(prefix)] != prefix or len(ids) == len(prefix):
-            refuse(f"merges `{PREFIX}` with the {number} behind it, so prices can't be read")
+            refuse(f"merges `{scale.prefix}` with the {number} behind it, so prices can't be read")
     if len({tuple(ids) for ids in rows}) < len(NUMBERS):
         refuse("spells different numbers alike, so prices can't be read")
 
-    prompt = prompt_of("Title: Lamp")
+    prompt = scale.prompt("Title: Lamp")
     prompt_ids, row_ids = tokenizer([prompt, f"{prompt}219.00{tokenizer.eos_token}"])["input_ids"]
     if row_ids[: len(prompt_ids)] != prompt_ids:
         refuse("doesn't encode a prompt in the same way with an answer behind it")
@@ -2564,7 +2635,7 @@ class Planner:
         self.precision, self.precision_reason = choose_precision(run.recipe.precision, use_bf16)
         self.branches = 0  # tokens that the price loss needs behind each row
         if run.recipe.price_loss:
-            self.branches = len(NumberTree(spell_numbers(base.tokenizer), "cpu").branches)
+            self.branches = len(data.number_tree(base.tokenizer, "cpu").branches)
         self.packed = fast and not self.branches and can_pack(self.precision, use_bf16)
         self.rows_per_step = self.recipe.batch_size // world_size()  # of this process
         self.steps = count_steps(self.recipe, len(self.lengths))
@@ -2664,7 +2735,8 @@ class Planner:
         loss = "cross-entropy of the completions"
         if not self.recipe.price_loss:
             return loss
-        loss += f" + {self.recipe.price_loss:g} × CRPS of the prices / ${self.data.spread:.2f}"
+        spread = self.data.scale.format(self.data.spread)
+        loss += f" + {self.recipe.price_loss:g} × CRPS of the prices / {spread}"
         if not self.branches:
             return f"{loss}, at no cost: one token spells a number"
         return f"{loss}, for which each row has {self.branches} tokens more"
@@ -2759,9 +2831,18 @@ class TrainingData:
     prompts: object  # Dataset of the training rows, of prompt and completion
 
     @cached_property
+    def scale(self):
+        """The PriceScale that the prompts name."""
+        return scale_of_rows(self.val_rows)
+
+    @cached_property
     def spread(self):
-        """The mean absolute deviation of the training prices from their median, in dollars."""
+        """The mean absolute deviation of the training prices from their median, in money."""
         return price_spread(self.prompts)
+
+    def number_tree(self, tokenizer, device):
+        """The NumberTree of the numbers behind these prompts."""
+        return NumberTree(spell_numbers(tokenizer, self.scale.prefix), device)
 
     def prompt_tokens(self, index):
         """The tokens of the prompt of a training row, a list."""
@@ -2784,9 +2865,9 @@ def make_training_data(splits, tokenizer, val_size):
 
 
 def crps(log_shares, truths):
-    """The CRPS in dollars of distributions over NUMBERS, rows × numbers, against true numbers.
+    """The CRPS in units of distributions over NUMBERS, rows × numbers, against true numbers.
 
-    ∑ (F(n) − [n ≥ truth])², in whole dollars (Gneiting & Raftery 2007). Differentiable.
+    ∑ (F(n) − [n ≥ truth])², in whole units (Gneiting & Raftery 2007). Differentiable.
     """
     numbers = torch.arange(log_shares.shape[-1], device=log_shares.device)
     reached = log_shares.exp().cumsum(-1)
@@ -2803,7 +2884,7 @@ class PriceLoss:
     """
 
     weight: float
-    spread: float  # dollars: mean absolute deviation of the training prices
+    spread: float  # units: mean absolute deviation of the training prices
     tree: NumberTree
 
     def of_rows(self, logits_at_nodes, truths):
@@ -2858,12 +2939,13 @@ class PriceTrainer(SFTTrainer):
         self.val_rows = val_rows  # of prompt and completion
         self.stopper = stopper
         self.has_begun = False  # a step; before it a checkpoint may be loaded
-        self.reader = PriceReader(self.model, self.processing_class, in_tree)
+        prefix = scale_of_rows(val_rows).prefix
+        self.reader = PriceReader(self.model, self.processing_class, in_tree, prefix)
         # Otherwise each gradient is held, and copied, twice
         self.accelerator.ddp_handler.gradient_as_bucket_view = True
 
     def evaluate(self, *_, **__):
-        """Logs and returns the loss per completion token and the median price's error, in dollars.
+        """Logs and returns the loss per completion token and the median price's error, in money.
 
         Each process computes them for all validation rows.
         """
@@ -3102,17 +3184,20 @@ class Progress(ProgressCallback):
     FORMATS = {
         "loss": "loss {:.3f}",
         "eval_loss": "validation loss {:.3f}",
-        "eval_mae": "validation error ${:.2f} (n = {n})",
+        "eval_mae": "validation error {money} (n = {n})",
         "learning_rate": "LR {:.1e}",
     }
 
-    def __init__(self, val_size):
+    def __init__(self, val_size, scale):
         super().__init__()
         self.val_size = val_size  # rows
+        self.scale = scale
 
     def on_log(self, args, state, control, logs=None, **_):
         parts = [
-            text.format(float(logs[name]), n=self.val_size)
+            text.format(
+                float(logs[name]), n=self.val_size, money=self.scale.format(float(logs[name]))
+            )
             for name, text in self.FORMATS.items()
             if name in logs
         ]
@@ -3143,8 +3228,9 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
     collator = PackedCollator(plan.micro_batch, data.lengths, fast.graphs) if fast.packed else None
     price_loss = None
     if recipe.price_loss:
-        tree = NumberTree(spell_numbers(tokenizer), model.device)
-        price_loss = PriceLoss(recipe.price_loss, max(data.spread, 0.5), tree)
+        tree = data.number_tree(tokenizer, model.device)
+        spread = float(data.scale.number(data.spread))
+        price_loss = PriceLoss(recipe.price_loss, max(spread, 0.5), tree)
     trainer = PriceTrainer(
         val_rows=data.val_rows,
         stopper=stopper,
@@ -3167,7 +3253,7 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
             # TRL casts them to bf16: small updates round to nothing, T4s fail (TRL issue 4901)
             parameter.data = parameter.data.float()
     trainer.remove_callback(ProgressCallback)
-    progress = Progress(len(data.val_rows))
+    progress = Progress(len(data.val_rows), data.scale)
     # The order matters: StopOnSignal requests a checkpoint, LogWithCheckpoints logs with it,
     # SealCheckpoints completes it for PushCheckpoints
     for callback in (stopper, LogWithCheckpoints(), SealCheckpoints(), progress):
@@ -3354,7 +3440,7 @@ class Run:
     device: str = ""
     hub: str | None = None  # its name on the Hub; None for a run that stays on this machine
     wandb: bool = False
-    data: dict = field(default_factory=dict)  # place, source, hub, cutoff, fingerprint, constants
+    data: dict = field(default_factory=dict)  # what describe_data says of it
     base_identity: str | None = None
     processes: int = 1
     micro_batch: int | None = None  # dropout depends on it: resuming is exact with the same
@@ -3382,6 +3468,11 @@ class Run:
     def is_finished(self):
         """Whether its folder holds the adapter, whole. Reads all of it."""
         return has_adapter(self.folder) and damage(self.folder) is None
+
+    @property
+    def scale(self):
+        """The PriceScale of the prompts that it was trained on."""
+        return PriceScale.from_record(self.data)
 
     @property
     def account(self):
@@ -3621,6 +3712,7 @@ def preflight(config, run, hf_user, use_bf16, micro_batch, changes):
         check_batch(run.recipe, micro_batch)
     problems.report()
 
+    check_tokenizer(base.path, base.tokenizer, prompts.scale)
     data = describe_data(prompts)
     refuse_changes(run, changes, data, base)
     run.data = data
@@ -3636,6 +3728,7 @@ def describe_data(prompts):
         "source": prompts.source,
         "hub": prompts.about.get("hub"),
         "cutoff": prompts.about.get("cutoff"),
+        **prompts.scale.record(),
         "fingerprint": fingerprint(prompts.splits),
         "constants": constant_guesses(prompts.splits["train"]),
     }
@@ -3847,7 +3940,9 @@ def save_run(run, trainer):
     new = run.folder / "adapter.new"
     trainer.model.save_pretrained(new)
     trainer.processing_class.save_pretrained(new)
-    chart = loss_chart(trainer.state.log_history, run.folder.name, len(trainer.val_rows))
+    val_size = len(trainer.val_rows)
+    currency = run.scale.currency
+    chart = loss_chart(trainer.state.log_history, run.folder.name, val_size, currency)
     save_figure(chart, new, "loss.png")
     run.write(new)
     write_card(new, run)
@@ -3914,7 +4009,8 @@ def write_card(folder, run, results=None):
         settings=settings | run.plan,
         results=results,
         table=format_table(results) if results else "",
-        prompt_form=PROMPT_FORM,
+        prompt_form=prompt_form(run.scale),
+        unit=in_unit(run.scale),
     )
     with writing(Path(folder, "README.md")) as file:
         file.write(text)
@@ -3926,7 +4022,7 @@ def card_figures(results):
     Those that have no value, such as r² of a single item, are left out.
     """
     names = {
-        "mae": ("mae", "mean absolute error in $"),
+        "mae": ("mae", f"mean absolute error in {results['currency']}"),
         "mse": ("mse", "mean squared error"),
         "r_squared": ("r2", "r² in %"),
     }
@@ -3951,7 +4047,7 @@ def render_card(template, **values):
 
 
 def save_merged(model, base, folder, run):
-    """Writes a merged model as an ordinary 16-bit one into a new folder.
+    """Writes a merged model as an ordinary 16-bit one into `folder`.
 
     Safetensors, tokenizer, card. The model can't be used afterwards.
     """
@@ -3959,13 +4055,56 @@ def save_merged(model, base, folder, run):
         if isinstance(module, Conv1D):  # bitsandbytes made it a linear layer, the other way round
             weight = model.get_submodule(name).weight
             weight.data = weight.data.T.contiguous()
-    with replacing(folder) as new:
-        model.save_pretrained(new)
-        for weights in new.glob("*.safetensors"):
-            weights.chmod(0o644)  # written for its owner only; servers run as somebody else
-        base.tokenizer.save_pretrained(new)
-        card = render_card(MERGED_CARD, run=run, prompt_form=PROMPT_FORM)
-        ModelCard(card).save(new / "README.md")
+    model.save_pretrained(folder)
+    for weights in Path(folder).glob("*.safetensors"):
+        weights.chmod(0o644)  # written for its owner only; servers run as somebody else
+    base.tokenizer.save_pretrained(folder)
+    form, unit = prompt_form(run.scale), in_unit(run.scale)
+    card = render_card(MERGED_CARD, run=run, prompt_form=form, unit=unit)
+    ModelCard(card).save(Path(folder, "README.md"))
+
+
+def rows_to_check(config, run):
+    """The validation rows on which an export is compared with its run; none if they aren't there.
+
+    Prints why.
+    """
+    try:
+        prompts = find_prompts(config, run.data.get("hub"))
+    except UserError as error:
+        print(f"The export is not checked, since there are no data: {error}")
+        return []
+    return first_rows(prompts.splits["val"], EXPORT_ROWS)
+
+
+def check_export(folder, rows, expected, in_tree):
+    """Compares a written model, loaded by transformers alone, with the run; returns a line on it.
+
+    `expected` is the run's Reading of the rows. What is compared is the total variation between two
+    price distributions: how much of the one is elsewhere in the other. Raises UserError if it is
+    above MOST_MOVED, which 16 bits don't explain.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    reader = PriceReader(model, load_tokenizer(str(folder)), in_tree, scale_of_rows(rows).prefix)
+    found = reader.read_all(rows)
+    moved = float(abs(found.shares - expected.shares).sum(1).max() / 2)
+    guesses = [
+        [estimate.median for estimate in estimate_prices(one.probabilities, one.greedy, rows)]
+        for one in (found, expected)
+    ]
+    difference = max(abs(a - b) for a, b in zip(*guesses, strict=True))
+    text = (
+        f"on {len(rows)} validation rows its price distributions differ from the run's by at most "
+        f"{moved:.1%} (allowed are {MOST_MOVED:.0%}), its median prices by at most "
+        f"{scale_of_rows(rows).format(difference)}"
+    )
+    if not moved <= MOST_MOVED:
+        raise UserError(
+            f"The exported model doesn't answer as the run does: {text}. It was removed. Load the "
+            "adapter with PEFT beside the base instead."
+        )
+    return f"Check: {text}"
 
 
 def check_wandb():
@@ -4013,6 +4152,8 @@ def log_evaluation(run, folder, results):
 # 10. Evaluation
 
 SHOWN_ITEMS = 20  # of the user's own, on the screen
+EXPORT_ROWS = 20  # on which an exported model is compared with its run
+MOST_MOVED = 0.25  # of a distribution's probability, between a run and its export
 
 
 def choose_merge_dtype(model):
@@ -4079,8 +4220,8 @@ class RunReader:
                 parameter.data = parameter.data.to(out_dtype)
         return model
 
-    def estimate_rows(self, adapter, rows, decode, name):
-        """(the Estimates of rows, the seconds they took)."""
+    def open(self, adapter, rows):
+        """The PriceReader of the base with the adapter, checked on two of the rows."""
         model = self.load(adapter)
         texts = [row["prompt"] for row in rows]
         extremes = [min(texts, key=len), max(texts, key=len)]
@@ -4091,7 +4232,12 @@ class RunReader:
         checked = check.run(self.packed)
         if checked.unused:
             print(f"Check: {checked}")
-        reader = PriceReader(model, self.base.tokenizer, checked.in_tree)
+        prefix = scale_of_rows(rows).prefix
+        return PriceReader(model, self.base.tokenizer, checked.in_tree, prefix)
+
+    def estimate_rows(self, adapter, rows, decode, name):
+        """(the Estimates of rows, the seconds they took)."""
+        reader = self.open(adapter, rows)
         function = partial(reader.estimate, decode=decode)
         return predict(function, rows, reader.batch_size, name, reader.threads)
 
@@ -4140,6 +4286,14 @@ def make_subject(run, config, base, prompts):
     known what it was trained on.
     """
     data = describe_data(prompts)
+    if run.data and run.scale != prompts.scale:
+        raise UserError(
+            f"{run.name}: its prices are in steps of {run.scale.step}, those of {prompts.place} in "
+            f"steps of {prompts.scale.step}. Prepare the data with --unit "
+            f"{format_unit(run.scale.unit)} --currency {shlex.quote(run.scale.currency)}, or name "
+            "others by --data-user."
+        )
+    check_tokenizer(base.path, base.tokenizer, prompts.scale)
     identity = base.identity
     differences = {}
     if run.owner:
@@ -4209,7 +4363,7 @@ def read_earlier(config, names, rows, decode, data):
 
 
 def read_guesses(config, name, rows, decode, data):
-    """The guesses, in dollars, of the earlier evaluation of the run `name`.
+    """The guesses, in money, of the earlier evaluation of the run `name`.
 
     That is its own or, where its own data are others, the one on these. Raises UserError unless
     it was on the same rows, by the same decoding.
@@ -4239,7 +4393,7 @@ def read_guesses(config, name, rows, decode, data):
 
 
 def guesses_for(rows, file):
-    """The guesses in a predictions.csv, dollars; None if they are for other rows or fewer."""
+    """The guesses in a predictions.csv, in money; None if they are for other rows or fewer."""
     try:
         with open(file, encoding="utf-8", newline="") as lines:
             table = list(csv.DictReader(lines))[: len(rows)]
@@ -4340,7 +4494,7 @@ def publish_evaluation(run, folder, results):
 
 
 def price_table(rows, estimates):
-    """What `--output` holds, one dict per item; in dollars, None for an unknown price."""
+    """What `--output` holds, one dict per item; in money, None for an unknown price."""
     table = []
     for row, estimate in zip(rows, estimates, strict=True):
         table.append(
@@ -4356,13 +4510,13 @@ def price_table(rows, estimates):
     return table
 
 
-def format_prices(table):
+def format_prices(table, scale=COURSE_SCALE):
     """The first items of a price_table with their 80 % intervals, a line each; a text."""
     lines = []
     for row in table[:SHOWN_ITEMS]:
-        interval = f"(80 %: ${row['low']:.0f} to ${row['high']:.0f})"
+        low, high = scale.format_whole(row["low"]), scale.format_whole(row["high"])
         title = " ".join(row["title"].split())[:80]
-        lines.append(f"${row['guess']:>7.2f}  {interval}  {title}")
+        lines.append(f"{scale.format(row['guess']):>8}  (80 %: {low} to {high})  {title}")
     if len(table) > SHOWN_ITEMS:
         lines.append(f"… and {len(table) - SHOWN_ITEMS:,} more")
     return "\n".join(lines)
@@ -4388,10 +4542,19 @@ def score_own_rows(run, answers, rows, source):
 # ------------------------------------------------------------------------------------------------
 # 11. Templates
 
-PROMPT_FORM = (
-    f"The prompt is the question `{QUESTION}`, a blank line, the description, a blank line and "
-    f"`{PREFIX}`."
-)
+
+def prompt_form(scale):
+    """How the prompts are written, for model cards."""
+    return (
+        f"The prompt is the question `{scale.question}`, a blank line, the description, a blank "
+        f"line and `{scale.prefix}`."
+    )
+
+
+def in_unit(scale):
+    """The unit of the numbers, for model cards."""
+    return "dollars" if scale == COURSE_SCALE else f"steps of {scale.step}"
+
 
 CARD = """\
 ---
@@ -4399,7 +4562,7 @@ CARD = """\
 ---
 # {{ run.folder.name }}
 
-Estimates a product's price in dollars from its description. A LoRA adapter for
+Estimates a product's price in {{ unit }} from its description. A LoRA adapter for
 {{ run.base_model }}, trained on {{ dataset }} (fingerprint {{ run.data.fingerprint }}).
 
 ```python
@@ -4443,8 +4606,8 @@ tags: [price]
 ---
 # {{ run.folder.name }}
 
-Estimates a product's price in dollars from its description: {{ run.base_model }}, quantised as in
-training, dequantised to bf16, with the run's LoRA adapter merged into it.
+Estimates a product's price in {{ unit }} from its description: {{ run.base_model }}, quantised as
+in training, dequantised to bf16, with the run's LoRA adapter merged into it.
 
 {{ prompt_form }} Greedy generation then spells a number, token by token: not always the likeliest
 one, and less accurate than the median of the model's price distribution.
@@ -4471,7 +4634,7 @@ REPORT = """\
 </style>
 {{ marks(colors) }}
 <h1>{{ results.title }}</h1>
-<p class="summary">off by <b>{{ currency }}{{ results.mae | number }}</b> ±
+<p class="summary">off by <b>{{ format_money(results.mae) }}</b> ±
 {{ results.mae_ci95 | number }} on average, {{ "{:,}".format(results.n) }} items,
 r² {{ results.r2 | number(1) }} %; base model {{ results.base_title }}</p>
 <table class="figures stacked">
@@ -4517,8 +4680,8 @@ else "All items, the worst first" }}</h2>
 <td data-value="{{ row.guess }}">{{ row.guess | number }}</td>
 <td data-value="{{ row.error }}">{{ row.error | number }}</td>
 {% if "low" in row %}
-<td data-value="{{ row.high - row.low }}">{{ row.low | number(0) }} to
-{{ row.high | number(0) }}</td></tr>
+<td data-value="{{ row.high - row.low }}">{{ row.low | number(unit_digits) }} to
+{{ row.high | number(unit_digits) }}</td></tr>
 {% else %}
 <td data-value="0">–</td></tr>
 {% endif %}

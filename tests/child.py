@@ -284,3 +284,27 @@ def forbid_import(name):
                 raise AssertionError(f"{fullname} is imported")
 
     sys.meta_path.insert(0, Forbidden())
+
+
+def spoil_export():
+    """The merged model that is written lacks what its last layers have learned."""
+    import util
+
+    save = util.save_merged
+
+    def save_spoiled(model, *arguments):
+        model.model.norm.weight.data *= -1
+        save(model, *arguments)
+
+    util.save_merged = save_spoiled
+
+
+def same_prompts(unit):
+    """Prompts of every unit are those of unit 1, so that only what their numbers mean differs."""
+    import items
+    import util
+
+    items.PriceScale.question = items.QUESTION
+    items.PriceScale.prefix = items.PREFIX
+    scale = items.PriceScale(unit)
+    items.scale_of = util.scale_of = lambda prompt: scale

@@ -415,6 +415,14 @@ def in_row_2(completion):
     return change
 
 
+def as_floats(row, index):
+    return row | {"completion": float(row["completion"])}
+
+
+def with_more_columns(row, index):
+    return {"id": index, "text": "x"} | row
+
+
 def as_chat(row, index):
     question = {"role": "user", "content": row["prompt"]}
     return {"prompt": [question], "completion": [question | {"content": row["completion"]}]}
@@ -456,16 +464,29 @@ def test_dataset_without_a_split_is_refused(online, hub, prepared):
     "change, which",
     [
         (lambda row, index: row | {"completion": "$" + row["completion"]}, ["test"]),
-        (lambda row, index: row | {"completion": float(row["completion"])}, SPLITS),
-        (lambda row, index: row | {"completion": float(row["completion"])}, ["train"]),
+        (as_floats, SPLITS),
+        (as_floats, ["train"]),
         (lambda row, index: row | {"title": "x"}, ["val"]),
-        (lambda row, index: {"id": index, "text": "x"} | row, ["test"]),
+        (with_more_columns, ["test"]),
     ],
     ids=["dollar-in-test", "floats", "floats-in-train", "title-in-val", "more-in-test"],
 )
-def test_plain_meaning_is_read(online, hub, data, prepared, change, which):
-    """The figures are those of the data that prepare made."""
+def test_plain_meaning_is_read(online, hub, prepared, change, which):
+    """The prompts and prices are those that prepare made."""
     put_dataset(hub, "bob/items_prompts_lite", published(prepared, change, which))
+    config = app.RunConfig(lite_mode=True, local=True, data_user="bob")
+    found = items.find_prompts(config).splits
+    for name, expected in load_prompts(prepared / DATASET).items():
+        assert found[name]["prompt"][:] == expected["prompt"][:]
+        prices = [float(text) for text in found[name]["completion"]]
+        assert prices == [float(text) for text in expected["completion"]]
+
+
+def test_odd_datasets_train_and_evaluate(online, hub, data, prepared):
+    """Floats and more columns: the figures are those of the data that prepare made."""
+    splits = published(prepared, as_floats, ["train"])
+    splits["test"] = published(prepared, with_more_columns)["test"]
+    put_dataset(hub, "bob/items_prompts_lite", splits)
     judge = ("eval", *SHARED, "--local", "--run-name", "base")
     online(*judge)
     expected = read("outputs/price-base/eval/results.json")

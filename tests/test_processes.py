@@ -176,9 +176,11 @@ def test_signal_stops_both_alike(begin, project):
 def test_impossible_settings_are_said_once(begin, project, flags, problem):
     (project / "outputs/price-taken").mkdir()
     (project / "outputs/price-taken/run.json").write_text('{"run": "taken"}', encoding="utf-8")
-    done = run_torchrun([*begin, *flags.split()], project)
-    assert done.returncode == 1
-    assert done.stderr.count(f"app.py train: {problem}") == 1, done.stderr
+    processes = child.start_two([*begin, *flags.split()], project)
+    assert child.finish(processes[0]) == 1
+    processes[1].kill()  # as the launcher does
+    child.finish(processes[1])
+    assert child.said(project).count(f"app.py train: {problem}") == 1
 
 
 def test_torchrun_starts_it(begin, project):

@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
+import child
 import util
 from app import RECIPES, build_quant_config
 from conftest import DATASET, TRAIN, contents, read, write_catalogue
@@ -121,7 +122,9 @@ MESSY_COLUMNS = ("--columns", "title=Name", "price=Cost", "text=Item description
 def test_messy_catalogue_is_prepared(call, shared, project):
     """What was made of it is said, what was dropped by example; a fifth and more is warned of."""
     (project / "messy.csv").write_text(MESSY, encoding="utf-8")
-    said = call("prepare", *shared, "--source", "messy.csv", *MESSY_COLUMNS, cwd=project)
+    said = call(
+        "prepare", *shared, "--source", "messy.csv", *MESSY_COLUMNS, "--unit", "1", cwd=project
+    )
     assert "Columns: title from Name, price from Cost, text from Item description\n" in said
     assert "Prices: the comma is the decimal sign, since '19,99 €' is 19.99 and " in said
     assert "such as `ab 9,99` (line 6)" in said
@@ -642,6 +645,33 @@ def test_exported_model_answers_as_run(call, trained_project, splits):
     reader = util.PriceReader(model.float(), util.load_tokenizer(str(plain)))
     found = reader.read(list(splits["test"])).greedy
     assert found == [float(row["guess"]) for row in expected]
+
+
+def test_export_is_checked(call, trained_project):
+    """What was written answers as the run does on validation rows, to 16 bits."""
+    said = call(*JUDGE, "--export", "plain", cwd=trained_project)
+    (line,) = [line for line in said.splitlines() if line.startswith("Check: ")]
+    found = re.fullmatch(
+        r"Check: on 4 validation rows its price distributions differ from the run's by at most "
+        r"(\d+\.\d)% \(allowed are 25%\), its median prices by at most \$(\d+\.\d\d)",
+        line,
+    )
+    assert 0 < float(found[1]) < 15
+
+
+def test_wrong_export_is_refused(call, trained_project):
+    """And leaves nothing behind."""
+    before = sorted(path.name for path in trained_project.iterdir())
+    said = call(*JUDGE, "--export", "plain", cwd=trained_project, code=1, hook="spoil_export")
+    assert "app.py eval: The exported model doesn't answer as the run does: on 4 validation" in said
+    assert sorted(path.name for path in trained_project.iterdir()) == sorted([*before, child.LOG])
+
+
+def test_export_needs_no_data(call, trained_project):
+    shutil.rmtree(trained_project / "outputs/datasets")
+    said = call(*JUDGE, "--export", "plain", cwd=trained_project)
+    assert "The export is not checked, since there are no data: " in said
+    assert (trained_project / "plain/model.safetensors").exists()
 
 
 def test_export_overwrites_nothing(call, trained_project):

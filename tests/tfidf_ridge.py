@@ -16,7 +16,7 @@ from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 
 from items import load_prompts, own_rows
-from util import evaluate, load_tokenizer
+from util import evaluate, load_tokenizer, truth_of
 
 CUTOFF = 110  # tokens
 
@@ -26,7 +26,7 @@ def main(folder, source=None, base=None):
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
     model = make_pipeline(words, RidgeCV((0.1, 0.3, 1, 3, 10)))
     train = splits["train"]
-    model.fit(train["prompt"], [float(price) for price in train["completion"]])
+    model.fit(train["prompt"], [truth_of(row) for row in train])
 
     test = splits["test"]
     if source:

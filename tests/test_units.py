@@ -1,0 +1,325 @@
+"""Prices in other units and currencies: number × unit, named by the prompts, money everywhere else.
+
+`alike` compares the three stages in two units: with the same prompts, which only a hook gives them,
+every figure of the one has to be that of the other, scaled.
+"""
+
+import csv
+import json
+import re
+import shutil
+from decimal import Decimal
+
+import numpy
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import child
+import items
+import util
+from conftest import TRAIN, contents, read
+from items import COURSE_SCALE, OwnCatalogue, PriceScale, demo_items, scale_of
+
+RUN = "outputs/price-run"
+SCALES = [
+    PriceScale(unit, currency)
+    for unit in (0.01, 0.1, 1, 10, 1000)
+    for currency in ("$", "€", "CHF", "kr.")
+]
+SHORT = ("--max-steps", "2", "--batch-size", "4", "--save-steps", "2")
+FACTORS = {0.01: Decimal("0.01"), 1: Decimal(1), 10: Decimal(10)}
+
+
+# Scales
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda scale: scale.step)
+def test_prompts_name_their_scale(scale):
+    prompt = scale.prompt("Title: Lamp, Price is $10×, 12 cm")
+    assert scale_of(prompt) == scale
+    assert scale_of(f"{prompt} \n") == scale
+
+
+def test_prompts_in_words():
+    assert COURSE_SCALE.prompt("Lamp") == items.prompt_of("Lamp")
+    assert PriceScale(1, "€").prompt("Lamp") == (
+        "What does this cost to the nearest €1?\n\nLamp\n\nPrice is €"
+    )
+    assert PriceScale(10, "$").prompt("Lamp") == (
+        "What does this cost to the nearest $10?\n\nLamp\n\nPrice is $10×"
+    )
+    assert PriceScale(0.01, "CHF").prompt("Lamp") == (
+        "What does this cost to the nearest CHF0.01?\n\nLamp\n\nPrice is CHF0.01×"
+    )
+
+
+def test_other_texts_are_the_courses():
+    for text in ("", "Price is $", "Lamp", "Price is 219"):
+        assert scale_of(text) == COURSE_SCALE
+
+
+@pytest.mark.parametrize(
+    ("unit", "price", "rounded", "exact"),
+    [
+        (1, 219.35, "219.00", "219.35"),
+        (1, 2.5, "2.00", "2.5"),
+        (10, 2190, "219.00", "219"),
+        (10, 2193.5, "219.00", "219.35"),
+        (0.01, 0.57, "57.00", "57"),
+        (0.01, 0.125, "12.00", "12.5"),
+        (0.1, 4.35, "44.00", "43.5"),
+    ],
+)
+def test_completions_are_in_units(unit, price, rounded, exact):
+    scale = PriceScale(unit)
+    assert scale.completion(price, do_round=True) == rounded
+    assert scale.completion(price, do_round=False) == exact
+
+
+@given(st.integers(1, 99_949), st.sampled_from(SCALES))
+def test_money_survives_the_prompt(hundredths, scale):
+    """What a completion says, times its unit, is the price, to the last digit."""
+    price = float(Decimal(hundredths) / 100 * Decimal(items.format_unit(scale.unit)))
+    row = {"prompt": scale.prompt("Lamp"), "completion": scale.completion(price, do_round=False)}
+    assert util.truth_of(row) == pytest.approx(price, rel=1e-15)
+
+
+def test_money_is_written_plainly():
+    assert PriceScale(1).format(1234.5) == "$1,234.50"
+    assert PriceScale(1, "CHF").format(-20) == "−CHF 20.00"
+    assert PriceScale(10).format_whole(570) == "$570"
+    assert PriceScale(0.01).format_whole(0.57) == "$0.57"
+
+
+# The choice of the unit
+
+
+def write_prices(path, prices):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["title", "price", "text"])
+        for i, price in enumerate(prices):
+            writer.writerow([f"Lamp {i}", price, f"A lamp of kind {i}"])
+    return str(path)
+
+
+def scale_for(path, unit=None):
+    catalogue = OwnCatalogue(path)
+    catalogue.choose_scale(unit, "$")
+    return catalogue
+
+
+@pytest.mark.parametrize(
+    ("prices", "unit"),
+    [
+        (["5.00", "9.99"], 0.01),
+        (["5.00", "9.995"], 0.1),
+        (["5.00", "99.90"], 0.1),
+        (["5.00", "999.49"], 1),
+        (["5.00", "999.50"], 10),
+        (["5.00", "12,400.00"], 100),
+        (["1.299,00", "12,50"], 10),
+        (["$5", "$900", "€90,000"], 1),
+        (["0", "-3", "free", "12.00"], 0.1),
+        (["100"] * 995 + ["5000"] * 5, 1),
+        (["100"] * 994 + ["5000"] * 6, 10),
+    ],
+)
+def test_smallest_unit_is_chosen(tmp_path, prices, unit):
+    """The smallest that holds 99.5 % of the prices that can be read."""
+    catalogue = scale_for(write_prices(tmp_path / "prices.csv", prices))
+    assert catalogue.scale.unit == unit
+    assert f"Unit: ${items.format_unit(unit)}, the smallest whose" in "\n".join(catalogue.notes())
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
+def test_unit_is_alike_in_all_formats(tmp_path, kind):
+    rows = [{"title": f"Lamp {i}", "price": 40.0 * i, "text": f"No. {i}"} for i in range(1, 40)]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "csv":
+        write_prices(path, [row["price"] for row in rows])
+    elif kind == "parquet":
+        items.Dataset.from_list(rows).to_parquet(path)
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    assert scale_for(path).scale.unit == 10
+
+
+def test_asked_unit_drops_dear_items(tmp_path):
+    path = write_prices(tmp_path / "prices.csv", ["5.00", "999.49", "999.50", "0.49", "0.50"])
+    catalogue = scale_for(path, unit=1)
+    assert [item.price for item in catalogue.items()] == [5, 999.49, 0.5]
+    assert catalogue.dropped == {"price is outside $0.50–$999.49": [4, 5]}
+
+
+def test_cheap_items_of_dear_catalogues_stay(tmp_path):
+    catalogue = scale_for(write_prices(tmp_path / "prices.csv", ["3.00", "99000"]))
+    assert catalogue.scale.unit == 100
+    assert [item.price for item in catalogue.items()] == [3, 99000]
+
+
+def test_foreign_currency_is_hinted(tmp_path):
+    catalogue = scale_for(write_prices(tmp_path / "prices.csv", ["5,00 €", "12,50 €"]))
+    assert "`--currency €` makes them say €" in "\n".join(catalogue.notes())
+    catalogue.choose_scale(1, "€")
+    assert "--currency" not in "\n".join(catalogue.notes())
+
+
+# Figures
+
+
+def test_figures_scale_with_the_unit(tmp_path):
+    """The same probabilities: money scales, shares and scores in nats don't."""
+    rng = numpy.random.default_rng(0)
+    probabilities = rng.dirichlet(numpy.full(1000, 0.02), 40) * 0.9
+    numbers = [f"{value:.2f}" for value in rng.uniform(0, 999, 40)]
+    figures = {}
+    for unit in (0.01, 1, 10):
+        scale = PriceScale(unit)
+        rows = [{"prompt": scale.prompt(f"Lamp {n}"), "completion": n} for n in numbers]
+        answers = util.estimate_prices(probabilities, [7] * 40, rows)
+        folder = tmp_path / str(unit)
+        folder.mkdir()
+        figures[unit] = util.score(rows, answers, "test", folder)
+    for unit in (0.01, 10):
+        found, expected = figures[unit], figures[1]
+        for name in ("mae", "mae_ci95"):
+            assert found[name] == pytest.approx(unit * expected[name])
+        assert found["r2"] == pytest.approx(expected["r2"])
+        assert found["calibration"] == expected["calibration"]
+        for name in ("coverage_80", "promised_80", "nll", "outside"):
+            assert found["distribution"][name] == pytest.approx(expected["distribution"][name])
+        assert found["distribution"]["crps"] == pytest.approx(
+            unit * expected["distribution"]["crps"]
+        )
+        sizes = [group["n"] for group in found["by_price"].values()]
+        assert sizes == [group["n"] for group in expected["by_price"].values()]
+
+
+# Stages
+
+
+def write_scaled(path, factor, n=80):
+    with open(path, "w", encoding="utf-8") as file:
+        for item in demo_items(n, seed=1):
+            price = float(Decimal(str(item.price)) * factor)
+            row = {"title": item.title, "price": price, "text": item.summary}
+            file.write(json.dumps(row) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def alike(call, shared, tmp_path_factory):
+    """{unit: the folder of the three stages}, with the same prompts but for what they mean."""
+    folders = {}
+    for unit, factor in FACTORS.items():
+        folder = folders[unit] = tmp_path_factory.mktemp("unit")
+        catalogue = write_scaled(folder / "catalogue.jsonl", factor)
+        hook = {"cwd": folder, "hook": "same_prompts", "options": (unit,)}
+        call("prepare", *shared, "--source", catalogue, "--unit", str(unit), **hook)
+        call("train", *shared, "--run-name", "run", "--price-loss", "1", *SHORT, **hook)
+        call("eval", "--local", "--size", "all", "--compare-base", **hook)
+        call("eval", "--local", "--input", catalogue, "--output", "priced.csv", **hook)
+        call("eval", "--local", "--export", "merged", **hook)
+    return folders
+
+
+def test_units_train_alike(alike):
+    adapters = {
+        unit: (folder / RUN / util.ADAPTER_FILE).read_bytes() for unit, folder in alike.items()
+    }
+    assert adapters[0.01] == adapters[1] == adapters[10]
+    expected = read(alike[1] / RUN / "run.json")["history"]
+    for unit, folder in alike.items():
+        for found, entry in zip(read(folder / RUN / "run.json")["history"], expected, strict=True):
+            for name, value in entry.items():
+                factor = unit if name == "eval_mae" else 1
+                assert found[name] == pytest.approx(factor * value), name
+
+
+def test_units_are_evaluated_alike(alike):
+    expected = read(alike[1] / RUN / "eval/results.json")
+    for unit, folder in alike.items():
+        results = read(folder / RUN / "eval/results.json")
+        assert (results["unit"], results["currency"]) == (unit, "$")
+        for name in ("mae", "mae_ci95"):
+            assert results[name] == pytest.approx(unit * expected[name])
+            assert results["base"][name] == pytest.approx(unit * expected["base"][name])
+        for name, figures in expected["baselines"].items():
+            assert results["baselines"][name]["mae"] == pytest.approx(unit * figures["mae"])
+        scores = results["distribution"]
+        assert scores["crps"] == pytest.approx(unit * expected["distribution"]["crps"])
+        assert scores["nll"] == pytest.approx(expected["distribution"]["nll"])
+        assert scores["coverage_80"] == expected["distribution"]["coverage_80"]
+
+
+@pytest.mark.parametrize("file", [f"{RUN}/eval/predictions.csv", "priced.csv"])
+def test_guesses_and_intervals_scale(alike, file):
+    with open(alike[1] / file, encoding="utf-8", newline="") as lines:
+        expected = list(csv.DictReader(lines))
+    for unit, folder in alike.items():
+        with open(folder / file, encoding="utf-8", newline="") as lines:
+            table = list(csv.DictReader(lines))
+        for found, row in zip(table, expected, strict=True):
+            for name in ("guess", "low", "high"):
+                assert float(found[name]) == pytest.approx(unit * float(row[name]), abs=0.006)
+
+
+def test_exports_are_checked_alike(alike):
+    pattern = r"differ from the run's by at most (.*?)% .*, its median prices by at most \$(\S+)"
+    ((moved, difference),) = re.findall(pattern, child.said(alike[1]))
+    for unit, folder in alike.items():
+        ((found, money),) = re.findall(pattern, child.said(folder))
+        assert found == moved
+        assert float(money.replace(",", "")) == pytest.approx(unit * float(difference), abs=0.006)
+
+
+@pytest.fixture(scope="module")
+def tens(call, shared, tmp_path_factory):
+    """A folder with a run in steps of €10, whose prompts say so."""
+    folder = tmp_path_factory.mktemp("tens")
+    catalogue = write_scaled(folder / "catalogue.jsonl", Decimal(10))
+    call("prepare", *shared, "--source", catalogue, "--currency", "€", cwd=folder)
+    call("train", *shared, "--run-name", "run", *TRAIN, cwd=folder)
+    call("eval", "--local", cwd=folder)
+    return folder
+
+
+def test_records_name_the_scale(tens):
+    dataset = read(tens / "outputs/datasets/items_prompts_lite/prepare.json")
+    for record in (dataset, read(tens / RUN / "run.json")["data"]):
+        assert (record["unit"], record["currency"]) == (10, "€")
+    card = (tens / RUN / "README.md").read_text("utf-8")
+    assert "`Price is €10×`" in card
+    assert "steps of €10" in card
+    assert "mean absolute error in €" in card
+
+
+def test_figures_are_in_the_currency(tens):
+    report = (tens / RUN / "eval/report.html").read_text("utf-8")
+    assert "guess (€)" in report
+    assert "$" not in report.partition("<h2>How it was measured")[0].partition("<h1>")[2].replace(
+        "${", ""
+    )
+
+
+def test_own_items_are_priced_in_its_unit(call, tens):
+    said = call("eval", "--local", "--text", "A lamp", cwd=tens)
+    assert said.splitlines()[-1].lstrip().startswith("€")
+    row = {"title": "Lamp", "text": "A dear lamp", "price": 5000}
+    (tens / "own.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    said = call("eval", "--local", "--input", "own.jsonl", cwd=tens)
+    assert "skipped" not in said
+
+
+def test_other_scale_is_refused(call, shared, tens, project):
+    """A run in steps of €10 isn't judged on prices in steps of $1."""
+    shutil.copytree(tens / RUN, project / RUN)
+    before = contents(project)
+    said = call("eval", "--local", "--run-name", "run", cwd=project, code=1)
+    assert "run: its prices are in steps of €10, those of" in said
+    assert "--unit 10 --currency '€'" in said
+    after = contents(project)
+    after.pop("said.txt")
+    assert after == before
