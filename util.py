@@ -3219,7 +3219,7 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
         trl.trainer.utils._use_triton = lambda device: True
     lora_config = LoraConfig(
         r=recipe.lora_r,
-        lora_alpha=2 * recipe.lora_r,
+        lora_alpha=recipe.lora_alpha or 2 * recipe.lora_r,
         target_modules=list(plan.targets),
         lora_dropout=recipe.lora_dropout,
         bias="none",
@@ -3289,9 +3289,9 @@ def training_arguments(run, plan):
         # Optimiser
         optim="adamw_torch_fused",  # paged_adamw_32bit can't resume: bitsandbytes issue 782
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.01,  # a share of the steps
-        weight_decay=0.001,
+        lr_scheduler_type=recipe.scheduler,
+        warmup_steps=recipe.warmup,  # below 1 it is a share of the steps
+        weight_decay=recipe.weight_decay,
         max_grad_norm=0.3,
         # Several processes
         ddp_find_unused_parameters=False,

@@ -4,10 +4,19 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import pytest
 
-from app import RECIPES, RunConfig, build_parser, parse_arguments, train_model
+from app import (
+    RECIPES,
+    Recipe,
+    RunConfig,
+    build_parser,
+    describe_default,
+    parse_arguments,
+    train_model,
+)
 from conftest import ROOT
 
 SHARED_FLAGS = (
@@ -161,3 +170,39 @@ def test_recipes_are_the_courses():
     assert (lite.targets, full.targets) == ("attention", "all")
     assert lite.lora_dropout == full.lora_dropout == 0.1
     assert lite.learning_rate == full.learning_rate == 1e-4
+
+
+VALUES = {  # a value of each kind that no recipe has
+    "keep_best": [],
+    "scheduler": ["linear"],
+    "targets": ["all"],
+    "precision": ["fp32"],
+    "base_weights": ["nf4"],
+    "compile": ["off"],
+    "lora_dropout": ["0.25"],
+    "warmup": ["0.25"],
+}
+
+
+@pytest.mark.parametrize("name", [one.name for one in fields(Recipe)])
+def test_recipe_fields_are_flags(name):
+    """Each field of Recipe can be given, and is None, the mode's own value, if it isn't."""
+    flag = "--" + name.replace("_", "-")
+    args = vars(parse_arguments(["train", flag, *VALUES.get(name, ["7"])]))
+    assert args[name] in (True, 7, 0.25, *VALUES.get(name, ()))
+    assert vars(parse_arguments(["train"]))[name] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("lora_r", "lite 32, full 256, demo 16"),
+        ("lora_alpha", "twice the rank"),
+        ("warmup", "0.01"),
+        ("max_steps", "lite none, full none, demo 80"),
+        ("keep_best", "the last"),
+    ],
+)
+def test_help_states_recipe_defaults(name, text):
+    (one,) = [one for one in fields(Recipe) if one.name == name]
+    assert describe_default(one) == text

@@ -219,6 +219,15 @@ def test_recipe_reaches_the_trainer(build, mode, targets):
     assert lora.bias == "none"
 
 
+def test_changed_recipe_reaches_the_trainer(build):
+    changes = {"scheduler": "linear", "warmup": 0.2, "weight_decay": 0.05, "lora_alpha": 24}
+    trainer = build(targets="all", lora_dropout=0.25, micro_batch=8, **changes)
+    args, lora = trainer.args, trainer.model.peft_config["default"]
+    assert (args.lr_scheduler_type, args.warmup_steps, args.weight_decay) == ("linear", 0.2, 0.05)
+    assert (lora.lora_alpha, lora.lora_dropout) == (24, 0.25)
+    assert lora.target_modules == ALL_LINEAR
+
+
 def test_price_loss_of_zero_changes_nothing(build):
     """To the bit."""
     losses = []
