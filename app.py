@@ -228,7 +228,7 @@ RECIPES = {
         lora_r=16,
         lora_dropout=0.0,
         targets="all",
-        val_size=6,
+        val_size=60,
         logging_steps=10,
         save_steps=40,
     ),
@@ -596,7 +596,8 @@ def evaluate_model(
         print(f"Not the run's own evaluation, so it stays in {folder}, unpublished: {reasons}")
 
     # 2) Read its answers and the untouched base's
-    answers = open_reader(run, base).answer(run.adapter, rows, decode, compare_base)
+    reader = open_reader(run, base)
+    answers = reader.answer(run.adapter, rows, decode, compare_base, run.interval_width)
 
     # 3) Write figures, charts and the report, replacing an older evaluation
     with items.replacing(folder) as new:
@@ -652,7 +653,8 @@ def price_items(
     if catalogue:
         print(items.format_own_rows(rows, catalogue))
 
-    answers = open_reader(run, base).answer(run.adapter, rows, decode, compare_base)
+    reader = open_reader(run, base)
+    answers = reader.answer(run.adapter, rows, decode, compare_base, run.interval_width)
     table = util.price_table(rows, answers.of_run)
     print(util.format_prices(table, run.scale))
     if len(table) > util.SHOWN_ITEMS and not output:

@@ -159,20 +159,21 @@ class Estimate:
     median: float  # minimises the expected absolute error
     mean: float
     greedy: float  # the number that greedy generation would spell
-    low: float  # ends of the central 80 % interval
+    low: float  # ends of the 80 % interval, which is central
     high: float
-    mass: float  # share of the distribution in it, both ends included: at least 0.8
+    mass: float  # share of the distribution in it, both ends included
     outside: float  # probability of an answer that is none of these prices
     nll: float
     crps: float
     rank: float
 
 
-def estimate_prices(probabilities, greedy, rows, decode="median"):
+def estimate_prices(probabilities, greedy, rows, decode="median", width=0.8):
     """The Estimates of rows from their probabilities of NUMBERS, an array of rows × 1,000.
 
-    What a number means in money is the rows' PriceScale. `decode` names the answer. Probability
-    outside the prices counts in `outside` and `nll` only.
+    What a number means in money is the rows' PriceScale. `decode` names the answer, `width` is the
+    share of a distribution that the 80 % interval has: see `calibrate`. Probability outside the
+    prices counts in `outside` and `nll` only.
     """
     scale = scale_of_rows(rows)
     inside = probabilities.sum(1, keepdims=True)
@@ -183,7 +184,7 @@ def estimate_prices(probabilities, greedy, rows, decode="median"):
     def quantile(share):
         return (reached >= share - 1e-12).argmax(1)
 
-    low, high = quantile(0.1), quantile(0.9)
+    low, high = quantile((1 - width) / 2), quantile((1 + width) / 2)
     row_numbers = numpy.arange(len(rows))
     below_low = reached[row_numbers, low] - shares[row_numbers, low]
     truths = numpy.array([float(row.get("completion") or math.nan) for row in rows])
@@ -210,6 +211,30 @@ def estimate_prices(probabilities, greedy, rows, decode="median"):
     columns["guess"] = columns[decode]
     values = numpy.stack(list(columns.values()), axis=1).astype(float).tolist()
     return [Estimate(**dict(zip(columns, row, strict=True))) for row in values]
+
+
+def calibrate(ranks):
+    """How wide central intervals must be to keep their promise: {"rows": n, "widths": shares}.
+
+    For each of INTERVAL_WIDTHS the share of a distribution that the central interval must have to
+    hold so many true prices, from the `ranks` of n validation rows: by split conformal prediction
+    (Lei et al. 2018, arXiv 1604.04173) the ⌈(n + 1) · promise⌉-th smallest distance from the
+    middle. {} for fewer than FEWEST_TO_CALIBRATE ranks.
+    """
+    count = len(ranks)
+    if count < FEWEST_TO_CALIBRATE:
+        return {}
+    distances = [0.0, *sorted(abs(2 * rank - 1) for rank in ranks), 1.0]
+    places = [-(-(count + 1) * promise // 100) for promise in INTERVAL_WIDTHS]
+    widths = [distances[place] for place in places]
+    return {"rows": count, "widths": widths}
+
+
+def interval_width(calibration, promise=80):
+    """The share of a distribution that an interval must have; the promise without calibration."""
+    if not calibration:
+        return promise / 100
+    return calibration["widths"][list(INTERVAL_WIDTHS).index(promise)]
 
 
 def parse_price(answer):
@@ -424,13 +449,14 @@ class ErrorBar:
         self.bar.close()
 
 
-def score(rows, answers, title, folder=None):
+def score(rows, answers, title, folder=None, calibration=None):
     """The figures of the answers to rows of prompt and completion.
 
     {n, mae, mae_ci95, mse, r2, unit, currency, parse_failures, by_category, by_price, worst}, and
-    for Estimates `decodings`, `distribution` and `calibration`. An answer without a number counts
+    for Estimates `decodings`, `distribution` and `intervals`. An answer without a number counts
     as 0 and as one of the `parse_failures`. Prints the figures; writes charts and predictions.csv
-    to `folder`, if given; shows the charts in a notebook.
+    to `folder`, if given; shows the charts in a notebook. `calibration` is what the answers'
+    intervals were made by: see `calibrate`.
     """
     prices = [parse_price(answer) for answer in answers]
     guesses = [price or 0.0 for price in prices]
@@ -455,8 +481,11 @@ def score(rows, answers, title, folder=None):
     if all(isinstance(answer, Estimate) for answer in answers):
         figures |= score_distributions(answers, truths, scale)
         ranks = [answer.rank for answer in answers]
-        figures["calibration"] = shares_within(ranks)
-        chart = reliability(ranks, title, figures["distribution"])
+        figures["intervals"] = {"as read": shares_within(ranks)}
+        if calibration:
+            figures["distribution"]["calibrated_on"] = calibration["rows"]
+            figures["intervals"]["calibrated"] = shares_within(ranks, calibration)
+        chart = reliability(figures["intervals"], len(rows), title, figures["distribution"])
         save_figure(chart, folder, "reliability.png")
     if folder:
         write_table(Path(folder) / "predictions.csv", table)
@@ -486,7 +515,8 @@ def score_distributions(estimates, truths, scale=COURSE_SCALE):
     """`decodings`, the figures by each way to answer, and scores of the `distribution`.
 
     `coverage_80` is the share of true prices in the 80 % intervals, `promised_80` what these
-    intervals hold of the distributions: more than 0.8, since they end at whole units.
+    intervals hold of the distributions: more than 0.8 if they aren't calibrated, since they end at
+    whole units.
     """
     decodings = {}
     for how in DECODINGS:
@@ -530,7 +560,12 @@ LADDER = {  # mean absolute error in dollars
     "GPT-5.1": 44.74,
     "fine-tuned, full": 39.85,
 }
-INTERVAL_WIDTHS = range(0, 101, 5)  # %, of the central intervals whose calibration is charted
+INTERVAL_WIDTHS = range(0, 101, 5)  # %, of the central intervals that are calibrated and charted
+FEWEST_TO_CALIBRATE = 20  # validation rows: with fewer the levels are mostly chance
+INTERVALS = {  # what the curves of the reliability chart are called
+    "as read": "as the model says",
+    "calibrated": "calibrated on validation rows",
+}
 RUNNING_POINTS = 400  # of the running error in the report, at most: more than it has pixels
 
 
@@ -563,6 +598,9 @@ def format_number(value, digits=2):
 def format_intervals(distribution):
     """How many true prices the 80 % intervals hold, and how many they promise to hold."""
     held = f"{100 * distribution['coverage_80']:.0f} %"
+    if "calibrated_on" in distribution:
+        rows = f"{distribution['calibrated_on']:,} validation rows"
+        return f"The 80 % intervals hold {held} of the true prices; {rows} set their width"
     promised = f"{100 * distribution['promised_80']:.0f} %"
     return f"The 80 % intervals hold {held} of the true prices and promise {promised}"
 
@@ -684,24 +722,29 @@ def running_error(guesses, truths, figures, title):
     return figure
 
 
-def shares_within(ranks):
+def shares_within(ranks, calibration=None):
     """The share of true prices in the central intervals of each of INTERVAL_WIDTHS."""
-    distances = [100 * abs(2 * rank - 1) for rank in ranks]
-    return [
-        statistics.fmean(distance <= width for distance in distances) for width in INTERVAL_WIDTHS
-    ]
+    distances = [abs(2 * rank - 1) for rank in ranks]
+    shares = []
+    for promise in INTERVAL_WIDTHS:
+        width = interval_width(calibration, promise)
+        shares.append(statistics.fmean(distance <= width for distance in distances))
+    return shares
 
 
-def reliability(ranks, title, distribution=None):
+def reliability(intervals, count, title, distribution=None):
     """The share of true prices within the central intervals, over their promised share.
 
-    The `distribution` of score_distributions adds a line on the 80 % intervals of whole units.
+    `intervals` is {one of INTERVALS: shares_within}, `count` the number of items. The
+    `distribution` of score_distributions adds a line on the 80 % intervals.
     """
     figure, axes = new_figure(height=5)
     axes.plot([0, 100], [0, 100], color="black", linewidth=1, linestyle="--", label="as promised")
-    label = f"{len(ranks):,} items; above the line: too cautious, below: too sure"
-    found = [100 * share for share in shares_within(ranks)]
-    axes.plot(INTERVAL_WIDTHS, found, color="0.35", marker="o", markersize=4, label=label)
+    styles = {"as read": {"color": "0.6"}, "calibrated": {"color": "0.1"}}
+    for name, shares in intervals.items():
+        found = [100 * share for share in shares]
+        label = INTERVALS[name]
+        axes.plot(INTERVAL_WIDTHS, found, marker="o", markersize=4, label=label, **styles[name])
     axes.set(
         xlabel="promised: width of the interval (% of the probability)",
         ylabel="found: true prices within it (%)",
@@ -709,7 +752,8 @@ def reliability(ranks, title, distribution=None):
         ylim=(0, 100),
     )
     set_title(figure, title, format_intervals(distribution) if distribution else "")
-    axes.legend(loc="lower right")
+    title = f"{count:,} items; above the line: too cautious"
+    axes.legend(loc="lower right", title=title)
     return figure
 
 
@@ -957,17 +1001,20 @@ def running_error_chart(table, currency):
     return chart
 
 
-def calibration_chart(shares, count):
-    """The Chart of the intervals' calibration, from what shares_within found in `count` items."""
+def calibration_chart(intervals, count):
+    """The Chart of the intervals' calibration, as `reliability` has it."""
     chart = Chart(
-        caption="Calibration of the intervals",
+        caption=f"Calibration of the intervals, {count:,} items",
         across=Axis("promised: width of the interval (% of the probability)", 100),
         up=Axis("found: true prices within it (%)", 100),
     )
-    chart.add_line("dashed", "as promised", [(0, 0), (100, 100)])
-    label = f"{count:,} items; above the line: too cautious, below: too sure"
-    found = [100 * share for share in shares]
-    chart.add_line("strong", label, zip(INTERVAL_WIDTHS, found, strict=True), mark="dot")
+    chart.add_line("dashed", "as promised; above: too cautious", [(0, 0), (100, 100)])
+    styles = {"as read": ("weak", "pale-dot"), "calibrated": ("strong", "dot")}
+    for name, shares in intervals.items():
+        style, mark = styles[name if len(intervals) > 1 else "calibrated"]
+        found = [100 * share for share in shares]
+        points = zip(INTERVAL_WIDTHS, found, strict=True)
+        chart.add_line(style, INTERVALS[name], points, mark=mark)
     return chart
 
 
@@ -1065,8 +1112,8 @@ def write_report(folder, results, run):
     table = read_predictions(folder)
     scatter_of_items = scatter_chart(table, scale)
     charts = [running_error_chart(table, currency)]
-    if results.get("calibration"):
-        charts.append(calibration_chart(results["calibration"], results["n"]))
+    if results.get("intervals"):
+        charts.append(calibration_chart(results["intervals"], results["n"]))
     rows = table_rows(results)
     environment = jinja2.Environment(
         loader=jinja2.DictLoader(REPORT_FILES),
@@ -1322,10 +1369,10 @@ class PriceReader:
         probabilities = numpy.concatenate([batch.probabilities for batch in batches])
         return Reading(probabilities, [number for batch in batches for number in batch.greedy])
 
-    def estimate(self, rows, decode="median"):
+    def estimate(self, rows, decode="median", width=0.8):
         """The Estimates of rows."""
         reading = self.read(rows)
-        return estimate_prices(reading.probabilities, reading.greedy, rows, decode)
+        return estimate_prices(reading.probabilities, reading.greedy, rows, decode, width)
 
     def tree_inputs(self, prompts, completions, completion_len):
         """The model's inputs of padded prompts, each before its completion and the branches.
@@ -2939,6 +2986,7 @@ class PriceTrainer(SFTTrainer):
         self.val_rows = val_rows  # of prompt and completion
         self.stopper = stopper
         self.has_begun = False  # a step; before it a checkpoint may be loaded
+        self.validated = (None, [])  # step, Estimates of the validation rows
         prefix = scale_of_rows(val_rows).prefix
         self.reader = PriceReader(self.model, self.processing_class, in_tree, prefix)
         # Otherwise each gradient is held, and copied, twice
@@ -2949,16 +2997,8 @@ class PriceTrainer(SFTTrainer):
 
         Each process computes them for all validation rows.
         """
-
-        def read(rows):
-            reading = self.reader.read(rows, with_loss=True)
-            estimates = estimate_prices(reading.probabilities, reading.greedy, rows)
-            return list(zip(reading.losses, estimates, strict=True))
-
-        self.model.eval()
-        # Not compiled: many shapes, few batches
-        with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
-            answers, _ = predict(read, self.val_rows, self.reader.batch_size, name=None)
+        answers = self.read_validation()
+        self.validated = (self.state.global_step, [estimate for _, estimate in answers])
         losses = [loss for losses_of_row, _ in answers for loss in losses_of_row]
         guesses = [estimate.median for _, estimate in answers]
         truths = [truth_of(row) for row in self.val_rows]
@@ -2971,6 +3011,27 @@ class PriceTrainer(SFTTrainer):
             self.args, self.state, self.control, figures
         )
         return figures
+
+    def read_validation(self):
+        """[(losses of the completion's tokens, Estimate)] of the validation rows."""
+
+        def read(rows):
+            reading = self.reader.read(rows, with_loss=True)
+            estimates = estimate_prices(reading.probabilities, reading.greedy, rows)
+            return list(zip(reading.losses, estimates, strict=True))
+
+        self.model.eval()
+        # Not compiled: many shapes, few batches
+        with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
+            answers, _ = predict(read, self.val_rows, self.reader.batch_size, name=None)
+        return answers
+
+    def calibrate(self):
+        """The calibration of the trained model's intervals on its validation rows."""
+        step, estimates = self.validated
+        if step != self.state.global_step or self.args.load_best_model_at_end:
+            estimates = [estimate for _, estimate in self.read_validation()]
+        return calibrate([estimate.rank for estimate in estimates])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of packed rows.
@@ -3449,6 +3510,7 @@ class Run:
     steps: int = 0
     val_rows: int = 0  # that it was validated on; 0 in older records
     history: list = field(default_factory=list)
+    calibration: dict = field(default_factory=dict)  # of the intervals; {} if they are as read
     seconds: dict = field(default_factory=dict)
     peak_memory_bytes: int = 0
     # Not in run.json
@@ -3473,6 +3535,11 @@ class Run:
     def scale(self):
         """The PriceScale of the prompts that it was trained on."""
         return PriceScale.from_record(self.data)
+
+    @property
+    def interval_width(self):
+        """The share of a distribution that its 80 % interval has."""
+        return interval_width(self.calibration)
 
     @property
     def account(self):
@@ -3937,6 +4004,7 @@ def save_run(run, trainer):
     run.end(trainer)
     if not is_first_process():
         return
+    run.calibration = trainer.calibrate()
     new = run.folder / "adapter.new"
     trainer.model.save_pretrained(new)
     trainer.processing_class.save_pretrained(new)
@@ -4235,19 +4303,22 @@ class RunReader:
         prefix = scale_of_rows(rows).prefix
         return PriceReader(model, self.base.tokenizer, checked.in_tree, prefix)
 
-    def estimate_rows(self, adapter, rows, decode, name):
+    def estimate_rows(self, adapter, rows, decode, name, width=0.8):
         """(the Estimates of rows, the seconds they took)."""
         reader = self.open(adapter, rows)
-        function = partial(reader.estimate, decode=decode)
+        function = partial(reader.estimate, decode=decode, width=width)
         return predict(function, rows, reader.batch_size, name, reader.threads)
 
-    def answer(self, adapter, rows, decode="median", compare_base=False):
-        """The Answers of the run whose adapter is in that folder, None for the untouched base."""
+    def answer(self, adapter, rows, decode="median", compare_base=False, width=0.8):
+        """The Answers of the run whose adapter is in that folder, None for the untouched base.
+
+        `width` is that of the run's intervals: see interval_width.
+        """
         of_base = None
         if adapter and compare_base:
             of_base, _ = self.estimate_rows(None, rows, decode, "the base")
         name = "the run" if adapter else "the base"
-        of_run, seconds = self.estimate_rows(adapter, rows, decode, name)
+        of_run, seconds = self.estimate_rows(adapter, rows, decode, name, width)
         if len(rows) > 1:
             rate = len(rows) / seconds
             print(f"Answers to {len(rows):,} items in {seconds:,.1f} s, {rate:,.1f} a second")
@@ -4431,7 +4502,7 @@ def score_run(run, config, subject, rows, answers, earlier, folder):
     prompts = subject.prompts
     truths = [truth_of(row) for row in rows]
     title = f"{run.folder.name} on {public_source(prompts.source)}"
-    results = score(rows, answers.of_run, title, folder)
+    results = score(rows, answers.of_run, title, folder, run.calibration)
     results |= {
         "run": run.name,
         "title": title,
@@ -4530,7 +4601,8 @@ def score_own_rows(run, answers, rows, source):
     priced_rows = [rows[i] for i in priced]
     truths = [truth_of(row) for row in priced_rows]
     title = f"{run.folder.name} on {Path(source).name}"
-    results = score(priced_rows, [answers.of_run[i] for i in priced], title)
+    of_run = [answers.of_run[i] for i in priced]
+    results = score(priced_rows, of_run, title, calibration=run.calibration)
     results["run"] = run.name
     results["baselines"] = score_constants(run.data.get("constants", {}), truths)
     if answers.of_base:

@@ -24,7 +24,7 @@ import child
 import util
 from app import RECIPES, build_quant_config
 from conftest import DATASET, TRAIN, contents, read, write_catalogue
-from items import IGNORED, load_prompts, write_manifest
+from items import IGNORED, load_prompts, write_json, write_manifest
 
 RUN = "outputs/price-first"
 JUDGE = ("eval", "--local", "--run-name", "first")
@@ -573,6 +573,31 @@ def test_report_has_all_figures(judged):
 def test_card_has_the_figures(judged):
     results = read(judged / "eval/results.json")
     assert f"{results['mae']:,.2f}" in (judged / "README.md").read_text("utf-8")
+
+
+def test_intervals_are_calibrated(call, shared, tmp_path):
+    """By the validation rows, in training; `eval` and `--text` use what run.json has of it."""
+    catalogue = write_catalogue(tmp_path / "catalogue.jsonl", 500)
+    call("prepare", *shared, "--source", catalogue, cwd=tmp_path)
+    call("train", *shared, "--run-name", "first", *TRAIN, "--max-steps", "2", cwd=tmp_path)
+    calibration = read(tmp_path / RUN / "run.json")["calibration"]
+    assert calibration["rows"] == 26
+    assert len(calibration["widths"]) == len(util.INTERVAL_WIDTHS)
+
+    said = call(*JUDGE, "--size", "all", cwd=tmp_path)
+    assert "of the true prices; 26 validation rows set their width" in said
+    results = read(tmp_path / RUN / "eval/results.json")
+    assert set(results["intervals"]) == {"as read", "calibrated"}
+    page = (tmp_path / RUN / "eval/report.html").read_text("utf-8")
+    assert "calibrated on validation rows" in page
+
+    narrow = {"rows": 25, "widths": [0.0] * len(util.INTERVAL_WIDTHS)}
+    record = read(tmp_path / RUN / "run.json") | {"calibration": narrow}
+    write_json(tmp_path / RUN / "run.json", record)
+    write_manifest(tmp_path / RUN, skipped=["README.md"])
+    said = call(*JUDGE, "--text", "A lamp", cwd=tmp_path)
+    low, high = re.search(r"80 %: \$(\d+) to \$(\d+)", said).groups()
+    assert low == high
 
 
 def test_eval_compares_with_earlier_runs(call, shared, trained_project):

@@ -187,7 +187,7 @@ def test_figures_scale_with_the_unit(tmp_path):
         for name in ("mae", "mae_ci95"):
             assert found[name] == pytest.approx(unit * expected[name])
         assert found["r2"] == pytest.approx(expected["r2"])
-        assert found["calibration"] == expected["calibration"]
+        assert found["intervals"] == expected["intervals"]
         for name in ("coverage_80", "promised_80", "nll", "outside"):
             assert found["distribution"][name] == pytest.approx(expected["distribution"][name])
         assert found["distribution"]["crps"] == pytest.approx(

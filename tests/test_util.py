@@ -297,8 +297,10 @@ def test_table_says_what_intervals_promise(results):
     scores = {"coverage_80": 0.95, "promised_80": 0.834, "nll": 5, "crps": 9, "outside": 0}
     table = util.format_table(results | {"distribution": scores})
     assert "The 80 % intervals hold 95 % of the true prices and promise 83 %;" in table
-    chart = util.reliability([0.5, 0.1], "a", scores)
+    chart = util.reliability({"as read": util.shares_within([0.5, 0.1])}, 2, "a", scores)
     assert "hold 95 % of the true prices and promise 83 %" in chart.get_suptitle()
+    table = util.format_table(results | {"distribution": scores | {"calibrated_on": 500}})
+    assert "hold 95 % of the true prices; 500 validation rows set their width;" in table
 
 
 def test_no_probability_is_below_zero(results):
@@ -348,7 +350,7 @@ def test_titles_are_never_clipped(letter):
     charts = [
         util.scatter([1], [2], figures, title),
         util.running_error([1, 2], [2, 3], figures, title),
-        util.reliability([0.5, 0.1], title),
+        util.reliability({"as read": util.shares_within([0.5, 0.1])}, 2, title),
         util.loss_chart(history, title, 5),
     ]
     for figure in charts:
@@ -393,8 +395,53 @@ def test_bases_have_their_real_names(tmp_path):
 def test_reliable_intervals_lie_on_the_line():
     """Where the truths' ranks are spread evenly, intervals hold the share that they promise."""
     ranks = (numpy.arange(1000) + 0.5) / 1000
-    line = util.reliability(ranks, "uniform").axes[0].lines[1]
+    intervals = {"as read": util.shares_within(ranks)}
+    line = util.reliability(intervals, 1000, "uniform").axes[0].lines[1]
     assert list(line.get_ydata()) == pytest.approx(list(line.get_xdata()), abs=0.2)
+
+
+def test_calibration_by_hand():
+    """Of 24 distances from the middle the ⌈25 × 80 %⌉ = 20th holds 80 %."""
+    distances = [i / 100 for i in range(1, 25)]
+    calibration = util.calibrate([0.5 + distance / 2 for distance in distances])
+    assert calibration["rows"] == 24
+    assert util.interval_width(calibration, 80) == pytest.approx(0.2)
+    assert util.interval_width(calibration, 0) == 0
+    assert util.interval_width(calibration, 100) == 1
+    assert calibration["widths"] == sorted(calibration["widths"])
+
+
+def test_few_rows_calibrate_nothing():
+    assert util.calibrate([0.5] * 19) == {}
+    assert util.interval_width({}, 80) == 0.8
+
+
+@pytest.mark.parametrize("sharpness", [0.3, 1, 3], ids=["cautious", "right", "too sure"])
+def test_calibrated_intervals_keep_their_promise(sharpness):
+    """77 to 83 % of 2,000 unseen prices, however wrong the model's own widths are."""
+    rng = numpy.random.default_rng(0)
+    numbers = numpy.arange(1000)
+
+    def draw(count):
+        centres = rng.uniform(200, 800, count)
+        truths = rng.normal(centres, 40).round().clip(0, 999)
+        width = 40 / sharpness
+        probabilities = numpy.exp(-0.5 * ((numbers - centres[:, None]) / width) ** 2)
+        probabilities /= probabilities.sum(1, keepdims=True)
+        return probabilities, [{"completion": str(truth)} for truth in truths]
+
+    probabilities, rows = draw(500)
+    estimates = util.estimate_prices(probabilities, [0] * 500, rows)
+    calibration = util.calibrate([estimate.rank for estimate in estimates])
+
+    probabilities, rows = draw(2000)
+    width = util.interval_width(calibration)
+    estimates = util.estimate_prices(probabilities, [0] * 2000, rows, width=width)
+    truths = [float(row["completion"]) for row in rows]
+    found = util.score_distributions(estimates, truths)["distribution"]["coverage_80"]
+    assert 0.77 < found < 0.83
+    shares = util.shares_within([estimate.rank for estimate in estimates], calibration)
+    assert shares[16] == pytest.approx(0.8, abs=0.04)
 
 
 def test_out_of_memory_halves_the_batch():
