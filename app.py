@@ -585,6 +585,7 @@ def evaluate_model(
     items.check_writable(config.output_dir)
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
     config = config.for_run(run)
+    compare_base = compare_base or config.demo_mode
     prompts = items.find_prompts(config, run.data.get("hub"))
     base = util.open_base(config, run)
     rows = util.first_rows(prompts.splits["test"], size)
@@ -914,7 +915,7 @@ def add_eval_flags(parser):
     parser.add_argument(
         "--compare-base",
         action="store_true",
-        help="evaluate the untouched base as well (default: only with --demo)",
+        help="evaluate the untouched base as well (default: only of the demo's runs)",
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
@@ -941,7 +942,7 @@ def add_eval_flags(parser):
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="where --input or --text write their guesses, CSV or JSONL (default: the screen)",
+        help="also write the guesses of --input or --text, CSV or JSONL (default: the screen only)",
     )
 
 
@@ -1079,7 +1080,6 @@ def run_stage(args):
         )
         return
     chosen = {"hf_user": args.hf_user, "run_name": args.run_name, "revision": args.revision}
-    compare_base = args.compare_base or args.demo
     if args.export:
         export_model(config, args.export, **chosen)
     elif args.input or args.text is not None:
@@ -1090,7 +1090,7 @@ def run_stage(args):
         evaluate_model(
             config,
             size=args.size,
-            compare_base=compare_base,
+            compare_base=args.compare_base,
             decode=args.decode,
             earlier=args.compare,
             **chosen,

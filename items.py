@@ -215,7 +215,9 @@ class PriceScale:
         """The money that a number means; of an array, an array."""
         if self.unit < 1:  # 57 × 0.01 isn't 0.57
             return number / round(1 / self.unit)
-        return number * int(self.unit)
+        if self.unit == 1:
+            return number
+        return numpy.round(number * self.unit, 8)  # 212.568 × 10 isn't 2125.68
 
     def number(self, price):
         """The number for a price, a Decimal: exact, as both are written."""
@@ -286,18 +288,26 @@ def smallest_unit(price):
 
 
 def choose_unit(counts):
-    """(the smallest unit that holds HELD_SHARE of the prices, the share that it holds).
+    """The smallest unit that holds HELD_SHARE of the prices, 1 without any.
 
     `counts` is {exponent of `smallest_unit`: prices}.
     """
-    total = sum(counts.values())
-    held = 0
-    for exponent in UNIT_EXPONENTS:
-        held += counts.get(exponent, 0)
-        if held >= HELD_SHARE * total:
-            break
-    unit = 10**exponent if exponent >= 0 else float(f"1e{exponent}")
-    return unit, held / total
+    if not counts:
+        return 1
+    units = map(power_of_ten, UNIT_EXPONENTS)
+    return next(unit for unit in units if held_share(counts, unit) >= HELD_SHARE)
+
+
+def power_of_ten(exponent):
+    """A unit: a whole number, or a float below 1."""
+    return 10**exponent if exponent >= 0 else float(f"1e{exponent}")
+
+
+def held_share(counts, unit):
+    """The share of the prices that the numbers of a unit can say."""
+    largest = round(math.log10(unit))
+    held = sum(count for exponent, count in counts.items() if exponent <= largest)
+    return held / max(1, sum(counts.values()))
 
 
 def prompt_of(summary):
@@ -1018,7 +1028,28 @@ def format_prompts(about, counts):
         f"Tokens an item, train:    {format_quantiles(train['tokens'])}",
         format_near_duplicates(about["near_duplicates"]),
     ]
-    return "\n".join(lines)
+    return "\n".join(lines + split_warnings(about, counts))
+
+
+def split_warnings(about, counts):
+    """What surprises in the splits: their sizes, and prices that are too small for the unit."""
+    lines = []
+    kept = sum(about["kept"].values())
+    scale = PriceScale.from_record(about)
+    largest = max(about["kept"]["val"], about["kept"]["test"])
+    if "split 90/5/5" in about["source"] and kept >= 100 and largest > 2 * kept / 20:
+        lines.append(
+            f"Note: {largest / kept:.0%} of the rows are in one of val and test, since many rows "
+            "have the same title or description; the test split says little of other items"
+        )
+    prices = numpy.concatenate([columns["price"] for columns in counts.values()])
+    zeros = int((prices <= scale.amount(0.5)).sum())
+    if zeros and scale.unit > 1:
+        lines.append(
+            f"Note: {zeros:,} of {kept:,} prices are at most half the unit, "
+            f"{scale.format(scale.amount(0.5))}: they are learned as 0"
+        )
+    return lines
 
 
 def format_near_duplicates(found):
@@ -1065,9 +1096,13 @@ def replaced_source(folder, about):
         older = read_json(finish_interrupted_replace(folder) / "prepare.json")
     except ValueError:
         return ", replacing a corrupt one"
-    if not older or older["source"] == about["source"]:
+    if not older:
         return ""
-    return f", replacing: {older['source']}"
+    replaced = older["source"]
+    scales = [PriceScale.from_record(record) for record in (older, about)]
+    if scales[0] != scales[1]:
+        replaced += f" in steps of {scales[0].step}"
+    return "" if replaced == about["source"] else f", replacing: {replaced}"
 
 
 def load_prompts(folder):
@@ -1813,6 +1848,7 @@ NO_PRICE = ("", "none", "null", "nan", "n/a", "na", "-", "--", "–", "—", "?"
 PRICE_MISSING = "price is missing"
 PRICE_NO_NUMBER = "price is no number"
 PRICE_RANGE = "price is a range"
+PRICE_OUTSIDE = "price is outside"
 PRICE_OPEN = "price is open, like `from` or `up to`"
 PRICE_WORDS = "price has other words or numbers beside it"
 PRICE_CURRENCIES = "price is in several currencies"
@@ -2069,7 +2105,7 @@ def price_problem(price, scale=COURSE_SCALE):
     if price <= 0:
         return "price is zero or negative"
     if not scale.lowest <= price <= scale.highest:
-        return f"price is outside {scale.range()}"
+        return f"{PRICE_OUTSIDE} {scale.range()}"
     return None
 
 
@@ -2292,17 +2328,18 @@ def find_usual_columns(path, names, role):
 
 
 def check_found(path, columns, needs_price):
-    missing = []
+    missing = {}
     if columns.title is None:
-        missing.append("title")
+        missing["title"] = "title"
     if columns.price is None and needs_price:
-        missing.append("price")
+        missing["price"] = "price"
     if not columns.text:
-        missing.append("a description (summary, text, description, body, …)")
+        missing["text"] = "a description (summary, text, description, body, …)"
     if missing:
+        choices = " ".join(f"{role}=NAME" for role in missing)
         raise UserError(
-            f"{path}: no column for {' and '.join(missing)}; found: {listed(columns.names)}. "
-            "Say which one it is, for example by --columns title=NAME."
+            f"{path}: no column for {' and '.join(missing.values())}; found: "
+            f"{listed(columns.names)}. Say which by --columns {choices}."
         )
 
 
@@ -2314,9 +2351,12 @@ class OwnCatalogue:
     """The items of the user's own file, read twice: how it is written, then row by row.
 
     Needs columns for title, price and description; see USUAL_COLUMNS. `chosen` is {role: [name,
-    …]} of --columns. Without `needs_price` the price may be missing, None then, and rows may repeat
-    others. What was dropped and changed is known once `items()` has ended: `dropped` is {reason:
-    [line, …]}, `examples` has a value for some reasons, `changes` counts.
+    …]} of --columns. Without `needs_price` the price may be missing or unusable, None then, and
+    rows may repeat others.
+
+    What was dropped and changed is known once `items()` has ended: `dropped` is {reason: [line,
+    …]}, and so is `unjudged`, of rows without a usable price; `examples` has a value for some
+    reasons, `changes` counts.
 
     Raises UserError if the file can't be read or a column is missing.
     """
@@ -2334,6 +2374,7 @@ class OwnCatalogue:
 
     def clear(self):
         self.dropped = {}
+        self.unjudged = {}
         self.examples = {}
         self.changes = Counter()
         self.seen = set()
@@ -2366,16 +2407,14 @@ class OwnCatalogue:
     def choose_scale(self, unit, currency):
         """Sets the PriceScale: of the `unit`, or of the smallest that holds nearly all prices."""
         sizes = self.price_format.sizes
-        is_chosen = unit is None and bool(sizes)
-        if is_chosen:
-            unit, held = choose_unit(sizes)
-        self.scale = PriceScale(unit or 1, currency)
-        self.scale_notes = []
-        if is_chosen:
-            self.scale_notes.append(
-                f"Unit: {self.scale.step}, the smallest whose numbers 0 … 999 hold "
-                f"{HELD_SHARE:.1%} of the prices; they hold {held:.1%}, --unit takes another"
-            )
+        self.scale = PriceScale(unit or choose_unit(sizes), currency)
+        how = "--unit"
+        if unit is None:
+            how = f"the smallest that holds {HELD_SHARE:.1%}; --unit takes another"
+        held = held_share(sizes, self.scale.unit)
+        self.scale_notes = [
+            f"Unit: {self.scale.step}, whose numbers 0 … 999 hold {held:.1%} of the prices ({how})"
+        ]
         written = self.price_format.currency
         if written not in (None, CURRENCY_CODE_OF.get(currency.casefold(), currency)):
             sign = CURRENCY_SIGNS.get(written, written)
@@ -2414,8 +2453,10 @@ class OwnCatalogue:
         if problem:
             return None, problem
         price, problem = self.price_of(row)
-        if problem:
+        if problem and self.needs_price:
             return None, problem
+        if problem:
+            self.unjudged.setdefault(problem, []).append(line)
 
         changes = Counter()
         title = clean_title(title, changes)
@@ -2579,6 +2620,9 @@ def format_own_rows(rows, catalogue):
         count = sum(len(lines) for lines in catalogue.dropped.values())
         reasons = format_dropped(catalogue.dropped, examples=catalogue.examples)
         lines.append(f"Rows: {len(rows):,} priced, {count:,} skipped: {reasons}")
+    if catalogue.unjudged:
+        reasons = format_dropped(catalogue.unjudged, examples=catalogue.examples)
+        lines.append(f"Not judged, since they have no usable price: {reasons}")
     warning = dropped_warning(len(rows), catalogue.dropped)
     return "\n".join([*lines, warning] if warning else lines)
 
@@ -2602,11 +2646,14 @@ def dropped_warning(kept, dropped):
     if count <= WARNED_SHARE * (kept + count):
         return ""
     main_reason = max(dropped, key=lambda reason: len(dropped[reason]))
+    question = "Is the right column read, and are the prices\nwritten in one way?"
+    if main_reason.startswith(PRICE_OUTSIDE):
+        question = "Is the right column read, and --unit\nlarge enough?"
     frame = "!" * 80
     return (
         f"{frame}\nWARNING: {count:,} of {kept + count:,} rows ({count / (kept + count):.0%}) were "
-        f"dropped, most because: {main_reason}.\nThe lines above name all reasons and rows. Is the "
-        f"right column read, and are the prices\nwritten in one way?\n{frame}"
+        f"dropped, most because: {main_reason}.\nThe lines above name all reasons and rows. "
+        f"{question}\n{frame}"
     )
 
 

@@ -338,7 +338,7 @@ def band_of(price, scale=COURSE_SCALE):
     ends = [scale.amount(end) for end in (*BAND_STARTS[1:], BAND_END)]
     band = next(i for i, end in enumerate(ends) if price < end or end == ends[-1])
     start = scale.format_whole(scale.amount(BAND_STARTS[band]))
-    return f"{start} to {ends[band]:.{scale.digits}f}"
+    return f"{start} to {ends[band]:,.{scale.digits}f}"
 
 
 def errors_by(table, group_of):
@@ -595,9 +595,11 @@ def format_number(value, digits=2):
     return f"{value:,.{digits}f}".replace("-", "−")
 
 
-def format_intervals(distribution):
+def format_intervals(distribution, scale=COURSE_SCALE):
     """How many true prices the 80 % intervals hold, and how many they promise to hold."""
     held = f"{100 * distribution['coverage_80']:.0f} %"
+    if scale.unit > 1:
+        held += f" (to the nearest {scale.step})"
     if "calibrated_on" in distribution:
         rows = f"{distribution['calibrated_on']:,} validation rows"
         return f"The 80 % intervals hold {held} of the true prices; {rows} set their width"
@@ -859,7 +861,7 @@ def footnotes(results):
     if scores:
         outside = f"{100 * max(0, scores['outside']):.2f} %"  # rounding makes it negative
         lines.append(
-            f"{format_intervals(scores)}; "
+            f"{format_intervals(scores, scale)}; "
             f"log score {scores['nll']:.3f}, CRPS {scale.format(scores['crps'])}, "
             f"probability of no price {outside}"
         )
@@ -4142,6 +4144,9 @@ def rows_to_check(config, run):
     except UserError as error:
         print(f"The export is not checked, since there are no data: {error}")
         return []
+    if prompts.scale != run.scale:
+        print(f"The export is not checked: {prompts.place} has prices in {in_unit(prompts.scale)}")
+        return []
     return first_rows(prompts.splits["val"], EXPORT_ROWS)
 
 
@@ -4164,8 +4169,8 @@ def check_export(folder, rows, expected, in_tree):
     difference = max(abs(a - b) for a, b in zip(*guesses, strict=True))
     text = (
         f"on {len(rows)} validation rows its price distributions differ from the run's by at most "
-        f"{moved:.1%} (allowed are {MOST_MOVED:.0%}), its median prices by at most "
-        f"{scale_of_rows(rows).format(difference)}"
+        f"{moved:.1%} of the probability (allowed are {MOST_MOVED:.0%}), its median prices by at "
+        f"most {scale_of_rows(rows).format(difference)}"
     )
     if not moved <= MOST_MOVED:
         raise UserError(
@@ -4360,9 +4365,8 @@ def make_subject(run, config, base, prompts):
     if run.data and run.scale != prompts.scale:
         raise UserError(
             f"{run.name}: its prices are in steps of {run.scale.step}, those of {prompts.place} in "
-            f"steps of {prompts.scale.step}. Prepare the data with --unit "
-            f"{format_unit(run.scale.unit)} --currency {shlex.quote(run.scale.currency)}, or name "
-            "others by --data-user."
+            f"steps of {prompts.scale.step}. Prepare these data as the run's were, with --unit "
+            f"{format_unit(run.scale.unit)} --currency {shlex.quote(run.scale.currency)}."
         )
     check_tokenizer(base.path, base.tokenizer, prompts.scale)
     identity = base.identity
@@ -4617,9 +4621,12 @@ def score_own_rows(run, answers, rows, source):
 
 def prompt_form(scale):
     """How the prompts are written, for model cards."""
+    meaning = f"is the price in {scale.currency}"
+    if scale.unit != 1:
+        meaning = f"times {format_unit(scale.unit)} is the price in {scale.currency}"
     return (
         f"The prompt is the question `{scale.question}`, a blank line, the description, a blank "
-        f"line and `{scale.prefix}`."
+        f"line and `{scale.prefix}`. The number that follows {meaning}."
     )
 
 

@@ -154,11 +154,13 @@ def test_own_items_are_read_like_catalogues(call, trained_project):
     found = read_csv(trained_project / "out.csv")
     assert [(row["line"], row["price"]) for row in found] == [
         ("3", "19.99"),
+        ("4", ""),
         ("5", "7.5"),
+        ("6", ""),
         ("7", "3.0"),
     ]
-    assert "Rows: 3 priced, 2 skipped: " in said
-    assert "WARNING: 2 of 5 rows (40%)" in said
+    assert "Not judged, since they have no usable price: 1 × price is outside" in said
+    assert "such as `ab 9,99` (line 6)" in said
 
 
 def test_prepare_replaces_older_data(call, shared, project):
@@ -687,7 +689,8 @@ def test_export_is_checked(call, trained_project):
     (line,) = [line for line in said.splitlines() if line.startswith("Check: ")]
     found = re.fullmatch(
         r"Check: on 4 validation rows its price distributions differ from the run's by at most "
-        r"(\d+\.\d)% \(allowed are 25%\), its median prices by at most \$(\d+\.\d\d)",
+        r"(\d+\.\d)% of the probability \(allowed are 25%\), its median prices by at most "
+        r"\$(\d+\.\d\d)",
         line,
     )
     assert 0 < float(found[1]) < 15

@@ -244,7 +244,7 @@ def test_errors_by_category_and_price():
     assert found["by_category"]["Light"] == light
     assert found["by_category"]["Audio"]["n"] == 2
     counts = {band: group["n"] for band, group in found["by_price"].items()}
-    assert counts == {"$0 to 20": 1, "$20 to 50": 1, "$250 to 1000": 2}
+    assert counts == {"$0 to 20": 1, "$20 to 50": 1, "$250 to 1,000": 2}
     assert [row["truth"] for row in found["worst"]] == [2000, 300, 30, 10]
 
 
