@@ -34,6 +34,7 @@ import statistics
 import sys
 import textwrap
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -95,6 +96,7 @@ from items import (
     completion_tokens,
     constant_guesses,
     damage,
+    description_in,
     find_prompts,
     fingerprint,
     finish_interrupted_replace,
@@ -307,7 +309,7 @@ def paired_difference(errors, others, seed, draws=2000):
 
 def truth_of(row):
     """The true price of a row, in money."""
-    return scale_of(row.get("prompt", "")).amount(float(row["completion"]))
+    return float(scale_of(row.get("prompt", "")).amount(float(row["completion"])))
 
 
 def scale_of_rows(rows):
@@ -544,6 +546,7 @@ COLOR_LIMITS = {"green": "error < {} or 20 %", "orange": "error < {} or 40 %", "
 COLOR_UNITS = {"green": 40, "orange": 80, "red": 0}  # of the limits, see `color`
 TITLE_WIDTHS = (85, 70, 55, 40, 30)  # characters on a line: the first that fits into the figure
 LABEL_WIDTH = 45  # characters on a line beside a bar
+WORDS = "words alone: ridge regression"
 LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
 LADDER = {  # mean absolute error in dollars
     "constant": 106.18,
@@ -835,6 +838,7 @@ def table_rows(results):
     rows = {
         "constant: training mean": baselines.get("constant_mean"),
         "constant: training median": baselines.get("constant_median"),
+        WORDS: results.get("words"),
         "the untouched base model": results.get("base"),
     }
     for name, figures in results.get("earlier", {}).items():
@@ -857,6 +861,9 @@ def footnotes(results):
     for name, figures in results.get("earlier", {}).items():
         difference = format_difference(name, figures, scale)
         lines.append(f"This run's error less that of {name}, on the same items: {difference}")
+    if results.get("words"):
+        difference = format_difference("words alone", results["words"], scale)
+        lines.append(f"This run's error less that of words alone, on the same items: {difference}")
     scores = results.get("distribution")
     if scores:
         outside = f"{100 * max(0, scores['outside']):.2f} %"  # rounding makes it negative
@@ -4225,6 +4232,11 @@ def log_evaluation(run, folder, results):
 # 10. Evaluation
 
 SHOWN_ITEMS = 20  # of the user's own, on the screen
+WORD_ROWS = 50_000  # that a WordRegression reads, at most
+WORD_COLUMNS = 2**18
+WORD_PENALTIES = (10, 3, 1, 0.3, 0.1, 0.03)
+WORD_STEPS = 50  # of conjugate gradients, at most
+WORD_TOLERANCE = 1e-3  # of the residual
 EXPORT_ROWS = 20  # on which an exported model is compared with its run
 MOST_MOVED = 0.25  # of a distribution's probability, between a run and its export
 
@@ -4334,6 +4346,120 @@ def first_rows(test, size):
     """The first `size` rows of a test split, all without one; a list."""
     count = min(size or len(test), len(test))
     return list(test.select(range(count)))
+
+
+class WordRegression:
+    """What words alone tell of prices: the yardstick that a language model has to beat.
+
+    Ridge regression of the log price on words and pairs of neighbouring words, weighted by TF-IDF
+    with logarithmic counts. Words are hashed into WORD_COLUMNS. The penalty is the one with the
+    least error on the validation rows.
+    """
+
+    def __init__(self, train, val):
+        """From two Datasets of prompts, of which the first WORD_ROWS are read."""
+        train = first_rows(train, WORD_ROWS)
+        val = first_rows(val, WORD_ROWS)
+        self.hashes = {}
+        counts = self.count_words(train)
+        frequency = numpy.bincount(counts.columns, minlength=WORD_COLUMNS)
+        self.weights = numpy.log((1 + len(train)) / (1 + frequency)) + 1
+        self.weights[frequency == 0] = 0  # words that no training row has tell nothing
+        features = self.weigh(counts)
+        targets = numpy.log([max(truth_of(row), self.least(row)) for row in train])
+        self.mean = targets.mean()
+
+        truths = numpy.array([truth_of(row) for row in val])
+        val_features = self.weigh(self.count_words(val))
+        found = []
+        coefficients = numpy.zeros(WORD_COLUMNS)
+        for penalty in WORD_PENALTIES:  # from the strongest, whose solution begins the next search
+            coefficients = solve_ridge(features, targets - self.mean, penalty, coefficients)
+            errors = abs(self.prices(val_features, coefficients) - truths)
+            found.append((errors.mean(), penalty, coefficients))
+        _, self.penalty, self.coefficients = min(found, key=lambda one: one[:2])
+
+    def guess(self, rows):
+        """The guesses for rows, an array of money."""
+        return self.prices(self.weigh(self.count_words(rows)), self.coefficients)
+
+    def least(self, row):
+        """The least price that has a logarithm: half a unit."""
+        return scale_of_rows([row]).amount(0.5)
+
+    def prices(self, features, coefficients):
+        return numpy.exp(self.mean + features.times(coefficients))
+
+    def count_words(self, rows):
+        """The SparseRows of how often words and pairs are in the rows' descriptions."""
+        words = [self.hash_words(description_in(row["prompt"])) for row in rows]
+        lengths = [len(one) for one in words]
+        hashes = numpy.concatenate([numpy.array(one, dtype=numpy.uint64) for one in words])
+        in_row = numpy.repeat(numpy.arange(len(rows)), lengths)
+        is_pair = in_row[1:] == in_row[:-1]
+        pairs = (hashes[:-1] * numpy.uint64(0x9E3779B1) + hashes[1:])[is_pair]
+        columns = numpy.concatenate([hashes, pairs]) % numpy.uint64(WORD_COLUMNS)
+        all_rows = numpy.concatenate([in_row, in_row[1:][is_pair]])
+        places = all_rows * WORD_COLUMNS + columns.astype(numpy.int64)
+        places, counts = numpy.unique(places, return_counts=True)
+        return SparseRows(len(rows), places // WORD_COLUMNS, places % WORD_COLUMNS, counts)
+
+    def hash_words(self, text):
+        """A hash of each word of a text, a list."""
+        words = re.findall(r"\w+", text.casefold())
+        for word in words:
+            if word not in self.hashes:
+                self.hashes[word] = zlib.crc32(word.encode())
+        return [self.hashes[word] for word in words]
+
+    def weigh(self, counts):
+        """The TF-IDF of counted words, each row of length 1."""
+        values = (1 + numpy.log(counts.values)) * self.weights[counts.columns]
+        squares = numpy.bincount(counts.rows, values**2, minlength=counts.height)
+        lengths = numpy.sqrt(squares).clip(1e-12)
+        return replace(counts, values=values / lengths[counts.rows])
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """A matrix of `height` rows and WORD_COLUMNS columns, most of them zero."""
+
+    height: int
+    rows: numpy.ndarray  # of each value that isn't zero
+    columns: numpy.ndarray
+    values: numpy.ndarray
+
+    def times(self, vector):
+        """The product with a vector of columns: one of rows."""
+        return numpy.bincount(self.rows, self.values * vector[self.columns], minlength=self.height)
+
+    def transposed_times(self, vector):
+        """The product of the transposed matrix with a vector of rows: one of columns."""
+        return numpy.bincount(self.columns, self.values * vector[self.rows], WORD_COLUMNS)
+
+
+def solve_ridge(features, targets, penalty, start):
+    """The coefficients w that minimise |Xw − y|² + penalty · |w|², by conjugate gradients."""
+
+    def apply(vector):
+        return features.transposed_times(features.times(vector)) + penalty * vector
+
+    solution = start.copy()
+    residual = features.transposed_times(targets) - apply(solution)
+    direction = residual.copy()
+    size = residual @ residual
+    enough = WORD_TOLERANCE**2 * size
+    for _ in range(WORD_STEPS):
+        if size <= enough:
+            break
+        applied = apply(direction)
+        step = size / (direction @ applied)
+        solution += step * direction
+        residual -= step * applied
+        new_size = residual @ residual
+        direction = residual + new_size / size * direction
+        size = new_size
+    return solution
 
 
 @dataclass(frozen=True)
@@ -4530,6 +4656,9 @@ def score_run(run, config, subject, rows, answers, earlier, folder):
     errors = [
         abs(estimate.guess - truth) for estimate, truth in zip(answers.of_run, truths, strict=True)
     ]
+    words = WordRegression(prompts.splits["train"], prompts.splits["val"]).guess(rows)
+    difference = paired_difference(errors, abs(words - truths), config.seed)
+    results["words"] = metrics(words.tolist(), truths) | difference
     for name, guesses in earlier.items():
         others = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
         difference = paired_difference(errors, others, config.seed)

@@ -577,6 +577,15 @@ def test_card_has_the_figures(judged):
     assert f"{results['mae']:,.2f}" in (judged / "README.md").read_text("utf-8")
 
 
+def test_words_are_the_yardstick(judged):
+    """What a regression on words reaches, in figures, table and report, paired with the run."""
+    words = read(judged / "eval/results.json")["words"]
+    assert words["n"] == 4
+    assert words["low"] <= words["difference"] <= words["high"]
+    assert util.WORDS in (judged / "eval/report.html").read_text("utf-8")
+    assert "less that of words alone, on the same items:" in child.said(judged.parent.parent)
+
+
 def test_intervals_are_calibrated(call, shared, tmp_path):
     """By the validation rows, in training; `eval` and `--text` use what run.json has of it."""
     catalogue = write_catalogue(tmp_path / "catalogue.jsonl", 500)
