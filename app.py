@@ -568,12 +568,14 @@ def evaluate_model(
     compare_base: bool = False,
     decode: str = "median",
     earlier=(),
+    pooled_names=(),
 ) -> dict:
     """Evaluates a run on the first `size` rows of its test split (None: all).
 
-    Compares it with constant guesses, runs evaluated `earlier` and, if asked for, the untouched
-    base. `decode` selects how the price distribution becomes one answer: median, mean, greedy. Mode
-    and, unless the config names others, base model and data are the run's. Writes results.json,
+    Compares it with constant guesses, what words alone tell, runs evaluated `earlier` and, if asked
+    for, the untouched base. The price distributions of runs in `pooled_names` are averaged with its
+    own. `decode` selects how the distribution becomes one answer: median, mean, greedy. Mode and,
+    unless the config names others, base model and data are the run's. Writes results.json,
     predictions.csv, report.html and charts to `{run's folder}/eval` and publishes them or, if
     they aren't the run's own (see util.Subject), to a folder beside it. Returns the content of
     results.json.
@@ -584,12 +586,15 @@ def evaluate_model(
     # 1) Find the run, its test rows and what it is compared with
     items.check_writable(config.output_dir)
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
+    pooled = [util.find_run(config, name, Recipe, hf_user) for name in pooled_names]
+    util.check_pool(run, pooled, decode)
+    pooled_bases = [util.open_base(config.for_run(one), one) for one in pooled]
     config = config.for_run(run)
     compare_base = compare_base or config.demo_mode
     prompts = items.find_prompts(config, run.data.get("hub"))
     base = util.open_base(config, run)
     rows = util.first_rows(prompts.splits["test"], size)
-    subject = util.make_subject(run, config, base, prompts)
+    subject = util.make_subject(run, config, base, prompts, pooled)
     earlier_guesses = util.read_earlier(config, earlier, rows, decode, subject.data)
     folder = subject.folder(run)
     if subject.differences:
@@ -597,8 +602,12 @@ def evaluate_model(
         print(f"Not the run's own evaluation, so it stays in {folder}, unpublished: {reasons}")
 
     # 2) Read its answers and the untouched base's
-    reader = open_reader(run, base)
-    answers = reader.answer(run.adapter, rows, decode, compare_base, run.interval_width)
+    answers = open_reader(run, base).answer(run, rows, decode, compare_base, keep=bool(pooled))
+    if pooled:
+        members = {run.name: answers}
+        for one, its_base in zip(pooled, pooled_bases, strict=True):
+            members[one.name] = open_reader(one, its_base).answer(one, rows, decode, keep=True)
+        answers = util.pool_answers(members, rows)
 
     # 3) Write figures, charts and the report, replacing an older evaluation
     with items.replacing(folder) as new:
@@ -654,8 +663,7 @@ def price_items(
     if catalogue:
         print(items.format_own_rows(rows, catalogue))
 
-    reader = open_reader(run, base)
-    answers = reader.answer(run.adapter, rows, decode, compare_base, run.interval_width)
+    answers = open_reader(run, base).answer(run, rows, decode, compare_base)
     table = util.price_table(rows, answers.of_run)
     print(util.format_prices(table, run.scale))
     if len(table) > util.SHOWN_ITEMS and not output:
@@ -894,8 +902,11 @@ def add_eval_flags(parser):
     )
     parser.add_argument(
         "--run-name",
+        nargs="+",
         type=plain_name,
-        help="the run to evaluate, `base` for the untouched base (default: the newest local run)",
+        metavar="RUN",
+        help="the run to evaluate, `base` for the untouched base; of several runs of the same data "
+        "the price distributions are averaged (default: the newest local run)",
     )
     parser.add_argument("--revision", help="the adapter's commit on the Hub (default: the newest)")
     parser.add_argument(
@@ -988,11 +999,17 @@ def parse_arguments(argv):
     if unknown:
         parser.error(f"unknown: {' '.join(unknown)}; see `python app.py {args.stage} --help`")
     prefix = f"{args.project_name}-"  # of a run's folder, whose name is accepted, too
-    for name in ("run_name", "resume"):
-        if getattr(args, name, None):
-            setattr(args, name, getattr(args, name).removeprefix(prefix))
+    if args.stage == "train":
+        args.run_name = args.run_name and args.run_name.removeprefix(prefix)
+        args.resume = args.resume and args.resume.removeprefix(prefix)
     if args.stage == "eval":
         args.compare = [name.removeprefix(prefix) for name in args.compare]
+        names = [name.removeprefix(prefix) for name in args.run_name or [None] if name]
+        args.run_name, *args.pooled_names = names or [None]
+        if args.pooled_names and (args.input or args.text is not None or args.export):
+            parser.error("--run-name: --input, --text and --export take one run")
+        if args.pooled_names and args.revision:
+            parser.error("--run-name: --revision is a commit of one run")
     if args.lite and args.demo:  # one before, one after the subcommand
         parser.error("--lite and --demo exclude each other")
     if args.stage != "train" and args.columns:
@@ -1093,6 +1110,7 @@ def run_stage(args):
             compare_base=args.compare_base,
             decode=args.decode,
             earlier=args.compare,
+            pooled_names=args.pooled_names,
             **chosen,
         )
 

@@ -168,14 +168,15 @@ class Estimate:
     nll: float
     crps: float
     rank: float
+    probabilities: object = None  # of NUMBERS, an array, if they are kept: see pool_answers
 
 
-def estimate_prices(probabilities, greedy, rows, decode="median", width=0.8):
+def estimate_prices(probabilities, greedy, rows, decode="median", width=0.8, keep=False):
     """The Estimates of rows from their probabilities of NUMBERS, an array of rows × 1,000.
 
     What a number means in money is the rows' PriceScale. `decode` names the answer, `width` is the
     share of a distribution that the 80 % interval has: see `calibrate`. Probability outside the
-    prices counts in `outside` and `nll` only.
+    prices counts in `outside` and `nll` only. `keep` keeps the probabilities.
     """
     scale = scale_of_rows(rows)
     inside = probabilities.sum(1, keepdims=True)
@@ -212,7 +213,11 @@ def estimate_prices(probabilities, greedy, rows, decode="median", width=0.8):
         columns[name] = scale.amount(numpy.asarray(columns[name]))
     columns["guess"] = columns[decode]
     values = numpy.stack(list(columns.values()), axis=1).astype(float).tolist()
-    return [Estimate(**dict(zip(columns, row, strict=True))) for row in values]
+    kept = probabilities if keep else [None] * len(rows)
+    return [
+        Estimate(**dict(zip(columns, row, strict=True)), probabilities=one)
+        for row, one in zip(values, kept, strict=True)
+    ]
 
 
 def calibrate(ranks):
@@ -843,8 +848,12 @@ def table_rows(results):
     }
     for name, figures in results.get("earlier", {}).items():
         rows[f"earlier {name}"] = figures
+    pooled = results.get("pooled", {})
+    for name, figures in pooled.items():
+        rows[f"{name} alone, {DECODINGS[results['decode']]}"] = figures
     for how, figures in reversed(results["decodings"].items()):
-        rows[f"run {results['run']}, {DECODINGS[how]}"] = figures
+        if how != "greedy" or not pooled:  # several runs together generate nothing
+            rows[f"run {results['run']}, {DECODINGS[how]}"] = figures
     rows["best reachable: the catalogue's own noise"] = results.get("best_reachable")
     if results.get("course"):
         for name, mae in LADDER.items():
@@ -861,6 +870,9 @@ def footnotes(results):
     for name, figures in results.get("earlier", {}).items():
         difference = format_difference(name, figures, scale)
         lines.append(f"This run's error less that of {name}, on the same items: {difference}")
+    for name, figures in results.get("pooled", {}).items():
+        difference = format_difference(f"{name} alone", figures, scale)
+        lines.append(f"The runs' error together less that of {name}: {difference}")
     if results.get("words"):
         difference = format_difference("words alone", results["words"], scale)
         lines.append(f"This run's error less that of words alone, on the same items: {difference}")
@@ -1378,10 +1390,10 @@ class PriceReader:
         probabilities = numpy.concatenate([batch.probabilities for batch in batches])
         return Reading(probabilities, [number for batch in batches for number in batch.greedy])
 
-    def estimate(self, rows, decode="median", width=0.8):
-        """The Estimates of rows."""
+    def estimate(self, rows, **options):
+        """The Estimates of rows; `options` as of estimate_prices."""
         reading = self.read(rows)
-        return estimate_prices(reading.probabilities, reading.greedy, rows, decode, width)
+        return estimate_prices(reading.probabilities, reading.greedy, rows, **options)
 
     def tree_inputs(self, prompts, completions, completion_len):
         """The model's inputs of padded prompts, each before its completion and the branches.
@@ -4264,6 +4276,29 @@ class Answers:
     of_base: list | None
     seconds: float  # the run's
     decode: str  # which decoding is the answer
+    of_pooled: dict = field(default_factory=dict)  # {run: Estimates} of which of_run is the average
+
+
+def pool_answers(answers, rows):
+    """The Answers of several runs together, from {run: its Answers, with kept probabilities}.
+
+    The average of their price distributions. Intervals are as read: each run's calibration is its
+    own.
+    """
+    first = next(iter(answers.values()))
+    members = {name: one.of_run for name, one in answers.items()}
+    estimates = [
+        numpy.stack([estimate.probabilities for estimate in of_run]) for of_run in members.values()
+    ]
+    probabilities = numpy.mean(estimates, axis=0)
+    likeliest = probabilities.argmax(1)
+    return Answers(
+        of_run=estimate_prices(probabilities, likeliest, rows, first.decode),
+        of_base=first.of_base,
+        seconds=sum(one.seconds for one in answers.values()),
+        decode=first.decode,
+        of_pooled=members,
+    )
 
 
 class RunReader:
@@ -4320,22 +4355,23 @@ class RunReader:
         prefix = scale_of_rows(rows).prefix
         return PriceReader(model, self.base.tokenizer, checked.in_tree, prefix)
 
-    def estimate_rows(self, adapter, rows, decode, name, width=0.8):
-        """(the Estimates of rows, the seconds they took)."""
+    def estimate_rows(self, adapter, rows, name, **options):
+        """(the Estimates of rows, the seconds they took); `options` as of estimate_prices."""
         reader = self.open(adapter, rows)
-        function = partial(reader.estimate, decode=decode, width=width)
+        function = partial(reader.estimate, **options)
         return predict(function, rows, reader.batch_size, name, reader.threads)
 
-    def answer(self, adapter, rows, decode="median", compare_base=False, width=0.8):
-        """The Answers of the run whose adapter is in that folder, None for the untouched base.
+    def answer(self, run, rows, decode="median", compare_base=False, keep=False):
+        """The Answers of a Run, which may be the untouched base.
 
-        `width` is that of the run's intervals: see interval_width.
+        `keep` keeps the probabilities of its Estimates.
         """
         of_base = None
-        if adapter and compare_base:
-            of_base, _ = self.estimate_rows(None, rows, decode, "the base")
-        name = "the run" if adapter else "the base"
-        of_run, seconds = self.estimate_rows(adapter, rows, decode, name, width)
+        if run.adapter and compare_base:
+            of_base, _ = self.estimate_rows(None, rows, "the base", decode=decode)
+        name = "the run" if run.adapter else "the base"
+        options = {"decode": decode, "width": run.interval_width, "keep": keep}
+        of_run, seconds = self.estimate_rows(run.adapter, rows, name, **options)
         if len(rows) > 1:
             rate = len(rows) / seconds
             print(f"Answers to {len(rows):,} items in {seconds:,.1f} s, {rate:,.1f} a second")
@@ -4481,8 +4517,8 @@ class Subject:
         return run.folder / "-".join(["eval", *self.differences])
 
 
-def make_subject(run, config, base, prompts):
-    """The Subject of an evaluation of the run on those prompts.
+def make_subject(run, config, base, prompts, pooled=()):
+    """The Subject of an evaluation of the run, with others `pooled`, on those prompts.
 
     The untouched base has no data, base or card of its own. Of a run without run.json it isn't
     known what it was trained on.
@@ -4514,7 +4550,31 @@ def make_subject(run, config, base, prompts):
             "these are not the data that the run was trained on; "
             "test items may have been in training"
         )
+    if pooled:
+        names = [one.name for one in pooled]
+        differences["-".join(["pool", *map(short_name, names)])] = (
+            f"the price distributions of {', '.join([run.name, *names])} are averaged"
+        )
     return Subject(prompts, data, config.base_name, identity, run.revision, differences)
+
+
+def check_pool(run, pooled, decode):
+    """Raises UserError unless the runs can answer together."""
+    if not pooled:
+        return
+    if decode == "greedy":
+        raise UserError(
+            "--decode greedy: several runs together generate no answer. Take median or mean."
+        )
+    names = [run.name, *(one.name for one in pooled)]
+    if len(set(names)) < len(names):
+        raise UserError(f"--run-name {' '.join(names)}: names a run twice. Name each once.")
+    for one in pooled:
+        if one.data.get("fingerprint") != run.data.get("fingerprint"):
+            raise UserError(
+                f"--run-name {one.name}: was trained on other data than {run.name}. Pool runs of "
+                "the same data: other rows of it may be test items of the one."
+            )
 
 
 def is_own_base(run, config, base):
@@ -4632,9 +4692,10 @@ def score_run(run, config, subject, rows, answers, earlier, folder):
     prompts = subject.prompts
     truths = [truth_of(row) for row in rows]
     title = f"{run.folder.name} on {public_source(prompts.source)}"
-    results = score(rows, answers.of_run, title, folder, run.calibration)
+    calibration = {} if answers.of_pooled else run.calibration
+    results = score(rows, answers.of_run, title, folder, calibration)
     results |= {
-        "run": run.name,
+        "run": " + ".join(answers.of_pooled or [run.name]),
         "title": title,
         "decode": answers.decode,
         "items_per_s": len(rows) / answers.seconds,
@@ -4663,6 +4724,11 @@ def score_run(run, config, subject, rows, answers, earlier, folder):
         others = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
         difference = paired_difference(errors, others, config.seed)
         results["earlier"][name] = metrics(guesses, truths) | difference
+    for name, estimates in answers.of_pooled.items():
+        guesses = [estimate.guess for estimate in estimates]
+        others = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
+        difference = paired_difference(errors, others, config.seed)
+        results.setdefault("pooled", {})[name] = metrics(guesses, truths) | difference
     if answers.of_base:
         results["base"] = score(rows, answers.of_base, "the untouched base model")
     if "implied_prices" in prompts.about:

@@ -586,6 +586,75 @@ def test_words_are_the_yardstick(judged):
     assert "less that of words alone, on the same items:" in child.said(judged.parent.parent)
 
 
+@pytest.fixture(scope="module")
+def two_runs(call, shared, trained, tmp_path_factory):
+    """A folder with the runs `first` and `second`, of the same data. Not to be written."""
+    folder = tmp_path_factory.mktemp("two-runs")
+    shutil.copytree(trained / "outputs", folder / "outputs")
+    call("train", *shared, "--run-name", "second", "--seed", "2", *TRAIN, cwd=folder)
+    return folder
+
+
+def test_runs_answer_together(call, two_runs, tmp_path):
+    """The average of their distributions, beside each alone; it isn't the run's own evaluation."""
+    shutil.copytree(two_runs / "outputs", tmp_path / "outputs")
+    said = call("eval", "--local", "--run-name", "first", "price-second", cwd=tmp_path)
+    folder = tmp_path / RUN / "eval-pool-second"
+    results = read(folder / "results.json")
+    assert results["run"] == "first + second"
+    assert list(results["pooled"]) == ["first", "second"]
+    for name in results["pooled"]:
+        assert f"{name} alone, the median price" in said
+        assert f"The runs' error together less that of {name}: " in said
+    assert "what generation answers" not in said
+    assert "the price distributions of first, second are averaged" in said
+    assert not (tmp_path / RUN / "eval").exists()
+    assert "second alone" in (folder / "report.html").read_text("utf-8")
+
+    call("eval", "--local", "--run-name", "second", cwd=tmp_path)
+    alone = read(tmp_path / "outputs/price-second/eval/results.json")
+    assert results["pooled"]["second"]["mae"] == pytest.approx(alone["mae"])
+
+
+def test_pool_is_the_average():
+    probabilities = numpy.zeros((2, 1, 1000))
+    probabilities[0, 0, [10, 20]] = 0.5
+    probabilities[1, 0, [20, 30]] = 0.5
+    rows = [{"prompt": "Price is $", "completion": "20.00"}]
+    answers = {}
+    for name, one in zip("ab", probabilities, strict=True):
+        estimates = util.estimate_prices(one, [0], rows, keep=True)
+        answers[name] = util.Answers(estimates, None, 1.5, "mean")
+    pool = util.pool_answers(answers, rows)
+    (estimate,) = pool.of_run
+    assert (estimate.mean, estimate.median, estimate.greedy) == (20, 20, 20)
+    assert (estimate.low, estimate.high) == (10, 30)
+    assert pool.seconds == 3
+    assert list(pool.of_pooled) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "problem"),
+    [
+        ("first first", 1, "--run-name first first: names a run twice. Name each once."),
+        ("first second --decode greedy", 1, "--decode greedy: several runs together generate no"),
+        ("first other", 1, "--run-name other: was trained on other data than first."),
+        ("first second --text Lamp", 2, "--run-name: --input, --text and --export take one run"),
+        ("first second --revision abc", 2, "--revision"),
+    ],
+)
+def test_odd_pools_are_refused(call, two_runs, tmp_path, flags, code, problem):
+    shutil.copytree(two_runs / "outputs", tmp_path / "outputs")
+    other = tmp_path / "outputs/price-other"
+    shutil.copytree(tmp_path / RUN, other)
+    record = read(other / "run.json")
+    record |= {"run": "other", "data": record["data"] | {"fingerprint": "another"}}
+    write_json(other / "run.json", record)
+    write_manifest(other, skipped=["README.md"])
+    said = call("eval", "--local", "--run-name", *flags.split(), cwd=tmp_path, code=code)
+    assert problem in said
+
+
 def test_intervals_are_calibrated(call, shared, tmp_path):
     """By the validation rows, in training; `eval` and `--text` use what run.json has of it."""
     catalogue = write_catalogue(tmp_path / "catalogue.jsonl", 500)
