@@ -475,11 +475,7 @@ def prepare_prompts(
     if warning:
         print(warning)
     if account:
-        name = f"{account}/{config.dataset_name}"
-        push = partial(prompts.push_to_hub, name, private=True)
-        items.push_or_explain(name, push, kind="dataset")
-        items.write_json(folder / "prepare.json", {"hub": name} | about)
-        items.write_manifest(folder)
+        items.push_prompts(f"{account}/{config.dataset_name}", prompts, folder, about)
     return folder
 
 
@@ -604,10 +600,7 @@ def evaluate_model(
     # 2) Read its answers and the untouched base's
     answers = open_reader(run, base).answer(run, rows, decode, compare_base, keep=bool(pooled))
     if pooled:
-        members = {run.name: answers}
-        for one, its_base in zip(pooled, pooled_bases, strict=True):
-            members[one.name] = open_reader(one, its_base).answer(one, rows, decode, keep=True)
-        answers = util.pool_answers(members, rows)
+        answers = add_pooled_answers(answers, run, pooled, pooled_bases, rows)
 
     # 3) Write figures, charts and the report, replacing an older evaluation
     with items.replacing(folder) as new:
@@ -622,6 +615,18 @@ def evaluate_model(
     # 4) Publish them: the run's card, the Hub, Weights & Biases
     util.publish_evaluation(run, folder, results)
     return results
+
+
+def add_pooled_answers(answers, run, pooled, bases, rows):
+    """The util.Answers of a run and others together; `answers` are the run's own."""
+    import util
+
+    members = {run.name: answers}
+    for other, base in zip(pooled, bases, strict=True):
+        members[other.name] = open_reader(other, base).answer(
+            other, rows, answers.decode, keep=True
+        )
+    return util.pool_answers(members, rows)
 
 
 def open_reader(run, base):

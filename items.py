@@ -38,7 +38,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from decimal import Decimal
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice, zip_longest
 from pathlib import Path
 
@@ -995,6 +995,14 @@ def push_or_explain(name, upload, resume_command="the same command again", kind=
         print(f"Pushed: {name}, which is public: anybody can read it")
     else:
         print(f"Pushed: {name}")
+
+
+def push_prompts(name, prompts, folder, about):
+    """Pushes prompts to a dataset on the Hub, and records its name in their folder."""
+    push = partial(prompts.push_to_hub, name, private=True)
+    push_or_explain(name, push, kind="dataset")
+    write_json(folder / "prepare.json", {"hub": name} | about)
+    write_manifest(folder)
 
 
 def describe_prompts(config, cutoff, catalogue, counts, prompts):
