@@ -512,6 +512,7 @@ def train_model(
         run = util.open_run(config, name, resume, recipe, use_4bit, changes, hf_user)
         run.wandb = run.wandb or log_wandb
         if run.is_finished():
+            util.refuse_more(run, changes)
             return run.folder if dry_run else util.push_run(run)
         config = config.for_run(run)
         data, base = util.preflight(config, run, hf_user, use_bf16, micro_batch, changes)

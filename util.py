@@ -3824,19 +3824,45 @@ def describe_data(prompts):
 
 def refuse_changes(run, changes, data, base):
     """Raises UserError if data, base or settings are not those that the run began with."""
-    settings = asdict(run.recipe) | {"seed": run.seed}
-    pairs = {name.replace("_", " "): (settings[name], value) for name, value in changes.items()}
+    pairs = changed_settings(run, changes)
     if run.data:
         if run.data["fingerprint"] != data["fingerprint"]:
             names = [f"{one['source']} ({one['fingerprint']})" for one in (run.data, data)]
             pairs["data"] = tuple(names)
         pairs["base model"] = (run.base_identity, base.identity)
-    changed = [f"{name} was {old} and is {new}" for name, (old, new) in pairs.items() if old != new]
+    changed = describe_changes(pairs)
     if changed:
         raise UserError(
-            f"--resume {run.name}: {'; '.join(changed)}. "
-            "Resume with what it began with, or start a new run."
+            f"--resume {run.name}: {changed}. Resume with what it began with, or start a new run."
         )
+
+
+def refuse_more(run, changes):
+    """Raises UserError if a finished run is to be trained by other settings, such as more epochs.
+
+    Its learning rate has fallen by a schedule that ends with it: what would follow isn't what a
+    longer run would have been.
+    """
+    changed = describe_changes(changed_settings(run, changes))
+    if changed:
+        raise UserError(
+            f"--resume {run.name}: the run is finished; {changed}. Its learning rate has fallen to "
+            "the end of its schedule, so more steps wouldn't make it the longer run. Start a new "
+            "one."
+        )
+
+
+def changed_settings(run, changes):
+    """{setting: (the run's value, the one asked for)}."""
+    settings = asdict(run.recipe) | {"seed": run.seed}
+    return {name.replace("_", " "): (settings[name], value) for name, value in changes.items()}
+
+
+def describe_changes(pairs):
+    """Which of the pairs differ, in words; '' if none does."""
+    return "; ".join(
+        f"{name} was {old} and is {new}" for name, (old, new) in pairs.items() if old != new
+    )
 
 
 def find_run(config, name, recipe_type, hf_user, revision=None):

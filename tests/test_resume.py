@@ -133,6 +133,15 @@ def test_finished_run_is_left_alone(call, whole, tmp_path):
     assert_same_run(tmp_path, whole)
 
 
+def test_finished_run_takes_no_more(call, whole, tmp_path):
+    """More epochs would be another schedule: it is said why, and nothing changes."""
+    shutil.copytree(whole / "outputs", tmp_path / "outputs")
+    said = call(*RESUME, "--epochs", "3", cwd=tmp_path, code=1)
+    assert "--resume run: the run is finished; epochs was 2 and is 3. Its learning rate has" in said
+    assert_same_run(tmp_path, whole)
+    call(*RESUME, "--epochs", "2", cwd=tmp_path)
+
+
 def test_half_saved_checkpoint_never_counts(whole, tmp_path):
     """Each file made, half written or written, the later ones missing: the one before counts."""
     run = copy_unfinished(whole, tmp_path, last=4)
