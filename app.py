@@ -512,7 +512,6 @@ def train_model(
         run = util.open_run(config, name, resume, recipe, use_4bit, changes, hf_user)
         run.wandb = run.wandb or log_wandb
         if run.is_finished():
-            util.refuse_more(run, changes)
             return run.folder if dry_run else util.push_run(run)
         config = config.for_run(run)
         data, base = util.preflight(config, run, hf_user, use_bf16, micro_batch, changes)
@@ -595,13 +594,13 @@ def evaluate_model(
     earlier_guesses = util.read_earlier(config, earlier, rows, decode, subject.data)
     folder = subject.folder(run)
     if subject.differences:
-        reasons = "; ".join(subject.differences.values())
-        print(f"Not the run's own evaluation, so it stays in {folder}, unpublished: {reasons}")
+        print(subject.describe_differences(folder))
 
     # 2) Read its answers and the untouched base's
     answers = open_reader(run, base).answer(run, rows, decode, compare_base, keep=bool(pooled))
     if pooled:
-        answers = add_pooled_answers(answers, run, pooled, pooled_bases, rows)
+        readers = map(open_reader, pooled, pooled_bases)
+        answers = util.pool_with(answers, run, pooled, readers, rows)
 
     # 3) Write figures, charts and the report, replacing an older evaluation
     with items.replacing(folder) as new:
@@ -616,18 +615,6 @@ def evaluate_model(
     # 4) Publish them: the run's card, the Hub, Weights & Biases
     util.publish_evaluation(run, folder, results)
     return results
-
-
-def add_pooled_answers(answers, run, pooled, bases, rows):
-    """The util.Answers of a run and others together; `answers` are the run's own."""
-    import util
-
-    members = {run.name: answers}
-    for other, base in zip(pooled, bases, strict=True):
-        members[other.name] = open_reader(other, base).answer(
-            other, rows, answers.decode, keep=True
-        )
-    return util.pool_answers(members, rows)
 
 
 def open_reader(run, base):

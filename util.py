@@ -3626,6 +3626,8 @@ def open_run(config, name, resume, recipe, use_4bit, changes, hf_user):
         run = new_run(config, name, recipe, use_4bit, changes)
     else:
         run = find_resumable(config, resume, type(recipe), hf_user)
+        if has_adapter(run.folder):
+            refuse_more(run, changes)
     run.resume_command = config.resume_command(run.name)
     return run
 
@@ -4305,6 +4307,14 @@ class Answers:
     of_pooled: dict = field(default_factory=dict)  # {run: Estimates} of which of_run is the average
 
 
+def pool_with(answers, run, others, readers, rows):
+    """The Answers of a run and others together; `answers` are its own, `readers` RunReaders."""
+    members = {run.name: answers}
+    for other, reader in zip(others, readers, strict=True):
+        members[other.name] = reader.answer(other, rows, answers.decode, keep=True)
+    return pool_answers(members, rows)
+
+
 def pool_answers(answers, rows):
     """The Answers of several runs together, from {run: its Answers, with kept probabilities}.
 
@@ -4541,6 +4551,11 @@ class Subject:
     def folder(self, run):
         """Where the evaluation is written: `eval`, with the differences' names if it has any."""
         return run.folder / "-".join(["eval", *self.differences])
+
+    def describe_differences(self, folder):
+        """Why the evaluation in that folder isn't published, a line."""
+        reasons = "; ".join(self.differences.values())
+        return f"Not the run's own evaluation, so it stays in {folder}, unpublished: {reasons}"
 
 
 def make_subject(run, config, base, prompts, pooled=()):
