@@ -95,9 +95,7 @@ def copy_unfinished(whole, folder, last=12):
         ("kill_at_step", 3, 2),
         ("kill_at_step", 9, 8),
         ("kill_at_the_end_of_epoch", 1, 6),
-        ("kill_when_opening", "checkpoint-8/trainer_state.json", 6),
         ("kill_when_opening", f"checkpoint-8/.{MANIFEST}.", 6),
-        ("kill_when_opening", "adapter.new/.run.json.", 12),
     ],
 )
 def test_killed_run_resumes_exactly(call, begin, whole, project, hook, option, step):
