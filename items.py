@@ -1841,6 +1841,7 @@ PRICE = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 LONGEST_PRICE = 100  # characters
+FLOAT_DIGITS = 15  # that a float holds, whichever they are
 NUMBER = r"\d(?:[\d.,'’]*\d)?"
 RANGE = re.compile(
     rf"{NUMBER}\D*?(?:[-–—~…]|\.\.+|\b(?:to|bis|and|à|a|til)\b)\D*{NUMBER}",
@@ -1951,7 +1952,10 @@ def parse_number(text, decimal):
     if not match or not text:
         return None
     whole = re.sub(r"\D", "", match["whole"], flags=re.ASCII)
-    number = float(f"{whole or 0}.{match['decimals'] or 0}")
+    decimals = match["decimals"] or ""
+    if len((whole + decimals).strip("0")) > FLOAT_DIGITS:
+        return None
+    number = float(f"{whole or 0}.{decimals or 0}")
     return number if math.isfinite(number) else None
 
 

@@ -246,18 +246,20 @@ def rows(prepared):
 @pytest.mark.parametrize("is_taught", [True, False], ids=["taught", "untaught"])
 def test_prices_equal_brute_force(family, base, run, rows, is_taught, packed_attention, request):
     """To 1e-3 in log probability, with the fast path and without."""
-    if not (is_taught or request.config.getoption("--all-bases") or family in UNTAUGHT):
+    all_bases = request.config.getoption("--all-bases")
+    if not (is_taught or all_bases or family in UNTAUGHT):
         pytest.skip("of some families only without --all-bases")
+    judged = [0, 1] if all_bases else [1]  # the padded one
     adapter = run[1] if is_taught else None
     plain = load_plainly(base, adapter)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    expected = [read_by_brute_force(plain, tokenizer, row["prompt"]) for row in rows]
-    expected = torch.stack(expected)
+    prompts = [rows[i]["prompt"] for i in judged]
+    expected = torch.stack([read_by_brute_force(plain, tokenizer, one) for one in prompts])
     likely = expected > -40  # less is rounding
     assert likely.sum() > 100
     for fast in (False, True):
         found, checked = read_rows(util.Base(base), adapter, rows, fast)
-        assert (found - expected)[likely].abs().max() < 1e-3
+        assert (found[judged] - expected)[likely].abs().max() < 1e-3
         assert checked.in_tree == (family not in SLOW_READING)
 
 

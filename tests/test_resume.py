@@ -239,7 +239,7 @@ def test_signals_leave_a_resumable_run(call, begin, whole, project):
     rng = random.Random(7)
     sent = []
     start = begin
-    while len(sent) < 8:
+    while len(sent) < 6:
         process = child.start(list(start), project)
         number = rng.choice([signal.SIGTERM, signal.SIGINT])
         process.join(rng.uniform(0.3, 3))
