@@ -39,6 +39,7 @@ from typing import ClassVar
 MAX_NUMBER = 2**32  # of an argument; seeds have to be below it
 MAX_NAME = 96  # characters of a repository's name on the Hub
 MAX_CURRENCY = 6  # characters
+NO_CURRENCY = "0123456789×\"'`\\"  # signs that a currency's can't have
 SMALLEST_UNIT, LARGEST_UNIT = 0.01, 10**12  # as in items.UNIT_EXPONENTS
 
 
@@ -96,11 +97,9 @@ def power_of_ten(text):
 
 def currency_sign(text):
     """An argparse type: a sign or code of a currency, without digits and blanks."""
-    if not 0 < len(text) <= MAX_CURRENCY or not set(text).isdisjoint("0123456789×\"'`\\"):
-        is_sign = False
-    else:
-        is_sign = text.isprintable() and not any(sign.isspace() for sign in text)
-    if not is_sign:
+    is_short = 0 < len(text) <= MAX_CURRENCY
+    has_others = any(sign.isspace() or sign in NO_CURRENCY for sign in text)
+    if not is_short or has_others or not text.isprintable():
         raise argparse.ArgumentTypeError(
             f"{text} must be a currency's sign or code, such as € or CHF: at most {MAX_CURRENCY} "
             "characters, no digits, quotes or blanks"
@@ -697,7 +696,8 @@ def export_model(
     expected = in_tree = None
     if rows:
         reader = run_reader.open(run.adapter, rows)
-        expected, in_tree = reader.read_all(rows), reader.in_tree
+        expected, _ = reader.answer(rows, keep=True)
+        in_tree = reader.in_tree
         reader = None
         util.release_memory()
 
@@ -997,8 +997,8 @@ def parse_arguments(argv):
         args.resume = args.resume and args.resume.removeprefix(prefix)
     if args.stage == "eval":
         args.compare = [name.removeprefix(prefix) for name in args.compare]
-        names = [name.removeprefix(prefix) for name in args.run_name or [None] if name]
-        args.run_name, *args.pooled_names = names or [None]
+        names = [name.removeprefix(prefix) for name in args.run_name or ()]
+        args.run_name, args.pooled_names = names[0] if names else None, names[1:]
         if args.pooled_names and (args.input or args.text is not None or args.export):
             parser.error("--run-name: --input, --text and --export take one run")
         if args.pooled_names and args.revision:

@@ -187,9 +187,9 @@ class PriceScale:
 
     @property
     def question(self):
-        return (
-            QUESTION if self == COURSE_SCALE else f"What does this cost to the nearest {self.step}?"
-        )
+        if self == COURSE_SCALE:
+            return QUESTION
+        return f"What does this cost to the nearest {self.step}?"
 
     @property
     def prefix(self):
@@ -198,14 +198,14 @@ class PriceScale:
 
     @property
     def lowest(self):
-        """The lowest price that is used. Cheap items of a dear catalogue are kept."""
+        """The lowest price that is used; a larger unit doesn't drop cheap items."""
         return MIN_PRICE * min(1, self.unit)
 
     @property
     def highest(self):
         return self.amount(MAX_PRICE)
 
-    def range(self):
+    def describe_range(self):
         """The prices that are used, as text."""
         if self.unit == 1:
             return f"{self.currency}{MIN_PRICE:.2f}–{self.currency}{MAX_PRICE}"
@@ -2117,7 +2117,7 @@ def price_problem(price, scale=COURSE_SCALE):
     if price <= 0:
         return "price is zero or negative"
     if not scale.lowest <= price <= scale.highest:
-        return f"{PRICE_OUTSIDE} {scale.range()}"
+        return f"{PRICE_OUTSIDE} {scale.describe_range()}"
     return None
 
 
@@ -2422,7 +2422,7 @@ class OwnCatalogue:
         self.scale = PriceScale(unit or choose_unit(sizes), currency)
         how = "--unit"
         if unit is None:
-            how = f"the smallest that holds {HELD_SHARE:.1%}; --unit takes another"
+            how = f"the smallest that holds {HELD_SHARE:.1%}; --unit chooses another"
         held = held_share(sizes, self.scale.unit)
         self.scale_notes = [
             f"Unit: {self.scale.step}, whose numbers 0 … 999 hold {held:.1%} of the prices ({how})"

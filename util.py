@@ -220,6 +220,11 @@ def estimate_prices(probabilities, greedy, rows, decode="median", width=0.8, kee
     ]
 
 
+def kept_probabilities(estimates):
+    """The probabilities that Estimates keep, an array of rows × 1,000."""
+    return numpy.stack([estimate.probabilities for estimate in estimates])
+
+
 def calibrate(ranks):
     """How wide central intervals must be to keep their promise: {"rows": n, "widths": shares}.
 
@@ -232,7 +237,7 @@ def calibrate(ranks):
     if count < FEWEST_TO_CALIBRATE:
         return {}
     distances = [0.0, *sorted(abs(2 * rank - 1) for rank in ranks), 1.0]
-    places = [-(-(count + 1) * promise // 100) for promise in INTERVAL_WIDTHS]
+    places = [math.ceil((count + 1) * promise / 100) for promise in INTERVAL_WIDTHS]
     widths = [distances[place] for place in places]
     return {"rows": count, "widths": widths}
 
@@ -241,7 +246,7 @@ def interval_width(calibration, promise=80):
     """The share of a distribution that an interval must have; the promise without calibration."""
     if not calibration:
         return promise / 100
-    return calibration["widths"][list(INTERVAL_WIDTHS).index(promise)]
+    return calibration["widths"][INTERVAL_WIDTHS.index(promise)]
 
 
 def parse_price(answer):
@@ -583,7 +588,7 @@ def color_label(shade, scale):
     return COLOR_LIMITS[shade].format(limit)
 
 
-def plain(text):
+def escape_math(text):
     """A text for a chart, in which `$` would begin a formula."""
     return text.replace("$", "\\$")
 
@@ -679,7 +684,7 @@ def scatter(guesses, truths, figures, title):
         up.append(guess)
     for shade, (across, up) in points.items():
         if across:
-            label = plain(f"{color_label(shade, scale)}: {len(across):,} of {len(truths):,}")
+            label = escape_math(f"{color_label(shade, scale)}: {len(across):,} of {len(truths):,}")
             style = {
                 "c": COLORS[shade],
                 "marker": MARKERS[shade],
@@ -692,7 +697,7 @@ def scatter(guesses, truths, figures, title):
     axes.plot(
         [0, limit], [0, limit], color="black", linewidth=1, linestyle="--", label="guess = truth"
     )
-    currency = plain(scale.currency)
+    currency = escape_math(scale.currency)
     axes.set(
         xlim=(0, limit),
         ylim=(0, limit),
@@ -723,9 +728,9 @@ def running_error(guesses, truths, figures, title):
     scale = PriceScale.from_record(figures)
     last_band = format_number(bands[-1])
     label = f"{scale.format(means[-1])} ± {last_band} after {len(means):,} items"
-    axes.plot(count, means, color="black", label=plain(label))
+    axes.plot(count, means, color="black", label=escape_math(label))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    error = f"mean absolute error ({plain(scale.currency)})"
+    error = f"mean absolute error ({escape_math(scale.currency)})"
     axes.set(xlabel="items evaluated", ylabel=error, ylim=(0, None))
     set_title(figure, title, headline(figures))
     axes.legend()
@@ -780,12 +785,12 @@ def comparison(results):
             shade = "0.5"
         outline = {"edgecolor": "black", "linewidth": 0.6}
         axes.barh(place, row["mae"], xerr=interval, color=shade, capsize=3, **outline)
-        text = "  " + plain(scale.format(row["mae"]))
+        text = "  " + escape_math(scale.format(row["mae"]))
         axes.text(row["mae"] + (interval or 0), place, text, va="center", fontsize=8)
-    labels = [plain(textwrap.fill(name, LABEL_WIDTH)) for name, _ in rows]
+    labels = [escape_math(textwrap.fill(name, LABEL_WIDTH)) for name, _ in rows]
     axes.set_yticks(range(len(rows)), labels)
     axes.margins(x=0.2)
-    error = f"mean absolute error ({plain(scale.currency)})"
+    error = f"mean absolute error ({escape_math(scale.currency)})"
     axes.set(xlabel=f"{error} with its 95 % interval, n = {results['n']:,}")
     if results.get("course"):
         axes.set_title(f"white: {LADDER_SOURCE}", fontsize=8)
@@ -810,7 +815,9 @@ def loss_chart(history, title, val_size, currency="$"):
     plot(left, "eval_loss", f"validation, n = {val_size:,}", "black")
     plot(right, "eval_mae", f"validation, by the median price, n = {val_size:,}", "black")
     left.set(xlabel="step", ylabel="loss per completion token")
-    right.set(xlabel="step", ylabel=f"mean absolute error ({plain(currency)})", ylim=(0, None))
+    right.set(
+        xlabel="step", ylabel=f"mean absolute error ({escape_math(currency)})", ylim=(0, None)
+    )
     set_title(figure, title)
     return figure
 
@@ -822,7 +829,7 @@ def data_chart(train, about):
     """
     figure, (left, right) = new_figure(columns=2, width=10, height=4)
     left.hist(train["price"], bins=50, color="0.45")
-    currency = plain(PriceScale.from_record(about).currency)
+    currency = escape_math(PriceScale.from_record(about).currency)
     title = f"{len(train['price']):,} training items"
     left.set(xlabel=f"price ({currency})", ylabel="items", title=title)
     tokens = train["tokens"]
@@ -1302,11 +1309,6 @@ class Reading:
     greedy: list
     losses: list | None = None
 
-    @property
-    def shares(self):
-        """The numbers' shares of their total probability."""
-        return self.probabilities / self.probabilities.sum(1, keepdims=True)
-
 
 class PriceReader:
     """Reads a model's probability of every price from one forward pass, without generating text.
@@ -1381,19 +1383,15 @@ class PriceReader:
         at_nodes = torch.cat(at_nodes).view(len(prompts), len(self.tree.nodes), -1)
         return torch.nn.utils.rnn.pad_sequence(along, batch_first=True), at_nodes.float()
 
-    def read_all(self, rows):
-        """The Reading of any number of rows, in batches."""
-        batches = [
-            self.read(rows[start : start + self.batch_size])
-            for start in range(0, len(rows), self.batch_size)
-        ]
-        probabilities = numpy.concatenate([batch.probabilities for batch in batches])
-        return Reading(probabilities, [number for batch in batches for number in batch.greedy])
-
     def estimate(self, rows, **options):
         """The Estimates of rows; `options` as of estimate_prices."""
         reading = self.read(rows)
         return estimate_prices(reading.probabilities, reading.greedy, rows, **options)
+
+    def answer(self, rows, name=None, **options):
+        """(the Estimates of any number of rows, the seconds they took); `name` as of `predict`."""
+        function = partial(self.estimate, **options)
+        return predict(function, rows, self.batch_size, name, self.threads)
 
     def tree_inputs(self, prompts, completions, completion_len):
         """The model's inputs of padded prompts, each before its completion and the branches.
@@ -3842,14 +3840,14 @@ def refuse_changes(run, changes, data, base):
 def refuse_more(run, changes):
     """Raises UserError if a finished run is to be trained by other settings, such as more epochs.
 
-    Its learning rate has fallen by a schedule that ends with it: what would follow isn't what a
-    longer run would have been.
+    Its learning rate has reached the end of its schedule: more steps would not equal one longer
+    run.
     """
     changed = describe_changes(changed_settings(run, changes))
     if changed:
         raise UserError(
-            f"--resume {run.name}: the run is finished; {changed}. Its learning rate has fallen to "
-            "the end of its schedule, so more steps wouldn't make it the longer run. Start a new "
+            f"--resume {run.name}: the run is finished; {changed}. Its learning rate has reached "
+            "the end of its schedule, so more steps would not equal one longer run. Start a new "
             "one."
         )
 
@@ -4200,20 +4198,19 @@ def rows_to_check(config, run):
 def check_export(folder, rows, expected, in_tree):
     """Compares a written model, loaded by transformers alone, with the run; returns a line on it.
 
-    `expected` is the run's Reading of the rows. What is compared is the total variation between two
-    price distributions: how much of the one is elsewhere in the other. Raises UserError if it is
-    above MOST_MOVED, which 16 bits don't explain.
+    `expected` are the run's Estimates, with their probabilities. What is compared is the total
+    variation between two price distributions: how much of the one is elsewhere in the other. Raises
+    UserError if it is above MOST_MOVED, which 16 bits don't explain.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
     reader = PriceReader(model, load_tokenizer(str(folder)), in_tree, scale_of_rows(rows).prefix)
-    found = reader.read_all(rows)
-    moved = float(abs(found.shares - expected.shares).sum(1).max() / 2)
-    guesses = [
-        [estimate.median for estimate in estimate_prices(one.probabilities, one.greedy, rows)]
-        for one in (found, expected)
-    ]
-    difference = max(abs(a - b) for a, b in zip(*guesses, strict=True))
+    found, _ = reader.answer(rows, keep=True)
+    shares = [kept_probabilities(one) for one in (found, expected)]
+    shares = [one / one.sum(1, keepdims=True) for one in shares]
+    moved = float(abs(shares[0] - shares[1]).sum(1).max() / 2)
+    pairs = zip(found, expected, strict=True)
+    difference = max(abs(one.median - other.median) for one, other in pairs)
     text = (
         f"on {len(rows)} validation rows its price distributions differ from the run's by at most "
         f"{moved:.1%} of the probability (allowed are {MOST_MOVED:.0%}), its median prices by at "
@@ -4323,10 +4320,7 @@ def pool_answers(answers, rows):
     """
     first = next(iter(answers.values()))
     members = {name: one.of_run for name, one in answers.items()}
-    estimates = [
-        numpy.stack([estimate.probabilities for estimate in of_run]) for of_run in members.values()
-    ]
-    probabilities = numpy.mean(estimates, axis=0)
+    probabilities = numpy.mean([kept_probabilities(one) for one in members.values()], axis=0)
     likeliest = probabilities.argmax(1)
     return Answers(
         of_run=estimate_prices(probabilities, likeliest, rows, first.decode),
@@ -4393,9 +4387,7 @@ class RunReader:
 
     def estimate_rows(self, adapter, rows, name, **options):
         """(the Estimates of rows, the seconds they took); `options` as of estimate_prices."""
-        reader = self.open(adapter, rows)
-        function = partial(reader.estimate, **options)
-        return predict(function, rows, reader.batch_size, name, reader.threads)
+        return self.open(adapter, rows).answer(rows, name, **options)
 
     def answer(self, run, rows, decode="median", compare_base=False, keep=False):
         """The Answers of a Run, which may be the untouched base.
@@ -4438,7 +4430,8 @@ class WordRegression:
         self.weights = numpy.log((1 + len(train)) / (1 + frequency)) + 1
         self.weights[frequency == 0] = 0  # words that no training row has tell nothing
         features = self.weigh(counts)
-        targets = numpy.log([max(truth_of(row), self.least(row)) for row in train])
+        least = scale_of_rows(train).amount(0.5)  # half a unit: 0 has no logarithm
+        targets = numpy.log([max(truth_of(row), least) for row in train])
         self.mean = targets.mean()
 
         truths = numpy.array([truth_of(row) for row in val])
@@ -4454,10 +4447,6 @@ class WordRegression:
     def guess(self, rows):
         """The guesses for rows, an array of money."""
         return self.prices(self.weigh(self.count_words(rows)), self.coefficients)
-
-    def least(self, row):
-        """The least price that has a logarithm: half a unit."""
-        return scale_of_rows([row]).amount(0.5)
 
     def prices(self, features, coefficients):
         return numpy.exp(self.mean + features.times(coefficients))
@@ -4753,29 +4742,29 @@ def score_run(run, config, subject, rows, answers, earlier, folder):
         "versions": versions(),
         "date": datetime.now().isoformat(timespec="seconds"),
         "baselines": score_constants(subject.data["constants"], truths),
-        "earlier": {},
     }
     errors = [
         abs(estimate.guess - truth) for estimate, truth in zip(answers.of_run, truths, strict=True)
     ]
+    compare = partial(compare_guesses, truths=truths, errors=errors, seed=config.seed)
     words = WordRegression(prompts.splits["train"], prompts.splits["val"]).guess(rows)
-    difference = paired_difference(errors, abs(words - truths), config.seed)
-    results["words"] = metrics(words.tolist(), truths) | difference
-    for name, guesses in earlier.items():
-        others = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
-        difference = paired_difference(errors, others, config.seed)
-        results["earlier"][name] = metrics(guesses, truths) | difference
+    results["words"] = compare(words.tolist())
+    results["earlier"] = {name: compare(guesses) for name, guesses in earlier.items()}
     for name, estimates in answers.of_pooled.items():
         guesses = [estimate.guess for estimate in estimates]
-        others = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
-        difference = paired_difference(errors, others, config.seed)
-        results.setdefault("pooled", {})[name] = metrics(guesses, truths) | difference
+        results.setdefault("pooled", {})[name] = compare(guesses)
     if answers.of_base:
         results["base"] = score(rows, answers.of_base, "the untouched base model")
     if "implied_prices" in prompts.about:
         implied = prompts.about["implied_prices"][: len(rows)]
         results["best_reachable"] = metrics(implied, truths)
     return results
+
+
+def compare_guesses(guesses, truths, errors, seed):
+    """The figures of guesses, and how much larger the `errors` of the evaluated run are."""
+    others = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
+    return metrics(guesses, truths) | paired_difference(errors, others, seed)
 
 
 def score_constants(constants, truths):

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -197,13 +198,16 @@ def packed_attention(monkeypatch):
     monkeypatch.setattr(util, "varlen_attn", attend_on_cpu)
 
 
-def write_catalogue(path, n=80):
-    """A catalogue of n synthetic items as JSON lines; returns the path as text."""
+def write_catalogue(path, n=80, factor=1):
+    """A catalogue of n synthetic items as JSON lines; returns the path as text.
+
+    Their prices are multiplied by `factor`, a Decimal.
+    """
     with open(path, "w", encoding="utf-8") as file:
         for item in demo_items(n, seed=1):
             row = {
                 "title": item.title,
-                "price": item.price,
+                "price": float(Decimal(str(item.price)) * factor),
                 "text": item.summary,
                 "category": item.category,
             }

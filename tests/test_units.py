@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 import child
 import items
 import util
-from conftest import TRAIN, contents, read
-from items import COURSE_SCALE, OwnCatalogue, PriceScale, demo_items, scale_of
+from conftest import TRAIN, contents, read, write_catalogue
+from items import COURSE_SCALE, OwnCatalogue, PriceScale, scale_of
 
 RUN = "outputs/price-run"
 SCALES = [
@@ -200,22 +200,13 @@ def test_figures_scale_with_the_unit(tmp_path):
 # Stages
 
 
-def write_scaled(path, factor, n=80):
-    with open(path, "w", encoding="utf-8") as file:
-        for item in demo_items(n, seed=1):
-            price = float(Decimal(str(item.price)) * factor)
-            row = {"title": item.title, "price": price, "text": item.summary}
-            file.write(json.dumps(row) + "\n")
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def alike(call, shared, tmp_path_factory):
     """{unit: the folder of the three stages}, with the same prompts but for what they mean."""
     folders = {}
     for unit, factor in FACTORS.items():
         folder = folders[unit] = tmp_path_factory.mktemp("unit")
-        catalogue = write_scaled(folder / "catalogue.jsonl", factor)
+        catalogue = write_catalogue(folder / "catalogue.jsonl", factor=factor)
         hook = {"cwd": folder, "hook": "same_prompts", "options": (unit,)}
         call("prepare", *shared, "--source", catalogue, "--unit", str(unit), **hook)
         call("train", *shared, "--run-name", "run", "--price-loss", "1", *SHORT, **hook)
@@ -279,7 +270,7 @@ def test_exports_are_checked_alike(alike):
 def tens(call, shared, tmp_path_factory):
     """A folder with a run in steps of €10, whose prompts say so."""
     folder = tmp_path_factory.mktemp("tens")
-    catalogue = write_scaled(folder / "catalogue.jsonl", Decimal(10))
+    catalogue = write_catalogue(folder / "catalogue.jsonl", factor=Decimal(10))
     call("prepare", *shared, "--source", catalogue, "--currency", "€", cwd=folder)
     call("train", *shared, "--run-name", "run", *TRAIN, cwd=folder)
     call("eval", "--local", cwd=folder)
