@@ -89,6 +89,7 @@ WRITTEN_NUMBER = r"^\$?\s*[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d*)?$"
 SHOWN_VALUE = 60  # characters of a value in an error
 
 MERGE_MARGIN = 8  # tokens that can merge where texts meet; in fact one or two do
+TOKEN_CHARACTERS = 5  # a text of more of them a token than this is probably too long
 MANIFEST = "manifest.json"
 
 
@@ -147,13 +148,28 @@ def encode(texts, tokenizer, special=True):
 
     Calling the tokenizer returns the same in twice the time, because it also makes masks.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # one in Python
+    backend = fast_backend(tokenizer)
+    if backend is None:
         return tokenizer(texts, add_special_tokens=special)["input_ids"]
-    backend.no_truncation()
-    backend.no_padding()
     encodings = backend.encode_batch_fast(texts, add_special_tokens=special)
     return [encoding.ids for encoding in encodings]
+
+
+def count_tokens(texts, tokenizer):
+    """How many token ids `encode` returns of each text, without making lists of them."""
+    backend = fast_backend(tokenizer)
+    if backend is None:
+        return [len(ids) for ids in encode(texts, tokenizer)]
+    return [len(encoding) for encoding in backend.encode_batch_fast(texts)]
+
+
+def fast_backend(tokenizer):
+    """The tokenizer's part in Rust, which neither truncates nor pads; None of one in Python."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return backend
 
 
 def truncate(summaries, tokenizer, max_tokens):
@@ -164,7 +180,8 @@ def truncate(summaries, tokenizer, max_tokens):
     truncated = []
     for summary, ids in zip(summaries, encode(summaries, tokenizer, special=False), strict=True):
         if len(ids) > max_tokens:
-            summary = tokenizer.decode(ids[:max_tokens]).rstrip()
+            # An array: of a list `decode` looks at each number, which takes longer than decoding
+            summary = tokenizer.decode(numpy.array(ids[:max_tokens])).rstrip()
         truncated.append(summary)
     return truncated
 
@@ -388,7 +405,8 @@ def item_splits(train, val, test, to_row=asdict, names=SPLITS):
 class PromptMaker:
     """Makes prompts of batches of items.
 
-    Each text is tokenised once, except those near the cutoff.
+    Each text is tokenised once and, if it is cut, what is left of it as well. Only texts that turn
+    out to be near the cutoff are tokenised once more.
     """
 
     def __init__(self, tokenizer, cutoff, scale, bar=None):
@@ -400,6 +418,7 @@ class PromptMaker:
         # few less than the two have alone. Up to this length a summary surely needn't be cut.
         empty_prompt_len = len(encode([scale.prompt("")], tokenizer)[0])
         self.max_uncut_len = cutoff + empty_prompt_len - MERGE_MARGIN
+        self.max_usual_characters = cutoff * TOKEN_CHARACTERS
         self.special_tokens = tokenizer.num_special_tokens_to_add() + 1  # and the end of text
 
     def __call__(self, table, do_round):
@@ -410,36 +429,40 @@ class PromptMaker:
         summaries = table["summary"].to_pylist()
         prices = table["price"].to_pylist()
         completions = [self.scale.completion(price, do_round) for price in prices]
-        prompts = [self.scale.prompt(summary) for summary in summaries]
-        lengths = self.count(prompts, completions)
 
-        is_cut = [False] * len(prompts)
-        near = [i for i, length in enumerate(lengths) if length > self.max_uncut_len]
-        kept = truncate([summaries[i] for i in near], self.tokenizer, self.cutoff)
-        for i, summary in zip(near, kept, strict=True):
-            if summary != summaries[i]:
-                is_cut[i] = True
-                prompts[i] = self.scale.prompt(summary)
-        cut = [i for i in near if is_cut[i]]
-        counted = self.count([prompts[i] for i in cut], [completions[i] for i in cut])
-        for i, length in zip(cut, counted, strict=True):
+        kept = list(summaries)
+        long = [i for i, text in enumerate(summaries) if len(text) > self.max_usual_characters]
+        self.truncate_rows(kept, long)
+        lengths = self.count(kept, completions)
+
+        near = {i for i, length in enumerate(lengths) if length > self.max_uncut_len}
+        near = sorted(near.difference(long))
+        self.truncate_rows(kept, near)
+        counted = self.count([kept[i] for i in near], [completions[i] for i in near])
+        for i, length in zip(near, counted, strict=True):
             lengths[i] = length
 
-        tokens = [length - self.special_tokens for length in lengths]
         columns = {
-            "prompt": prompts,
+            "prompt": [self.scale.prompt(summary) for summary in kept],
             "completion": completions,
             "price": prices,
-            "cut": is_cut,
-            "tokens": tokens,
+            "cut": [new != old for new, old in zip(kept, summaries, strict=True)],
+            "tokens": [length - self.special_tokens for length in lengths],
         }
         if self.bar is not None:
-            self.bar.update(len(prompts))
+            self.bar.update(len(kept))
         return pyarrow.table(columns)
 
-    def count(self, prompts, completions):
+    def truncate_rows(self, summaries, rows):
+        """Cuts those of the summaries, a list, whose numbers are in `rows`."""
+        truncated = truncate([summaries[i] for i in rows], self.tokenizer, self.cutoff)
+        for i, summary in zip(rows, truncated, strict=True):
+            summaries[i] = summary
+
+    def count(self, summaries, completions):
         """Tokens of each row as it is trained on."""
-        return [len(ids) for ids in encode_rows(prompts, completions, self.tokenizer)]
+        prompts = [self.scale.prompt(summary) for summary in summaries]
+        return count_tokens(row_texts(prompts, completions, self.tokenizer), self.tokenizer)
 
 
 @contextmanager
@@ -522,11 +545,15 @@ def tokenise(prompts, tokenizer, name):
 
 def encode_rows(prompts, completions, tokenizer):
     """The token ids of each prompt with its completion and the end of text, a list of lists."""
-    texts = [
+    return encode(row_texts(prompts, completions, tokenizer), tokenizer)
+
+
+def row_texts(prompts, completions, tokenizer):
+    """What is trained on: each prompt with its completion and the end of text; texts."""
+    return [
         f"{prompt}{completion}{tokenizer.eos_token}"
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    return encode(texts, tokenizer)
 
 
 def completion_tokens(completions, tokenizer, prefix=PREFIX):
@@ -2142,7 +2169,7 @@ TAG = re.compile(rf"</?({TAG_NAMES}|[movw]:\w+)\b{ATTRIBUTES}\s*/?>", re.IGNOREC
 NO_TEXT = re.compile(r"<!--.*?-->|<(script|style)\b[^>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[a-zA-Z][a-zA-Z\d]{1,31});", re.ASCII)
 LINE_END = re.compile(r" ?\n\s*")
-BLANKS = re.compile(r"[^\S\n]+")
+BLANKS = re.compile(r"[^\S\n ][^\S\n]*|[^\S\n]{2,}")  # all but a single space
 REPETITION_END = re.compile(r"$|\s|[,;:.!?|–—-]+(?=\s|$)")
 BEFORE_REST = re.compile(r"\s*(?:[,;:.!?|–—-]+(?=\s|$))?\s*")
 NO_TEXTS = ("nan", "none", "null")
@@ -2178,7 +2205,8 @@ def tag_text(match):
 def fold_space(text):
     """`text` with single spaces and single line ends, and none at its start and end."""
     text = text.strip().replace("\r\n", "\n").replace("\r", "\n")
-    return LINE_END.sub("\n", BLANKS.sub(" ", text))
+    text = BLANKS.sub(" ", text)
+    return LINE_END.sub("\n", text) if "\n" in text else text
 
 
 def clean_text(text, changes):
