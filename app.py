@@ -36,6 +36,7 @@ from typing import ClassVar
 # ------------------------------------------------------------------------------------------------
 # Kinds of arguments
 
+AUTO = "auto"  # as in util.py
 MAX_NUMBER = 2**32  # of an argument; seeds have to be below it
 MAX_NAME = 96  # characters of a repository's name on the Hub
 MAX_CURRENCY = 6  # characters
@@ -80,6 +81,18 @@ def number_or_all(text):
         return at_least(1)(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}, or `all`") from None
+
+
+def or_auto(parse):
+    """An argparse type: what `parse` takes, or AUTO, which util.choose_schedule replaces."""
+
+    def parse_or_auto(text):
+        try:
+            return AUTO if text == AUTO else parse(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, or `{AUTO}`") from None
+
+    return parse_or_auto
 
 
 def power_of_ten(text):
@@ -141,16 +154,23 @@ def setting(default, meaning, kind=None, default_text=None, **options):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run is trained. The defaults are lite's; lite and full are the course's."""
+    """How a run is trained. The defaults are lite's; lite and full are the course's.
 
-    epochs: int = setting(1, "passes over the training rows", at_least(1))
+    Of data that aren't the course's, four of them are AUTO unless they are given.
+    """
+
+    epochs: int | str = setting(1, "passes over the training rows", or_auto(at_least(1)))
     max_steps: int | None = setting(
         None, "stop after this many optimizer steps", at_least(1), "none"
     )
-    batch_size: int = setting(
-        32, "rows per optimizer step, summed over processes and micro-batches", at_least(1)
+    batch_size: int | str = setting(
+        32,
+        "rows per optimizer step, summed over processes and micro-batches",
+        or_auto(at_least(1)),
     )
-    learning_rate: float = setting(1e-4, "its peak, at the warm-up's end", at_least(1e-12, float))
+    learning_rate: float | str = setting(
+        1e-4, "its peak, at the warm-up's end", or_auto(at_least(1e-12, float))
+    )
     scheduler: str = setting(
         "cosine",
         "how the learning rate goes on after the warm-up",
@@ -168,11 +188,11 @@ class Recipe:
         "the linear layers that get adapters: the attention's, or all but the head",
         choices=["attention", "all"],
     )
-    price_loss: float = setting(
+    price_loss: float | str = setting(
         0.0,
         "weight of the price distribution's error (CRPS) in the loss, beside the cross-entropy; "
         "2.5 lowers the error on real listings",
-        at_least(0, float),
+        or_auto(at_least(0, float)),
         metavar="WEIGHT",
     )
     val_size: int = setting(500, "validation rows, the first of the split", at_least(1))
@@ -529,7 +549,7 @@ def train_model(
         run.begin(plan)
         while True:
             model = util.load_base(base, plan, quant_config)
-            plan = util.check_plan(plan, model, base, data, run.recipe)
+            plan = util.check_plan(plan, model, base, data, run)
             run.follow(plan)
             trainer = util.build_trainer(model, base.tokenizer, data, run, plan, stopper)
             smaller_plan = util.fit(trainer, run, plan)
@@ -861,7 +881,11 @@ def add_train_flags(parser):
     }
     for flag, meaning in switches.items():
         parser.add_argument(flag, action="store_true", help=meaning)
-    recipe = parser.add_argument_group("recipe", "how the run is trained")
+    recipe = parser.add_argument_group(
+        "recipe",
+        "how the run is trained; with data of your own, --epochs, --batch-size, --learning-rate "
+        f"and --price-loss are `{AUTO}`, chosen by rows and base model, unless given or --demo",
+    )
     for one in fields(Recipe):
         add_recipe_flag(recipe, one)
 

@@ -89,6 +89,7 @@ WRITTEN_NUMBER = r"^\$?\s*[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d*)?$"
 SHOWN_VALUE = 60  # characters of a value in an error
 
 MERGE_MARGIN = 8  # tokens that can merge where texts meet; in fact one or two do
+COURSE_SIZES = (20_000, 800_000)  # training rows of lite and full
 TOKEN_CHARACTERS = 5  # a text of more of them a token than this is probably too long
 MANIFEST = "manifest.json"
 
@@ -1177,6 +1178,14 @@ class Prompts:
     def scale(self):
         """The PriceScale that its prompts name."""
         return scale_of(self.splits["train"][0]["prompt"])
+
+    @property
+    def is_own(self):
+        """Whether they are not the course's: made of a file or, on the Hub, of another size."""
+        if Path(self.place).exists():
+            return "columns" in self.about
+        rows = len(self.splits["train"])
+        return all(abs(rows - size) > size / 20 for size in COURSE_SIZES)
 
 
 def find_prompts(config, trained_on=None):

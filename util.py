@@ -2378,22 +2378,29 @@ def lora_agrees(layer, precision):
         return agrees(lambda: adapted(x), lambda: lora.Linear.forward(adapted, x), tolerance)
 
 
-def check_plan(plan, model, base, data, recipe):
+def check_plan(plan, model, base, data, run):
     """The Plan without what doesn't compute the loaded model right. Prints what was compared.
 
-    All processes follow the first. Raises UserError if a price loss needs what isn't right.
+    All processes follow the first. Raises UserError if a price loss that was asked for needs what
+    isn't right; one that is AUTO is left out.
     """
     layers = layers_of_each_kind(model, plan.targets) if plan.fast_path.lora else []
     prompts = [data.prompt_tokens(data.lengths.argmin()), data.prompt_tokens(data.lengths.argmax())]
     check = SelfCheck(model, base.tokenizer, prompts, plan.precision, layers)
     checked = broadcast(check.run(plan.fast_path.packed))
     print(f"{'Check:':<14}{checked}")
-    if recipe.price_loss and not checked.in_tree:
+    plan = plan.without_unused(checked)
+    if checked.in_tree or not run.recipe.price_loss:
+        return plan
+    if "price_loss" not in run.auto:
         raise UserError(
             f"--price-loss: the prices of {base.path} can't be read in one pass. Leave it out, or "
             "take another base model."
         )
-    return plan.without_unused(checked)
+    run.recipe = replace(run.recipe, price_loss=0.0)
+    loss = "cross-entropy only, since this base's prices can't be read in one pass"
+    print(f"{'Loss:':<14}{loss}")
+    return replace(plan, reasons=plan.reasons | {"Loss": loss})
 
 
 def layers_of_each_kind(model, endings):
@@ -2413,6 +2420,13 @@ MAX_MICRO_BATCH = 256  # rows; 512 are no faster
 MIN_MICRO_BATCH = 4  # rows; fewer are slower than activation checkpointing
 COMPILE_FROM = 16_000  # examples of a run; for fewer compiling takes longer than it saves
 KEPT_CHECKPOINTS = 10
+AUTO = "auto"  # of a recipe's fields: chosen by data and base
+AUTO_FIELDS = ("epochs", "batch_size", "learning_rate", "price_loss")
+AUTO_EPOCHS = 3
+AUTO_MAX_EPOCHS = 12  # at 1,000 rows no worse than 3
+AUTO_MIN_STEPS = 180
+AUTO_BATCH = 16  # rows
+AUTO_PRICE_LOSS = 2.5
 QUANTISED_BYTES = {"nf4": 0.5 + 1 / 64, "8 bit": 1.0}  # per weight, including block scales
 
 
@@ -2477,9 +2491,51 @@ def precision_for_reading(run, use_bf16):
     return choose_precision(asked, use_bf16)[0]
 
 
+def choose_schedule(run, changes, prompts, base):
+    """Sets what is AUTO in a new run's recipe, by training rows and the base's width.
+
+    Of data that aren't the course's, all of AUTO_FIELDS is, except what `changes` ask for; demo
+    runs, made for CPUs, keep their own. `run.schedule` gets the reason, `run.auto` the names.
+    Measured on validation rows of real listings: see tests/BENCHMARKS.md.
+    """
+    auto = [name for name in AUTO_FIELDS if getattr(run.recipe, name) == AUTO]
+    if prompts.is_own and run.mode != "demo":
+        auto = [name for name in AUTO_FIELDS if changes.get(name, AUTO) == AUTO]
+    if not run.is_new or not auto:
+        return
+    rows = len(prompts.splits["train"])
+    width = base.config.get_text_config().hidden_size
+    batch = world_size() * math.ceil(AUTO_BATCH / world_size())
+    if "batch_size" not in auto:
+        batch = run.recipe.batch_size
+    epochs = math.ceil(AUTO_MIN_STEPS * batch / rows)
+    chosen = {
+        "epochs": min(max(epochs, AUTO_EPOCHS), AUTO_MAX_EPOCHS),
+        "batch_size": batch,
+        "learning_rate": auto_learning_rate(width),
+        "price_loss": AUTO_PRICE_LOSS,
+    }
+    run.recipe = replace(run.recipe, **{name: chosen[name] for name in auto})
+    run.auto = auto
+    if run.recipe.max_steps:  # they, and not the epochs, end the run
+        chosen.pop("epochs")
+    shown = [f"{name.replace('_', ' ')} {chosen[name]:g}" for name in auto if name in chosen]
+    run.schedule = f"{', '.join(shown)}: by {rows:,} rows and the base's width, {width:,}"
+
+
+def auto_learning_rate(width):
+    """The peak learning rate for LoRA on a base of that hidden size, to two digits.
+
+    Source: hyperparam_utils.py of tinker-cookbook, whose rule doesn't depend on the rank.
+    """
+    return float(f"{5e-4 * (2000 / width) ** 0.78:.2g}")
+
+
 def check_batch(recipe, micro_batch):
     """Raises UserError if the batch can't be divided among processes and into micro-batches."""
     batch = recipe.batch_size
+    if batch == AUTO:  # can always be divided
+        return
     if batch % world_size():
         raise UserError(
             f"--batch-size {batch}: can't be divided among {world_size()} processes. Take a "
@@ -2695,6 +2751,7 @@ class Planner:
         self.recipe = run.recipe
         self.data = data
         self.lengths = data.lengths
+        self.schedule = run.schedule
         self.micro_batch = micro_batch
         self.fast = fast
         self.storage = "nf4" if run.use_4bit else "8 bit"
@@ -2823,7 +2880,8 @@ class Planner:
         )
         if needed > available:
             memory_line += "; may not fit: a smaller --base-model or --lora-r needs less"
-        return {
+        schedule = {"Schedule": self.schedule} if self.schedule else {}
+        return schedule | {
             "Device": describe_device(),
             "Precision": (
                 f"{plan.precision} ({self.precision_reason}); adapters and optimizer in fp32"
@@ -3525,6 +3583,8 @@ class Run:
     processes: int = 1
     micro_batch: int | None = None  # dropout depends on it: resuming is exact with the same
     base_weights: str = ""
+    auto: list = field(default_factory=list)  # fields of the recipe that choose_schedule set
+    schedule: str = ""  # what it set, and why
     plan: dict = field(default_factory=dict)  # the reasons of the Plan
     steps: int = 0
     val_rows: int = 0  # that it was validated on; 0 in older records
@@ -3796,6 +3856,8 @@ def preflight(config, run, hf_user, use_bf16, micro_batch, changes):
             check_wandb()
     with problems:
         choose_precision(run.recipe.precision, use_bf16)
+    if not problems.texts:  # or there may be no prompts or no base
+        choose_schedule(run, changes, prompts, base)
     with problems:
         check_batch(run.recipe, micro_batch)
     problems.report()
@@ -3855,7 +3917,11 @@ def refuse_more(run, changes):
 def changed_settings(run, changes):
     """{setting: (the run's value, the one asked for)}."""
     settings = asdict(run.recipe) | {"seed": run.seed}
-    return {name.replace("_", " "): (settings[name], value) for name, value in changes.items()}
+    return {
+        name.replace("_", " "): (settings[name], value)
+        for name, value in changes.items()
+        if value != AUTO
+    }
 
 
 def describe_changes(pairs):

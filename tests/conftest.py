@@ -61,6 +61,7 @@ TRAIN = (
     *("--batch-size", "4"),
     *("--save-steps", "3"),
     *("--learning-rate", "1e-2"),
+    *("--price-loss", "0"),
 )
 DATASET = "outputs/datasets/items_prompts_lite"
 

@@ -27,7 +27,12 @@ SHARED = ("--lite", "--base-model", "meta/tiny")
 ADAPTER = util.ADAPTER_FILE
 OUTPUTS = Path("outputs")  # of the folder that `online` works in
 RUN = Path("outputs/price-first")
-SHORT = ("--max-steps", "2", "--batch-size", "4", "--save-steps", "1")
+SHORT = (
+    *("--max-steps", "2"),
+    *("--batch-size", "4"),
+    *("--save-steps", "1"),
+    *("--price-loss", "0"),
+)
 FIGURES = ("n", "mae", "mae_ci95", "mse", "r2")
 REFUSALS = (  # what is typed, with which token: the beginnings of the lines that say why not
     ("train --lite --base-model meta/gated", WRITER, ["meta/gated: gated. Ask for access at"]),

@@ -35,6 +35,7 @@ TRAIN = (
     *("--micro-batch", "4"),
     *("--save-steps", "2"),
     *("--learning-rate", "1e-2"),
+    *("--price-loss", "0"),
 )
 RUN = "outputs/price-run"
 RESUME = ("train", "--local", "--resume", "run")

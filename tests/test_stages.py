@@ -28,7 +28,7 @@ from items import IGNORED, load_prompts, write_json, write_manifest
 
 RUN = "outputs/price-first"
 JUDGE = ("eval", "--local", "--run-name", "first")
-SHORT = ("--max-steps", "2", "--batch-size", "4")
+SHORT = ("--max-steps", "2", "--batch-size", "4", "--price-loss", "0")
 ADAPTER = util.ADAPTER_FILE
 WITHOUT_CHANCE = {
     "batch_size": 16,
