@@ -15,11 +15,12 @@ SCHEDULE = ("epochs", "batch_size", "learning_rate", "price_loss")
 def choose(tiny_base, tmp_path):
     """`choose(rows, mode, epochs="auto", …)` returns the Run whose schedule was chosen."""
 
-    def choose(rows, mode="lite", place=tmp_path, about=None, **changes):
+    def choose(rows, mode="lite", place=tmp_path, about=None, is_new=True, **changes):
         config = RunConfig(base_model=tiny_base, local=True, output_dir=str(tmp_path / "outputs"))
         config.demo_mode = mode == "demo"
         config.lite_mode = mode == "lite"
         run = util.new_run(config, "run", RECIPES[mode], True, changes)
+        run.is_new = is_new
         train = Dataset.from_dict({"prompt": ["Price is $"] * rows})
         about = {"columns": {}} if about is None else about
         prompts = Prompts(DatasetDict({"train": train}), str(place), about)
@@ -89,12 +90,10 @@ def test_auto_can_be_asked_for(choose):
 
 def test_auto_changes_no_earlier_run(choose):
     """`--resume run --epochs auto` asks for what the run has."""
-    run = choose(1000)
-    run.is_new = False
-    recipe = run.recipe
+    run = choose(1000, is_new=False)
+    assert run.recipe == RECIPES["lite"]
     changes = {"epochs": "auto", "seed": 42}
     assert util.describe_changes(util.changed_settings(run, changes)) == ""
-    assert run.recipe == recipe
 
 
 def test_batch_suits_any_processes(choose, monkeypatch):
