@@ -11,7 +11,8 @@ catalogue, in minutes. `--local` keeps everything in a folder (`outputs`); witho
 adapters also go to your account on the Hugging Face Hub. `--lite` fits a free Colab T4, the default
 (full) an 80 GB GPU. Items, prompts and recipes are those of the course "The Price Is Right".
 
-Environment: HF_TOKEN (to use the Hub), WANDB_API_KEY (optional, for --log-wandb).
+Environment: HF_TOKEN (to use the Hub), WANDB_API_KEY (optional, for --log-wandb). Saved logins
+(`hf auth login`, `wandb login`) count, too.
 """
 
 # This file is the workflow: configuration, environment, the three stages, the command line. The
@@ -365,44 +366,50 @@ def launcher():
 def get_env(name: str, required: bool = False) -> str | None:
     """The environment variable's value, or None if it is unset or empty.
 
-    Raises UserError if it is required.
+    Without HF_TOKEN it is the token of a saved login. Raises UserError if it is required.
     """
-    value = os.environ.get(name) or None
-    if required and not value:
-        from items import UserError
+    from items import UserError, saved_token
 
+    value = os.environ.get(name) or None
+    if name == "HF_TOKEN" and not value:
+        value = saved_token()
+    if required and not value:
         raise UserError(
-            f"{name} is not set and the Hub is needed: `export {name}=…` (on Colab: a secret of "
-            "that name), or add --local to stay on this machine."
+            f"{name} is not set, no login is saved, and the Hub is needed: `hf auth login`, or "
+            f"`export {name}=…` (on Colab: a secret of that name), or add --local to stay on this "
+            "machine."
         )
     return value
 
 
 def login_huggingface(namespace: str | None = None, write: bool = False) -> str:
-    """Looks up the account of HF_TOKEN. Returns `namespace`, or else that account.
+    """Looks up the account of HF_TOKEN or a saved login. Returns `namespace`, or else that account.
 
-    To read from a `namespace` nothing has to be looked up. The libraries read the token from the
-    environment, nothing is stored. Raises UserError if the token is refused or, if `write` is
-    asked for, may not write to that account.
+    To read from a `namespace` nothing has to be looked up. The libraries find the token as get_env
+    does, nothing is stored. Raises UserError if the token is refused or, if `write` is asked for,
+    may not write to that account.
     """
     from huggingface_hub import HfApi
 
-    from items import UserError, account_names, hub_errors
+    from items import UserError, account_names, hub_errors, token_name
 
     get_env("HF_TOKEN", required=True)
     if namespace and not write:
         return namespace  # so that what is cached needs no Hub
-    with hub_errors("HF_TOKEN"):
+    with hub_errors(token_name()):
         account = HfApi().whoami()
     own = account["name"]
     if not write:
         return namespace or own
     role = account.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
-        raise UserError("HF_TOKEN may only read. Make one with the role `write`, or add --local.")
+        raise UserError(
+            f"{token_name()} may only read. Make a token with the role `write`, or add --local."
+        )
     if namespace not in (None, *account_names(account)):
         raise UserError(
-            f"{namespace}: HF_TOKEN belongs to {own} and may not write there. Name another account."
+            f"{namespace}: {token_name()} belongs to {own} and may not write there. Name another "
+            "account."
         )
     return namespace or own
 
@@ -877,7 +884,7 @@ def add_train_flags(parser):
     switches = {
         "--dry-run": "check everything, print the plan and stop",
         "--no-4bit": "quantise the base to 8 bits instead of 4 (default: 4)",
-        "--log-wandb": "log to Weights & Biases (needs WANDB_API_KEY; default: off)",
+        "--log-wandb": "log to Weights & Biases (needs its login or WANDB_API_KEY; default: off)",
     }
     for flag, meaning in switches.items():
         parser.add_argument(flag, action="store_true", help=meaning)

@@ -915,6 +915,25 @@ def use_hub_client():
     set_client_factory(make_client)
 
 
+def saved_token():
+    """The Hub's token of a saved login, or of a Colab secret, as its client finds it, or None.
+
+    Raises UserError if it can't be read.
+    """
+    try:
+        return get_token()
+    except (OSError, ValueError, errors.OIDCError) as error:
+        raise UserError(
+            f"{constants.HF_TOKEN_PATH}: the saved login can't be read ({error}). Log in again by "
+            "`hf auth login`, or set HF_TOKEN."
+        ) from error
+
+
+def token_name():
+    """What messages call the Hub's token: where it comes from."""
+    return "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the saved login"
+
+
 def refuses_token(error):
     """Whether the Hub's reason for an exception is that the token is not, or no longer, valid."""
     while error is not None:
@@ -950,8 +969,10 @@ def hub_errors(what):
         errors.HFValidationError,
         DatasetNotFoundError,
     ) as error:
-        text = f"{what}: not on the Hub, or HF_TOKEN may not read it. Check the name and the token."
-        raise UserError(text) from error
+        raise UserError(
+            f"{what}: not on the Hub, or {token_name()} may not read it. Check the name and the "
+            "token."
+        ) from error
     except (
         DatasetGenerationError,
         OSError,
@@ -975,9 +996,11 @@ def token_errors():
     except (OSError, DatasetNotFoundError) as error:  # the Hub's errors are OSErrors
         if not refuses_token(error):
             raise
+        name = token_name()
         raise UserError(
-            "HF_TOKEN: the Hub refuses HF_TOKEN: it is mistyped, expired or revoked. Set a valid "
-            "one, made at https://huggingface.co/settings/tokens."
+            f"{name}: the Hub refuses {name}: it is mistyped, expired or revoked. Set HF_TOKEN to "
+            "a valid one, made at https://huggingface.co/settings/tokens, or log in again by "
+            "`hf auth login`."
         ) from error
 
 

@@ -113,6 +113,7 @@ from items import (
     row_lengths,
     scale_of,
     sync,
+    token_name,
     tokenise,
     world_size,
     write_json,
@@ -3556,6 +3557,7 @@ def training_log(trainer):
 # 9. Runs
 
 LOCKS = ".locks"  # the folder of the runs' locks, beside them
+WANDB_MODES_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 UNTOUCHED = "base"  # what `eval --run-name` calls the untouched base model
 
 
@@ -3836,7 +3838,7 @@ def preflight(config, run, hf_user, use_bf16, micro_batch, changes):
     Checks everything that can be known to fail before weights are read, and raises one UserError
     that names all problems.
     """
-    if not config.local and not os.environ.get("HF_TOKEN"):
+    if not config.local and not config.can_use_account:
         config.login()  # raises: nothing else can be checked without a token
     check_writable(config.output_dir)
     problems = Problems()
@@ -3990,7 +3992,7 @@ def find_run(config, name, recipe_type, hf_user, revision=None):
 
 
 def is_own(account):
-    """Whether HF_TOKEN's user can write to an account; not if the Hub can't be asked."""
+    """Whether the token's user can write to an account; not if the Hub can't be asked."""
     try:
         return account in own_accounts()
     except UserError:
@@ -3998,8 +4000,8 @@ def is_own(account):
 
 
 def own_accounts():
-    """The names on the Hub of HF_TOKEN's account and its organisations."""
-    with hub_errors("HF_TOKEN"):
+    """The names on the Hub of the token's account and its organisations."""
+    with hub_errors(token_name()):
         return account_names(HfApi().whoami())
 
 
@@ -4082,7 +4084,7 @@ def fetch_run(config, name, hf_user, **options):
     """
     if not config.can_use_account:
         there = ", ".join(read_records(config)) or "no runs"
-        hint = "" if config.local else " For one on the Hub set HF_TOKEN."
+        hint = "" if config.local else " For one on the Hub set HF_TOKEN, or log in."
         raise UserError(f"{name}: no such run in {config.output_dir}. There are: {there}.{hint}")
     on_hub = f"{config.login(hf_user)}/{config.run_folder(name).name}"
     with hub_errors(on_hub):
@@ -4290,36 +4292,70 @@ def check_export(folder, rows, expected, in_tree):
     return f"Check: {text}"
 
 
+def load_wandb():
+    """The package of Weights & Biases, only if asked for: its import takes up to two seconds."""
+    import wandb.sdk.lib.wbauth
+
+    return wandb
+
+
+def can_log_to_wandb():
+    """Whether Weights & Biases has a login, by its client's own search, or needs none.
+
+    Raises UserError if its settings are invalid.
+    """
+    wandb = load_wandb()
+    try:
+        settings = wandb.setup().settings
+        login = wandb.sdk.lib.wbauth.authenticate_session(
+            host=settings.base_url, source="app.py", prompt=False, update_session=False
+        )
+    except (ValueError, wandb.Error) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--log-wandb: {reason}. Correct it, or leave the flag out.") from error
+    mode = os.environ.get("WANDB_MODE", settings.mode)  # a notebook may have set it since
+    return login is not None or mode in WANDB_MODES_WITHOUT_LOGIN
+
+
 def check_wandb():
-    """Raises UserError if Weights & Biases has no key: it would ask for one, and wait."""
-    if not os.environ.get("WANDB_API_KEY") and os.environ.get("WANDB_MODE") != "offline":
+    """Raises UserError if Weights & Biases has no login: it would ask for one, and wait."""
+    if not can_log_to_wandb():
         raise UserError(
-            "--log-wandb: WANDB_API_KEY is not set. "
-            "Set it, or WANDB_MODE=offline to log to disk only."
+            "--log-wandb: WANDB_API_KEY is not set, and no login is saved. Set it, `wandb login`, "
+            "or set WANDB_MODE=offline to log to disk only."
         )
 
 
-def start_wandb(run):
+def start_wandb(run, mode=None):
     """Opens or continues the run's page on Weights & Biases, and returns it.
 
-    Raises UserError if W&B refuses.
+    `mode` replaces WANDB_MODE. Raises UserError if W&B refuses.
     """
-    import wandb  # only if asked for: it takes two seconds
-
+    wandb = load_wandb()
     page = run.folder.name
     try:
         return wandb.init(
-            project=run.project, name=run.name, id=page, resume="allow", dir=run.folder.parent
+            project=run.project,
+            name=run.name,
+            id=page,
+            resume="allow",
+            dir=run.folder.parent,
+            mode=mode,
         )
     except wandb.Error as error:
         raise UserError(f"--log-wandb: {error} Leave it out, or set WANDB_MODE=offline.") from error
 
 
 def log_evaluation(run, folder, results):
-    """Logs figures and charts of an evaluation to the W&B run of the training."""
-    import wandb  # as above
+    """Logs figures and charts of an evaluation to the W&B run of the training.
 
-    check_wandb()
+    Without a login, as in a new shell, to disk.
+    """
+    wandb = load_wandb()
+    mode = None
+    if not can_log_to_wandb():
+        mode = "offline"
+        print("Weights & Biases: no login here, so this is logged to disk; `wandb sync` uploads it")
     values = {
         f"test/{name}": value
         for name, value in results.items()
@@ -4327,7 +4363,7 @@ def log_evaluation(run, folder, results):
     }
     for chart in folder.glob("*.png"):
         values[f"test/{chart.stem}"] = wandb.Image(str(chart))
-    with start_wandb(run) as page:
+    with start_wandb(run, mode) as page:
         page.log(values)
 
 

@@ -41,7 +41,7 @@ REFUSALS = (  # what is typed, with which token: the beginnings of the lines tha
     ("train {shared}", READER, ["HF_TOKEN may only read."]),
     ("train {shared} --data-user nobody", WRITER, ["nobody/items_prompts_lite: not on the Hub"]),
     ("train {shared} --data-user half", WRITER, ["half/items_prompts_lite: lacks completion;"]),
-    ("train {shared} --log-wandb", WRITER, ["--log-wandb: WANDB_API_KEY is not set."]),
+    ("train {shared} --log-wandb", WRITER, ["--log-wandb: WANDB_API_KEY is not set, and no"]),
     ("train {shared} --resume nosuch", WRITER, ["alice/price-nosuch: not on the Hub"]),
     ("eval {shared} --run-name nosuch", WRITER, ["alice/price-nosuch: not on the Hub"]),
     ("prepare {shared}", WRITER, ["ed-donner/items_lite: not on the Hub"]),
@@ -106,7 +106,7 @@ def hub(tiny_base):
 def online(hub, tmp_path, monkeypatch):
     """Runs a stage in this process, in a folder of its own and with an empty cache.
 
-    As alice, unless told otherwise. Returns what it printed.
+    As alice, unless told otherwise; without HF_TOKEN if `token` is None. Returns what it printed.
     """
     HfFileSystem.clear_instance_cache()
     for cache in Path(HF_HOME.name).iterdir():
@@ -117,7 +117,9 @@ def online(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def online(*arguments, code=0, token=WRITER):
-        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        if token:
+            monkeypatch.setenv("HF_TOKEN", token)
         said = io.StringIO()
         found = 0
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -166,6 +168,23 @@ def test_hub_and_disk_agree(online, hub, data, call, trained, tmp_path):
 
 def test_pushed_prompts_are_private(data, hub):
     assert hub.repos["datasets", "alice/items_prompts_lite"].private
+
+
+def test_saved_login_is_used(online, hub, catalogue):
+    """A token that `hf auth login` has saved counts as HF_TOKEN does, and is named if refused."""
+    login = Path(HF_HOME.name, "token")
+    prepare = ("prepare", *SHARED, "--source", catalogue)
+    online(*prepare, token=None, code=1)
+    login.write_text(WRITER)
+    online(*prepare, token=None)
+    assert hub.repos["datasets", "alice/items_prompts_lite"].private
+    login.write_text(READER)
+    assert "the saved login may only read" in online(*prepare, token=None, code=1)
+    login.write_text("hf_revoked")
+    assert "the Hub refuses the saved login" in online(*prepare, token=None, code=1)
+    login.unlink()
+    login.mkdir()
+    assert "the saved login can't be read" in online(*prepare, token=None, code=1)
 
 
 def test_card_says_what_was_trained(online, hub, data):
@@ -731,6 +750,7 @@ def test_next_eval_pushes_the_figures(online, hub, data, trained):
 # Weights & Biases
 
 OFFLINE = {"WANDB_MODE": "offline", "WANDB_API_KEY": WANDB_KEY}
+NO_NETRC = {"NETRC": "/nonexistent"}
 
 
 def wandb_records(folder):
@@ -765,10 +785,15 @@ def key_of(item):
 
 
 def test_wandb_gets_one_run(call, shared, project):
-    """Training and evaluation are one run there, with config, losses and figures."""
-    hook = {"cwd": project, "hook": "set_environment", "options": [OFFLINE]}
-    call("train", *shared, "--log-wandb", "--run-name", "logged", *SHORT, **hook)
-    call("eval", "--local", "--size", "3", **hook)
+    """Training and evaluation are one run there, with config, losses and figures.
+
+    Without a login, as in a new shell, an evaluation is logged to disk.
+    """
+    hook = {"cwd": project, "hook": "set_environment"}
+    logged_run = ("train", *shared, "--log-wandb", "--run-name", "logged", *SHORT)
+    call(*logged_run, **hook, options=[OFFLINE])
+    said = call("eval", "--local", "--size", "3", **hook, options=[NO_NETRC])
+    assert "Weights & Biases: no login here, so this is logged to disk" in said
     assert not (project / "wandb").exists()
     logged = list(wandb_records(project / "outputs/wandb"))
 
@@ -782,6 +807,32 @@ def test_wandb_gets_one_run(call, shared, project):
     history = {key_of(item) for record in logged for item in record.history.item}
     assert history >= {"train/loss", "train/learning_rate", "eval/loss", "eval/mae"}
     assert history >= {"test/mae", "test/mae_ci95", "test/scatter"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"NETRC": "netrc"},
+        NO_NETRC | {"WANDB_MODE": "dryrun"},
+        NO_NETRC | {"WANDB_MODE": "disabled"},
+    ],
+    ids=["netrc", "dryrun", "disabled"],
+)
+def test_wandb_needs_no_key(environment, call, shared, project):
+    """A login in netrc counts; a mode that sends nothing needs none."""
+    netrc = f"machine api.wandb.ai login user password {WANDB_KEY}"
+    (project / "netrc").write_text(netrc)
+    is_disabled = environment.get("WANDB_MODE") == "disabled"
+    extent = SHORT if is_disabled else ["--dry-run"]
+    hook = {"cwd": project, "hook": "set_environment", "options": [environment]}
+    call("train", *shared, "--log-wandb", *extent, **hook)
+
+
+def test_unknown_wandb_mode_is_named(call, shared, project):
+    hook = {"cwd": project, "hook": "set_environment", "options": [{"WANDB_MODE": "off"}]}
+    said = call("train", *shared, "--log-wandb", "--dry-run", **hook, code=1)
+    assert "app.py train: --log-wandb: " in said
+    assert "Input should be 'online', 'offline'" in said
 
 
 def test_import_of_util_takes_no_wandb():

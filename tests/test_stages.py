@@ -42,7 +42,7 @@ MISTAKES = (  # what a user types, where only the run `first` is: what the one l
         "eval --local --demo",
         "no finished run of project price in this mode. Run `python app.py train --demo` first",
     ),
-    ("eval --run-name nosuch", "For one on the Hub set HF_TOKEN."),
+    ("eval --run-name nosuch", "For one on the Hub set HF_TOKEN, or log in."),
     ("train --demo --base-model {base}", "Run `python app.py prepare --demo` first"),
     ("train --lite --local --base-model {base} --run-name first", "first exists already"),
     ("train --lite", "HF_TOKEN is not set"),
