@@ -20,10 +20,13 @@ Environment: HF_TOKEN (to use the Hub), WANDB_API_KEY (optional, for --log-wandb
 # imported where a stage begins: --help and usage errors are instant.
 
 import argparse
+import difflib
+import importlib.util
 import logging
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import warnings
@@ -74,6 +77,16 @@ def plain_name(text):
     return text
 
 
+def typed_text(text):
+    """An argparse type: a text. What a terminal has sent in UTF-8, but isn't read as that, is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Python keeps bytes that its encoding lacks
+        with suppress(UnicodeDecodeError):
+            return os.fsencode(text).decode()
+    return text
+
+
 def number_or_all(text):
     """An argparse type: a positive number, or None for `all`."""
     if text == "all":
@@ -111,6 +124,7 @@ def power_of_ten(text):
 
 def currency_sign(text):
     """An argparse type: a sign or code of a currency, without digits and blanks."""
+    text = typed_text(text)
     is_short = 0 < len(text) <= MAX_CURRENCY
     has_others = any(sign.isspace() or sign in NO_CURRENCY for sign in text)
     if not is_short or has_others or not text.isprintable():
@@ -267,10 +281,14 @@ class RunConfig:
     local: bool = False  # nothing is pushed
     output_dir: str = DEFAULT_OUTPUT_DIR
     seed: int = DEFAULT_SEED
+    program: str | None = None  # app.py as it was typed in a shell; None: called from Python
 
     # For items.py and util.py, which don't import this file
     course_user: ClassVar[str] = DEFAULT_DATA_USER
     demo_base_model: ClassVar[str] = DEMO_BASE_MODEL
+
+    def __post_init__(self):
+        self.local = self.local or self.demo_mode
 
     @property
     def mode(self):
@@ -313,27 +331,40 @@ class RunConfig:
             local=run.is_local,
         )
 
+    def command(self, stage, flags="", **options):
+        """How to call a stage with these options: a command, or a call for who came from Python.
+
+        `flags` are a command's for what a call has in its config.
+        """
+        if self.program is None:
+            values = "".join(f", {name}={value!r}" for name, value in options.items())
+            return f"`{STAGE_FUNCTIONS[stage]}(config{values})`"
+        given = "".join(f" --{name.replace('_', '-')} {options[name]}" for name in options)
+        start = launcher() if stage == "train" else python()
+        return f"`{start} {self.program} {stage}{given}{flags}{self.place_flags}`"
+
     def resume_command(self, run_name):
         """What a user types to resume a run, or to push what its folder has."""
-        return f"`{launcher()} app.py train --resume {run_name}{self.place_flags}`"
+        return self.command("train", resume=run_name)
 
     def eval_command(self, run_name, size, decode, is_untouched=False):
         """What a user types to evaluate a run on the first `size` rows of the same data.
 
         The untouched base has no record that knows its mode and name.
         """
-        command = f"python app.py eval --run-name {run_name} --size {size}"
-        if is_untouched and self.mode != "full":
-            command += f" --{self.mode}"
-        if is_untouched and self.local and not self.demo_mode:
-            command += " --local"
-        if is_untouched and self.base_name not in (DEFAULT_BASE_MODEL, DEMO_BASE_MODEL):
-            command += f" --base-model {shlex.quote(self.base_name)}"
+        options = {"run_name": run_name, "size": size}
         if decode != DEFAULT_DECODE:
-            command += f" --decode {decode}"
+            options["decode"] = decode
+        flags = ""
+        if is_untouched and self.mode != "full":
+            flags += f" --{self.mode}"
+        if is_untouched and self.local and not self.demo_mode:
+            flags += " --local"
+        if is_untouched and self.base_name not in (DEFAULT_BASE_MODEL, DEMO_BASE_MODEL):
+            flags += f" --base-model {shlex.quote(self.base_name)}"
         if self.data_user:
-            command += f" --data-user {self.data_user}"
-        return f"`{command}{self.place_flags}`"
+            flags += f" --data-user {self.data_user}"
+        return self.command("eval", flags, **options)
 
     @property
     def place_flags(self):
@@ -346,12 +377,30 @@ class RunConfig:
         return flags
 
 
+STAGE_FUNCTIONS = {"prepare": "prepare_prompts", "train": "train_model", "eval": "evaluate_model"}
+
+
+def python():
+    """What starts this Python in a shell: `python`, or its path where that is another one."""
+    for name in ("python", "python3"):
+        found = shutil.which(name)
+        if found and Path(found).parent == Path(sys.executable).parent:
+            return name
+    return shlex.quote(sys.executable)
+
+
+def program():
+    """This program as it was typed, for commands: its path, or app.py."""
+    typed = sys.argv[0]
+    return shlex.quote(typed) if Path(typed).name == "app.py" else "app.py"
+
+
 def launcher():
     """The command that starts as many processes as there are now: python or torchrun."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if world_size == 1:
-        return "python"
+        return python()
     nodes = ""
     if world_size > local_world_size:
         count = world_size // local_world_size
@@ -667,9 +716,9 @@ def price_items(
 ) -> list:
     """Prices the items of the user's own file `source`, or the one that `text` describes.
 
-    Prints guesses with their 80 % intervals and writes them to `output`, CSV or JSON lines. If the
-    file has prices, the guesses are scored. `columns` as in prepare_prompts. Returns what is
-    written, one dict per item.
+    Prints guesses with their 80 % intervals, with `compare_base` beside the untouched base's, and
+    writes them to `output`, CSV or JSON lines. If the file has prices, the guesses are scored.
+    `columns` as in prepare_prompts. Returns what is written, one dict per item.
     """
     import items
     import util
@@ -683,7 +732,7 @@ def price_items(
         print(items.format_own_rows(rows, catalogue))
 
     answers = open_reader(run, base).answer(run, rows, decode, compare_base)
-    table = util.price_table(rows, answers.of_run)
+    table = util.price_table(rows, answers)
     print(util.format_prices(table, run.scale))
     if len(table) > util.SHOWN_ITEMS and not output:
         print("--output FILE writes them all")
@@ -745,6 +794,23 @@ def export_model(
 
 COLUMN_ROLES = ("title", "price", "text", "category")  # of --columns
 LIBRARY_LOGGERS = ("bitsandbytes", "transformers.integrations.bitsandbytes")  # silenced
+PACKAGES = (  # of requirements.txt
+    *("torch", "transformers", "peft", "trl", "bitsandbytes"),
+    *("datasets", "huggingface_hub", "wandb", "matplotlib"),
+)
+# (stage, what is asked for, flags that do nothing then)
+USELESS_FLAGS = (
+    ("prepare", "local", ["hf_dataset_user"]),
+    ("prepare", "demo", ["hf_dataset_user", "data_user"]),
+    ("prepare", "source", ["data_user"]),
+    ("train", "local", ["hf_user"]),
+    ("train", "demo", ["hf_user"]),
+    ("eval", "local", ["hf_user"]),
+    ("eval", "demo", ["hf_user"]),
+    ("eval", "input", ["size", "data_user"]),
+    ("eval", "text", ["size", "data_user"]),
+    ("eval", "export", ["size", "decode", "compare_base"]),
+)
 
 
 class AppendColumns(argparse.Action):
@@ -761,7 +827,7 @@ class AppendColumns(argparse.Action):
 
 def column_choice(text):
     """An argparse type: `title=NAME` as (role, name)."""
-    role, _, name = text.partition("=")
+    role, _, name = typed_text(text).partition("=")
     if role not in COLUMN_ROLES or not name.strip():
         raise argparse.ArgumentTypeError(
             f"{text} must be ROLE=NAME, the role one of {', '.join(COLUMN_ROLES)}"
@@ -967,7 +1033,7 @@ def add_eval_flags(parser):
         help="price your own items instead: a file as for `prepare --source`; with prices the "
         "guesses are scored",
     )
-    instead.add_argument("--text", help="price one item from this description instead")
+    instead.add_argument("--text", type=typed_text, help="price one description instead")
     instead.add_argument(
         "--export",
         metavar="DIR",
@@ -1013,6 +1079,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def nearest_flag(stage, typed):
+    """The stage's flag that is spelled most like `typed`, or None."""
+    parser = argparse.ArgumentParser()
+    add_shared_flags(parser)
+    _, add_flags = STAGES[stage]
+    add_flags(parser)
+    name, _, _ = typed.replace("_", "-").partition("=")
+    nearest = difflib.get_close_matches(name, parser._option_string_actions, 1, cutoff=0.7)
+    return nearest[0] if nearest else None
+
+
+def refuse_useless(parser, args):
+    """Exits with a message if a flag is given that does nothing for what is asked for."""
+    values = vars(args)
+    defaults = {"size": DEFAULT_EVAL_SIZE, "decode": DEFAULT_DECODE, "compare_base": False}
+    for stage, asked, useless in USELESS_FLAGS:
+        if args.stage != stage or values[asked] in (None, False):
+            continue
+        for name in useless:
+            if values[name] != defaults.get(name):
+                flag = name.replace("_", "-")
+                parser.error(f"--{flag}: does nothing with --{asked}; leave it out")
+
+
 def parse_arguments(argv):
     """The arguments. Exits with code 2 and a message if they are invalid."""
     parser = build_parser()
@@ -1021,7 +1111,11 @@ def parse_arguments(argv):
     except ValueError as error:
         parser.error(f"@FILE: {error}")
     if unknown:
-        parser.error(f"unknown: {' '.join(unknown)}; see `python app.py {args.stage} --help`")
+        nearest = nearest_flag(args.stage, unknown[0])
+        hint = f"did you mean {nearest}? See" if nearest else "see"
+        command = f"{python()} {program()} {args.stage} --help"
+        parser.error(f"unknown: {' '.join(unknown)}; {hint} `{command}`")
+    refuse_useless(parser, args)
     prefix = f"{args.project_name}-"  # of a run's folder, whose name is accepted, too
     if args.stage == "train":
         args.run_name = args.run_name and args.run_name.removeprefix(prefix)
@@ -1052,6 +1146,67 @@ def parse_arguments(argv):
                 "--output: needs --input or --text; evaluations are saved in the run's folder"
             )
     return args
+
+
+def check_packages(stage):
+    """Exits with a message if packages aren't installed for this Python."""
+    missing = []
+    for name in PACKAGES:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder `wandb` isn't the package
+            missing.append(name)
+    if missing:
+        requirements = shlex.quote(str(Path(__file__).with_name("requirements.txt")))
+        print(
+            f"app.py {stage}: {', '.join(missing)}: not installed for {sys.executable}. Activate "
+            "the virtual environment (`. .venv/bin/activate`), or install them by "
+            f"`{python()} -m pip install -r {requirements}`.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+class LastingStream:
+    """Standard output or standard error that ends no stage.
+
+    What its encoding lacks becomes a question mark. Once its reader is gone, as after `| head`,
+    what is written is discarded.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.discard()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.discard()
+
+    def discard(self):
+        """Directs the stream, and what is buffered, to nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+
+def set_up_streams():
+    """Lets no output end a stage. A stream that is closed is None."""
+    if sys.stdout and not isinstance(sys.stdout, LastingStream):
+        sys.stdout = LastingStream(sys.stdout)
+    if sys.stderr and not isinstance(sys.stderr, LastingStream):
+        sys.stderr = LastingStream(sys.stderr)
 
 
 def set_up_process(args):
@@ -1090,9 +1245,10 @@ def run_stage(args):
         data_user=args.data_user,
         lite_mode=args.lite,
         demo_mode=args.demo,
-        local=args.local or args.demo,
+        local=args.local,
         output_dir=args.output_dir,
         seed=DEFAULT_SEED if args.seed is None else args.seed,
+        program=program(),
     )
     if args.stage == "prepare":
         prepare_prompts(
@@ -1150,7 +1306,9 @@ def written_folders(args):
 
 def main(argv=None) -> None:
     """Parses the command line and calls the stage that it names."""
+    set_up_streams()
     args = parse_arguments(argv)
+    check_packages(args.stage)
     set_up_process(args)
     if int(os.environ.get("RANK", 0)) > 0:  # only the first process prepares, evaluates and prints
         if args.stage != "train":

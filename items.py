@@ -28,7 +28,6 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
 import socket
 import tempfile
@@ -1146,7 +1145,7 @@ def check_dataset(folder):
     """Raises UserError if a dataset's files aren't those that `prepare` wrote."""
     problem = damage(folder)
     if problem:
-        raise UserError(f"{folder}: {problem}. Run `python app.py prepare` again.")
+        raise UserError(f"{folder}: {problem}. Run the stage `prepare` again.")
 
 
 def replaced_source(folder, about):
@@ -1177,7 +1176,7 @@ def load_prompts(folder):
         if is_disk_full(error):
             raise
         text = f"{folder}: the dataset is corrupt or incomplete ({error.__cause__ or error})."
-        raise UserError(f"{text} Run `python app.py prepare` again.") from error
+        raise UserError(f"{text} Run the stage `prepare` again.") from error
 
 
 @dataclass
@@ -1243,10 +1242,8 @@ def locate_prompts(config, trained_on):
     if trained_on:
         return trained_on, "the run was trained on it"
     if config.demo_mode:
-        command = "python app.py prepare --demo"
-        if config.output_dir != "outputs":
-            command += f" --output-dir {shlex.quote(config.output_dir)}"
-        raise UserError(f"{local}: no such dataset yet. Run `{command}` first.")
+        command = config.command("prepare", " --demo")
+        raise UserError(f"{local}: no such dataset yet. Run {command} first.")
     if not config.local:
         own = f"{config.login()}/{config.dataset_name}"
         with hub_errors(own):

@@ -3686,6 +3686,11 @@ def open_run(config, name, resume, recipe, use_4bit, changes, hf_user):
         run = new_run(config, name, recipe, use_4bit, changes)
     else:
         run = find_resumable(config, resume, type(recipe), hf_user)
+        if run.use_4bit and not use_4bit:
+            raise UserError(
+                f"--resume {run.name}: the run holds its base in 4 bits. Leave --no-4bit out, or "
+                "start a new run."
+            )
         if has_adapter(run.folder):
             refuse_more(run, changes)
     run.resume_command = config.resume_command(run.name)
@@ -4022,7 +4027,7 @@ def newest_finished(config):
         this_mode = " in this mode" if flag else ""
         raise UserError(
             f"{config.output_dir}: no finished run of project {config.project_name}{this_mode}. "
-            f"Run `python app.py train{flag}` first, or name one with --run-name."
+            f"Run {config.command('train', flag)} first, or name one with --run-name."
         )
     return names[-1]
 
@@ -4895,10 +4900,13 @@ def publish_evaluation(run, folder, results):
         log_evaluation(run, folder, results)
 
 
-def price_table(rows, estimates):
-    """What `--output` holds, one dict per item; in money, None for an unknown price."""
+def price_table(rows, answers):
+    """What `--output` holds, one dict per item; in money, None for an unknown price.
+
+    With `base_guess` if the Answers are the untouched base's, too.
+    """
     table = []
-    for row, estimate in zip(rows, estimates, strict=True):
+    for row, estimate in zip(rows, answers.of_run, strict=True):
         table.append(
             {
                 "line": row["line"],
@@ -4909,6 +4917,8 @@ def price_table(rows, estimates):
                 "price": truth_of(row) if row["completion"] else None,
             }
         )
+    for entry, estimate in zip(table, answers.of_base or (), strict=False):
+        entry["base_guess"] = round(estimate.guess, 2)
     return table
 
 
@@ -4918,7 +4928,10 @@ def format_prices(table, scale=COURSE_SCALE):
     for row in table[:SHOWN_ITEMS]:
         low, high = scale.format_whole(row["low"]), scale.format_whole(row["high"])
         title = " ".join(row["title"].split())[:80]
-        lines.append(f"{scale.format(row['guess']):>8}  (80 %: {low} to {high})  {title}")
+        interval = f"80 %: {low} to {high}"
+        if "base_guess" in row:
+            interval += f"; untouched base: {scale.format(row['base_guess'])}"
+        lines.append(f"{scale.format(row['guess']):>8}  ({interval})  {title}")
     if len(table) > SHOWN_ITEMS:
         lines.append(f"… and {len(table) - SHOWN_ITEMS:,} more")
     return "\n".join(lines)
@@ -4962,7 +4975,7 @@ def in_unit(scale):
     return "dollars" if scale == COURSE_SCALE else f"steps of {scale.step}"
 
 
-CARD = """\
+CARD = '''\
 ---
 {{ metadata }}
 ---
@@ -4973,7 +4986,15 @@ Estimates a product's price in {{ unit }} from its description. A LoRA adapter f
 
 ```python
 from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained("{{ run.hub or "outputs/" ~ run.folder.name }}")
+from transformers import AutoTokenizer
+
+name = "{{ run.hub or run.folder }}"
+model = AutoPeftModelForCausalLM.from_pretrained(name, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(name)
+prompt = """{{ run.scale.prompt("Title: Brass table lamp\nDescription: With a linen shade.") }}"""
+inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 ```
 
 {{ prompt_form }}
@@ -5003,7 +5024,7 @@ those of `--decode {{ results.decode }}`.
 {% endfor %}
 
 ![](loss.png)
-"""
+'''
 
 MERGED_CARD = """\
 ---

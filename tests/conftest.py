@@ -31,6 +31,7 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     "NO_PROXY": "127.0.0.1",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # as if activated
 }
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process trains on one GPU
 for name in (  # some are read when the clients are imported

@@ -1,14 +1,18 @@
 """The command line: instant, and the same before and after the subcommand."""
 
+import os
+import re
 import shlex
 import subprocess
 import sys
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from app import (
+    PACKAGES,
     RECIPES,
     Recipe,
     RunConfig,
@@ -54,6 +58,13 @@ NONSENSE = (
     "prepare --source a.csv --columns name=Name",
     "prepare --source a.csv --columns title=A title=B",
     "eval --text lamp --columns title=Name",
+    "eval --text lamp --size 5",
+    "eval --input a.csv --data-user u",
+    "eval --export new --compare-base",
+    "eval --local --hf-user u",
+    "train --local --hf-user u",
+    "prepare --demo --data-user u",
+    "prepare --local --hf-dataset-user u",
 )
 
 
@@ -85,6 +96,59 @@ def test_nonsense_is_a_usage_error(line):
     assert done.returncode == 2
     assert "error:" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_unknown_flag_suggests_nearest():
+    for typed, meant in (("--epoch=3", "--epochs"), ("--hf_user me", "--hf-user")):
+        done = run_without_packages("train", *typed.split())
+        assert f"unknown: {typed}; did you mean {meant}? See `" in done.stderr
+    assert "unknown: --nosuch; see `" in run_without_packages("train", "--nosuch").stderr
+
+
+def test_missing_packages_are_one_line():
+    """As when the virtual environment was not activated: named, with what to do."""
+    done = run_without_packages("train", "--demo")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "app.py train: torch, transformers" in line
+    assert f"pip install -r {ROOT / 'requirements.txt'}" in line
+
+
+def test_packages_are_those_required():
+    lines = (ROOT / "requirements.txt").read_text("utf-8").split()
+    assert [re.match(r"\w+", line).group() for line in lines] == list(PACKAGES)
+
+
+def test_printed_commands_can_be_pasted():
+    """They name the program by the path that was typed, and a Python that isn't on the PATH."""
+    assert f"see `python {ROOT / 'app.py'} train --help`" in unknown_flag_error()
+    path = os.environ["PATH"].replace(str(Path(sys.executable).parent), "/nonexistent")
+    assert f"see `{sys.executable} {ROOT / 'app.py'} train --help`" in unknown_flag_error(PATH=path)
+    config = RunConfig(program="/here/app.py", output_dir="runs")
+    assert config.resume_command("first") == (
+        "`python /here/app.py train --resume first --output-dir runs`"
+    )
+
+
+def unknown_flag_error(**environment):
+    """What the program prints of a flag that it doesn't know."""
+    command = [sys.executable, "-S", ROOT / "app.py", "train", "--nosuch"]
+    environment = os.environ | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True).stderr
+
+
+def test_calls_are_printed_in_python():
+    """Who calls the stages from Python reads how to go on in Python."""
+    config = RunConfig(demo_mode=True)
+    assert config.resume_command("first") == "`train_model(config, resume='first')`"
+
+
+def test_help_needs_no_encoding():
+    """Signs that a terminal's encoding lacks become question marks."""
+    command = [sys.executable, "-S", ROOT / "app.py", "--help"]
+    environment = os.environ | {"PYTHONUTF8": "0", "LC_ALL": "C"}
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert "items ? prompts" in done.stdout.decode("ascii")
 
 
 @pytest.mark.parametrize("flags", SHARED_FLAGS, ids=lambda flags: flags[0])

@@ -501,7 +501,7 @@ def test_saved_prompts_load_unchanged(tmp_path, smol_tokenizer):
 def test_corrupt_dataset_is_one_line(tmp_path, smol_tokenizer):
     save_demo_prompts(tmp_path, smol_tokenizer)
     (tmp_path / "val.parquet").write_bytes(b"PAR1 cut")
-    with pytest.raises(UserError, match="corrupt or incomplete.*Run `python app.py prepare`"):
+    with pytest.raises(UserError, match="corrupt or incomplete.*Run the stage `prepare`"):
         load_prompts(tmp_path)
 
 

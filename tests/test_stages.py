@@ -736,13 +736,16 @@ def test_own_items_get_same_prices(call, trained_project, judged, splits):
 
 
 def test_one_description_is_priced(call, trained_project):
-    text = "Brass lamp\nwith a shade"
-    said = call(*JUDGE, "--text", text, "--output", "o.jsonl", cwd=trained_project)
+    """Beside what the untouched base answers, if asked for."""
+    text = ("--text", "Brass lamp\nwith a shade", "--compare-base", "--decode", "mean")
+    said = call(*JUDGE, *text, "--output", "o.jsonl", cwd=trained_project)
     row = read(trained_project / "o.jsonl")
     assert row["title"] == "Brass lamp"
     assert row["price"] is None
-    assert row["low"] <= row["guess"] <= row["high"]
-    assert f"(80 %: ${row['low']:.0f} to ${row['high']:.0f})  Brass lamp" in said
+    assert row["low"] <= row["high"]
+    assert row["guess"] != row["base_guess"]
+    interval = f"80 %: ${row['low']:.0f} to ${row['high']:.0f}"
+    assert f"({interval}; untouched base: ${row['base_guess']:.2f})  Brass lamp" in said
 
 
 def test_exported_model_answers_as_run(call, trained_project, splits):
@@ -844,6 +847,17 @@ def test_card_says_what_was_measured(judged):
     for text in (card.text, page):
         for part in (results["data"]["fingerprint"], results["base_identity"]):
             assert part in text
+
+
+def test_card_snippet_prices_item(trained, monkeypatch, capsys):
+    """As it stands, from the prompt to its price."""
+    monkeypatch.chdir(trained)
+    card = Path(RUN, "README.md").read_text("utf-8")
+    snippet = card.split("```python\n")[1].split("```")[0]
+    exec(snippet, {})
+    prompt, _, price = capsys.readouterr().out.rpartition("Price is $")
+    assert "Title: Brass table lamp" in prompt
+    assert price.strip()
 
 
 def test_other_data_are_evaluated_apart(call, shared, trained_project):
