@@ -736,12 +736,13 @@ def remove_leftovers(target):
 def writing(path):
     """Yields a text file that becomes `path` on success.
 
-    It is written under another name, flushed to the disk, then renamed.
+    It is written under another name, flushed to the disk, then renamed. Parts of file names that
+    aren't text become question marks.
     """
     remove_leftovers(Path(path))
     new = temporary_name(Path(path), "new")
     try:
-        with open(new, "w", encoding="utf-8", newline="") as file:
+        with open(new, "w", encoding="utf-8", errors="replace", newline="") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -829,6 +830,19 @@ def file_identity(path):
         while chunk := file.read(2**22):
             digest.update(chunk)
     return {"size": path.stat().st_size, "xxh3": digest.hexdigest()}
+
+
+def readable(path):
+    """A path as text for messages and records: with � for what is no character.
+
+    Python keeps the bytes of a name that the system's encoding lacks; they are read as UTF-8.
+    """
+    text = str(path)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text).decode(errors="replace")
+    return text
 
 
 def check_output(path, source=None):
@@ -1501,7 +1515,7 @@ def own_catalogue(config, path, columns=None, bar=None, unit=None, currency="$")
     splits = DatasetDict()
     for name, rows in zip(SPLITS, split_rows(keys, config.seed), strict=True):
         splits[name] = items.select(rows)
-    source = f"{path}, split 90/5/5 by title and description, seed {config.seed}"
+    source = f"{readable(path)}, split 90/5/5 by title and description, seed {config.seed}"
     about = {"source": source} | catalogue.record()
     return Catalogue(splits, catalogue.dropped, about, catalogue.scale, catalogue.notes())
 

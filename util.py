@@ -109,6 +109,7 @@ from items import (
     price_spread,
     push_or_explain,
     read_json,
+    readable,
     replacing,
     row_lengths,
     scale_of,
@@ -4944,7 +4945,7 @@ def score_own_rows(run, answers, rows, source):
         return {}
     priced_rows = [rows[i] for i in priced]
     truths = [truth_of(row) for row in priced_rows]
-    title = f"{run.folder.name} on {Path(source).name}"
+    title = f"{run.folder.name} on {readable(Path(source).name)}"
     of_run = [answers.of_run[i] for i in priced]
     results = score(priced_rows, of_run, title, calibration=run.calibration)
     results["run"] = run.name

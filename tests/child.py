@@ -9,6 +9,7 @@ That takes a second instead of ten. `hook` names a function of this module that 
 
 import atexit
 import errno
+import locale
 import multiprocessing
 import os
 import resource
@@ -60,7 +61,7 @@ def run_stage(arguments, folder, hook, options):
     log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.stdout = sys.stderr = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = sys.stderr = open_output()
     atexit._clear()
     if hook:
         globals()[hook](*options)
@@ -68,6 +69,11 @@ def run_stage(arguments, folder, hook, options):
         app.main(arguments)
     finally:
         atexit._run_exitfuncs()  # as an interpreter does, but not multiprocessing
+
+
+def open_output():
+    """What is open as 1, as text."""
+    return open(1, "w", buffering=1, encoding="utf-8", closefd=False)
 
 
 def start_two(arguments, folder, hook=None, *options, rank=None):
@@ -104,6 +110,21 @@ def launched(rank, port, hook=None, *options):
 
 def set_environment(values):
     os.environ.update(values)
+
+
+def write_output_in(encoding):
+    """As in a terminal of that encoding, which refuses signs that it lacks."""
+    locale.setlocale(locale.LC_ALL, "C")
+    sys.stdout.reconfigure(encoding=encoding, errors="strict")
+
+
+def close_reader():
+    """The output becomes a pipe from which nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    sys.stdout = sys.stderr = open_output()
 
 
 def without_dropout():
