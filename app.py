@@ -33,7 +33,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import ClassVar
 
@@ -491,10 +491,51 @@ def build_quant_config(use_4bit: bool, use_bf16: bool, compute_dtype=None):
     )
 
 
+LIBRARY_LOGGERS = ("bitsandbytes", "transformers.integrations.bitsandbytes")  # silenced
+
+
+def set_up_libraries():
+    """Sets what the libraries read when they are imported; silences what a user can't act on."""
+    # Threads that spin while they wait for each other take the time of what else runs on a machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Or `datasets` would report each file that it reads to a host of its own
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+    # Warnings between the pinned libraries
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+    warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm in notebooks
+    for name in LIBRARY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def stage_function(stage):
+    """A decorator of what notebooks call, too: without the libraries' warnings.
+
+    A Stop button ends it with one line, as items.Stopped.
+    """
+
+    @wraps(stage)
+    def call(*arguments, **options):
+        with warnings.catch_warnings():
+            set_up_libraries()
+            try:
+                return stage(*arguments, **options)
+            except KeyboardInterrupt as error:
+                from items import Stopped
+
+                if isinstance(error, Stopped):
+                    raise
+                raise Stopped(f"{stage.__name__} is stopped: call it again.") from None
+
+    return call
+
+
 # ------------------------------------------------------------------------------------------------
 # Stage 1: prepare
 
 
+@stage_function
 def prepare_prompts(
     config: RunConfig,
     cutoff: int = DEFAULT_CUTOFF,
@@ -558,6 +599,7 @@ def prepare_prompts(
 # Stage 2: train
 
 
+@stage_function
 def train_model(
     config: RunConfig,
     hf_user: str | None = None,
@@ -574,7 +616,7 @@ def train_model(
 
     `changes` replace fields of the mode's Recipe, others raise TypeError; `resume` is a run's name,
     '' the newest unfinished one. Returns the run's folder, which is pushed unless the run is local.
-    Raises UserError, with code 3 if only a push failed, SystemExit after a signal.
+    Raises UserError, with code 3 if only a push failed, items.Stopped after a signal.
     """
     import util
 
@@ -630,6 +672,7 @@ def default_run_name(config):
 # Stage 3: eval
 
 
+@stage_function
 def evaluate_model(
     config: RunConfig,
     hf_user: str | None = None,
@@ -702,6 +745,7 @@ def open_reader(run, base):
     return util.RunReader(base, quant_config, precision, use_bf16)
 
 
+@stage_function
 def price_items(
     config: RunConfig,
     hf_user: str | None = None,
@@ -745,6 +789,7 @@ def price_items(
     return table
 
 
+@stage_function
 def export_model(
     config: RunConfig,
     folder: str,
@@ -793,7 +838,6 @@ def export_model(
 # Command line
 
 COLUMN_ROLES = ("title", "price", "text", "category")  # of --columns
-LIBRARY_LOGGERS = ("bitsandbytes", "transformers.integrations.bitsandbytes")  # silenced
 PACKAGES = (  # of requirements.txt
     *("torch", "transformers", "peft", "trl", "bitsandbytes"),
     *("datasets", "huggingface_hub", "wandb", "matplotlib"),
@@ -1213,14 +1257,7 @@ def set_up_process(args):
     """Sets environment, warnings and signal handlers before the libraries are imported."""
     if args.demo:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Or `datasets` would report each file that it reads to a host of its own
-    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
-    # Warnings between the pinned libraries, which a user can't act on
-    warnings.simplefilter("ignore", FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
-    for name in LIBRARY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    set_up_libraries()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, exit_on_signal)
 
@@ -1315,12 +1352,15 @@ def main(argv=None) -> None:
             return
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
         os.environ["TQDM_DISABLE"] = "1"
-    from items import UserError, explain_full_disk, use_hub_client
+    from items import Stopped, UserError, explain_full_disk, use_hub_client
 
     use_hub_client()
     try:
         with explain_full_disk(*written_folders(args)):
             run_stage(args)
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        sys.exit(stopped.code)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"app.py {args.stage}: {line}", file=sys.stderr)

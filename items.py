@@ -29,6 +29,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -93,13 +94,31 @@ TOKEN_CHARACTERS = 5  # a text of more of them a token than this is probably too
 MANIFEST = "manifest.json"
 
 
-class UserError(Exception):
+class ShownInOneLine:
+    """An exception of which a notebook shows the text, and no traceback."""
+
+    def _render_traceback_(self):
+        return [str(self)]
+
+
+class UserError(ShownInOneLine, Exception):
     """An error that the user can fix. Its text names the value, the rule and the fix.
 
     `main` prints it and exits with `code`: 1, or 3 if only a push failed.
     """
 
     def __init__(self, text, code=1):
+        super().__init__(text)
+        self.code = code
+
+
+class Stopped(ShownInOneLine, KeyboardInterrupt):
+    """A signal, or a notebook's Stop button, has ended a stage. Its text says how to go on.
+
+    `main` prints it and exits with `code`, the one that shells expect.
+    """
+
+    def __init__(self, text, code=128 + signal.SIGINT):
         super().__init__(text)
         self.code = code
 

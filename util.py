@@ -23,6 +23,7 @@ import csv
 import fcntl
 import gc
 import inspect
+import io
 import math
 import os
 import re
@@ -81,6 +82,8 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.utils.logging import set_tqdm_hook
 
 from items import (
     COURSE_SCALE,
@@ -89,6 +92,7 @@ from items import (
     PREFIX,
     PriceScale,
     Problems,
+    Stopped,
     UserError,
     account_names,
     check_hub_name,
@@ -463,14 +467,14 @@ class ErrorBar:
         self.bar.close()
 
 
-def score(rows, answers, title, folder=None, calibration=None):
+def score(rows, answers, title, folder=None, calibration=None, with_charts=True):
     """The figures of the answers to rows of prompt and completion.
 
     {n, mae, mae_ci95, mse, r2, unit, currency, parse_failures, by_category, by_price, worst}, and
     for Estimates `decodings`, `distribution` and `intervals`. An answer without a number counts
     as 0 and as one of the `parse_failures`. Prints the figures; writes charts and predictions.csv
-    to `folder`, if given; shows the charts in a notebook. `calibration` is what the answers'
-    intervals were made by: see `calibrate`.
+    to `folder`, if given; shows the charts in a notebook, unless `with_charts` is False.
+    `calibration` is what the answers' intervals were made by: see `calibrate`.
     """
     prices = [parse_price(answer) for answer in answers]
     guesses = [price or 0.0 for price in prices]
@@ -485,8 +489,10 @@ def score(rows, answers, title, folder=None, calibration=None):
     if figures["parse_failures"]:
         zero = f"{scale.currency}0"
         print(f"{figures['parse_failures']:,} answers named no price and count as {zero}")
-    save_figure(scatter(guesses, truths, figures, title), folder, "scatter.png")
-    save_figure(running_error(guesses, truths, figures, title), folder, "running_error.png")
+    draws = with_charts and (folder or in_notebook())
+    if draws:
+        save_figure(scatter(guesses, truths, figures, title), folder, "scatter.png")
+        save_figure(running_error(guesses, truths, figures, title), folder, "running_error.png")
 
     table = prediction_table(rows, answers, guesses)
     figures["by_category"] = errors_by(table, lambda row: row["category"])
@@ -499,8 +505,9 @@ def score(rows, answers, title, folder=None, calibration=None):
         if calibration:
             figures["distribution"]["calibrated_on"] = calibration["rows"]
             figures["intervals"]["calibrated"] = shares_within(ranks, calibration)
-        chart = reliability(figures["intervals"], len(rows), title, figures["distribution"])
-        save_figure(chart, folder, "reliability.png")
+        if draws:
+            chart = reliability(figures["intervals"], len(rows), title, figures["distribution"])
+            save_figure(chart, folder, "reliability.png")
     if folder:
         write_table(Path(folder) / "predictions.csv", table)
     return figures
@@ -648,10 +655,17 @@ def save_figure(figure, folder=None, name=None):
     """Writes a chart to `folder`, if given, and shows it in a notebook."""
     if folder:
         figure.savefig(Path(folder) / name)
-    if "ipykernel" in sys.modules:
-        from IPython.display import display
+    if in_notebook():
+        from IPython.display import Image, display
 
-        display(figure)
+        image = io.BytesIO()
+        figure.savefig(image, format="png")  # a Figure itself is shown by pyplot's backend only
+        display(Image(image.getvalue()))
+
+
+def in_notebook():
+    """Whether charts can be shown where this runs."""
+    return "ipykernel" in sys.modules
 
 
 def public_source(source):
@@ -2062,6 +2076,7 @@ def load_quantised(base, quant_config, precision):
     quantisation = {"quantization_config": quant_config}
     if is_stored_quantised or not quantised_layers(base.skeleton):
         quantisation = {}
+    set_tqdm_hook(vanishing_bar)
     with hub_errors(base.path):
         model = AutoModelForCausalLM.from_pretrained(
             base.path,
@@ -2081,6 +2096,11 @@ def load_quantised(base, quant_config, precision):
             # _convert_weight_packed_for_cpu). Can go when that form is differentiable.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def vanishing_bar(make_bar, arguments, options):
+    """A progress bar of transformers that is gone at its end, so that the training's is the one."""
+    return make_bar(*arguments, **options | {"leave": False})
 
 
 def convert_stored(model, dtype):
@@ -3164,8 +3184,8 @@ class StopOnSignal(TrainerCallback):
     """Ends training after the step in which SIGINT or SIGTERM comes, with a checkpoint.
 
     Several processes end after the next logged step, where they wait for each other anyway, so that
-    all end after the same one. A second signal ends the program at once. `signal_number` is 0 until
-    a signal comes.
+    all end after the same one. A second signal does at once what it would without this.
+    `signal_number` is 0 until a signal comes.
     """
 
     def __init__(self):
@@ -3182,7 +3202,10 @@ class StopOnSignal(TrainerCallback):
     def on_signal(self, number, frame):
         is_forwarded = world_size() > 1 and time.time() < self.received_at + FORWARDED_WITHIN
         if self.signal_number and not is_forwarded:
-            os._exit(128 + number)
+            stop_at_once = self.previous_handlers[number]
+            if not callable(stop_at_once):
+                os._exit(128 + number)
+            stop_at_once(number, frame)  # ends the program, or in a notebook the cell
         if self.signal_number:
             return
         self.signal_number = number
@@ -3204,20 +3227,17 @@ class StopOnSignal(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **_):
-        if self.signal_number:  # keep the handler: a second signal ends the last upload
-            return
+    def restore_handlers(self):
+        """Gives signals back to who had them before the training."""
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
+        self.previous_handlers = {}
 
-    def exit_if_stopped(self, step, resume_command):
-        """Raises SystemExit, with the exit code that shells expect, if a signal came."""
+    def raise_if_stopped(self, step, resume_command):
+        """Raises Stopped if a signal came."""
         if self.signal_number:
-            print(
-                f"Stopped after step {step:,}, which is saved. Resume by {resume_command}",
-                flush=True,
-            )
-            raise SystemExit(128 + self.signal_number)
+            text = f"Stopped after step {step:,}, which is saved. Resume by {resume_command}"
+            raise Stopped(text, 128 + self.signal_number)
 
 
 class LogWithCheckpoints(TrainerCallback):
@@ -3392,7 +3412,7 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
         if parameter.requires_grad:
             # TRL casts them to bf16: small updates round to nothing, T4s fail (TRL issue 4901)
             parameter.data = parameter.data.float()
-    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     progress = Progress(len(data.val_rows), data.scale)
     # The order matters: StopOnSignal requests a checkpoint, LogWithCheckpoints logs with it,
     # SealCheckpoints completes it for PushCheckpoints
@@ -3458,7 +3478,7 @@ def fit(trainer, run, plan):
     """Trains to the end, from the newest complete checkpoint if there is one. Returns None.
 
     If memory runs out, it saves the last finished step and returns the Plan to resume by, which
-    needs less. Raises SystemExit after a signal; UserError if there is no smaller plan, and with
+    needs less. Raises Stopped after a signal; UserError if there is no smaller plan, and with
     several processes, since the others are in the middle of the step.
     """
     run.seconds["load"] = round(time.time() - run.started, 1)
@@ -3471,8 +3491,10 @@ def fit(trainer, run, plan):
     except torch.OutOfMemoryError as error:
         out_of_memory = error
     else:
-        trainer.stopper.exit_if_stopped(trainer.state.global_step, run.resume_command)
+        trainer.stopper.raise_if_stopped(trainer.state.global_step, run.resume_command)
         return None
+    finally:
+        trainer.stopper.restore_handlers()
 
     step = trainer.state.global_step
     if not trainer.has_begun:  # smaller micro-batches don't help
@@ -4862,7 +4884,8 @@ def score_run(run, config, subject, rows, answers, earlier, folder):
         guesses = [estimate.guess for estimate in estimates]
         results.setdefault("pooled", {})[name] = compare(guesses)
     if answers.of_base:
-        results["base"] = score(rows, answers.of_base, "the untouched base model")
+        title = "the untouched base model"
+        results["base"] = score(rows, answers.of_base, title, with_charts=False)
     if "implied_prices" in prompts.about:
         implied = prompts.about["implied_prices"][: len(rows)]
         results["best_reachable"] = metrics(implied, truths)
@@ -4952,7 +4975,8 @@ def score_own_rows(run, answers, rows, source):
     results["baselines"] = score_constants(run.data.get("constants", {}), truths)
     if answers.of_base:
         of_base = [answers.of_base[i] for i in priced]
-        results["base"] = score(priced_rows, of_base, "the untouched base model")
+        title = "the untouched base model"
+        results["base"] = score(priced_rows, of_base, title, with_charts=False)
     return results
 
 

@@ -19,9 +19,11 @@ from app import (
     build_parser,
     describe_default,
     parse_arguments,
+    stage_function,
     train_model,
 )
 from conftest import ROOT
+from items import Stopped
 
 SHARED_FLAGS = (
     ["--lite"],
@@ -217,6 +219,28 @@ def test_every_flag_states_its_default():
             flag = action.option_strings[-1]
             if flag not in silent:
                 assert "default" in action.help, flag
+
+
+def test_threads_wait_without_spinning():
+    """Set before PyTorch is imported, which reads it only then."""
+    code = (
+        "import app, os, sys; app.set_up_libraries(); "
+        "print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False PASSIVE\n"
+
+
+def test_stop_button_is_one_line():
+    """Also where no training goes on: no traceback of a library in a notebook."""
+
+    @stage_function
+    def wait():
+        raise KeyboardInterrupt
+
+    with pytest.raises(Stopped) as stopped:
+        wait()
+    assert stopped.value._render_traceback_() == ["wait is stopped: call it again."]
 
 
 def test_unknown_settings_raise_typeerror(tmp_path):
