@@ -36,7 +36,7 @@ import time
 import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
 from functools import lru_cache, partial
 from itertools import islice, zip_longest
@@ -67,6 +67,7 @@ from huggingface_hub import (
     set_client_factory,
 )
 from huggingface_hub.utils import validate_repo_id
+from pydantic.dataclasses import dataclass as validated_dataclass
 from tqdm import tqdm
 
 QUESTION = "What does this cost to the nearest dollar?"
@@ -351,13 +352,17 @@ def prompt_of(summary):
     return COURSE_SCALE.prompt(summary)
 
 
-@dataclass
+@validated_dataclass(config={"extra": "ignore"})
 class Item:
-    """A product with its price. `summary` is the description that the model reads."""
+    """A product with its price. `summary` is the description that the model reads.
+
+    As the course's, it converts a price that is text, ignores other fields, and raises a ValueError
+    (pydantic's) for what is no title or price.
+    """
 
     title: str
     category: str
-    price: float
+    price: float | None  # None: an item to be priced
     full: str | None = None
     weight: float | None = None
     summary: str | None = None
@@ -389,21 +394,38 @@ class Item:
         """The row that models are trained and evaluated on: exactly `prompt` and `completion`."""
         return {"prompt": self.prompt, "completion": self.completion}
 
+    def make_prompt(self, text):
+        """Sets `prompt` as in the course's week 6: the description `text`, and the price."""
+        self.prompt = prompt_of(text) + f"{round(self.price)}.00"
+
+    def test_prompt(self):
+        """The prompt without a price."""
+        head, prefix, _ = self.prompt.partition(PREFIX)
+        return head + prefix
+
+    def model_dump(self):
+        """The item as a dict."""
+        return asdict(self)
+
+    @classmethod
+    def model_validate(cls, values):
+        """The item of a dict, or a copy of an item."""
+        return cls(**(asdict(values) if isinstance(values, cls) else values))
+
+    def model_copy(self, update=None):
+        """A copy, with the values of the dict `update`."""
+        return replace(self, **update or {})
+
     @classmethod
     def from_hub(cls, dataset_name):
         """The lists of items (train, validation, test) of a dataset on the Hub."""
-        names = {field.name for field in fields(cls)}
-
-        def to_item(row):
-            return cls(**{name: value for name, value in row.items() if name in names})
-
         splits = load_dataset(dataset_name)
-        return tuple([to_item(row) for row in splits[name]] for name in ITEM_SPLITS)
+        return tuple([cls(**row) for row in splits[name]] for name in ITEM_SPLITS)
 
     @staticmethod
-    def push_to_hub(dataset_name, train, validation, test):
+    def push_to_hub(dataset_name, train, val, test):
         """Writes three lists of items to the Hub, private: train, validation and test."""
-        splits = item_splits(train, validation, test, asdict, ITEM_SPLITS)
+        splits = item_splits(train, val, test, asdict, ITEM_SPLITS)
         splits.push_to_hub(dataset_name, private=True)
 
     @staticmethod

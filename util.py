@@ -44,7 +44,7 @@ from functools import cached_property, partial
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import count, groupby
+from itertools import count, groupby, islice
 from pathlib import Path
 
 import bitsandbytes
@@ -372,23 +372,64 @@ def errors_by(table, group_of):
     }
 
 
-def evaluate(function, data, size=200, batch_size=None, folder=None, title=None):
-    """Evaluates `function`, from a row to an answer, on the first `size` rows of `data`.
+def evaluate(function, data, size=200, workers=1, batch_size=None, folder=None, title=None):
+    """Evaluates `function`, from an item to an answer, on the first `size` items of `data`.
 
-    Rows have prompt and completion. `size=None` takes all rows, as do fewer rows than `size`. See
-    `predict` for `batch_size` and `score` for what is printed, written and returned. Raises
-    ValueError without rows.
+    `data` are rows of prompt and completion, Items or whatever else has a price, in a list, a
+    Dataset or a slice of one, a DataFrame or any iterable. `size=None` takes all, as do fewer than
+    `size`. `workers` calls run at the same time. See `predict` for `batch_size` and `score` for
+    what is printed, written and returned. Raises ValueError without items, or for one without a
+    price.
     """
-    count = len(data) if size is None else min(size, len(data))
-    rows = [data[i] for i in range(count)]
+    rows = [row_to_judge(item) for item in islice(items_of(data), size)]
     if not rows:
-        raise ValueError("evaluate needs at least one row of prompt and completion")
-    answers, seconds = predict(function, rows, batch_size)
-    title = title or getattr(function, "__name__", "model").replace("_", " ")
+        raise ValueError("evaluate needs at least one row of prompt and completion, or Item")
+
+    def ask(row):
+        return function(row["item"])
+
+    def ask_all(batch):
+        return function([row["item"] for row in batch])
+
+    answers, seconds = predict(ask_all if batch_size else ask, rows, batch_size, threads=workers)
+    title = title or getattr(function, "__name__", "model").replace("__", ".").replace("_", " ")
     return score(rows, answers, title, folder) | {
         "items_per_s": len(rows) / seconds,
         "seconds": seconds,
     }
+
+
+def items_of(data):
+    """The items of what `evaluate` gets, one by one."""
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame
+        return iter(data.to_dict("records"))
+    if isinstance(data, dict):  # a slice of a Dataset: {column: values}
+        columns = zip(*data.values(), strict=True)
+        return (dict(zip(data, values, strict=True)) for values in columns)
+    return iter(data)
+
+
+def row_to_judge(item):
+    """A row of prompt and completion with what `score` needs of an item, and the `item` itself.
+
+    Raises ValueError if it has neither a completion nor a price.
+    """
+
+    def value_of(name):
+        return item.get(name) if isinstance(item, dict) else getattr(item, name, None)
+
+    is_row = isinstance(item, dict) and value_of("completion") is not None
+    if is_row:
+        return item | {"prompt": value_of("prompt") or "", "item": item}
+    price = parse_price(value_of("price"))
+    if price is None:
+        raise ValueError(f"evaluate needs a completion or a price, which {item!r:.80} has not")
+    scale = scale_of(value_of("prompt") or "")
+    description = f"Title: {value_of('title')}"
+    if value_of("category"):
+        description += f"\nCategory: {value_of('category')}"
+    completion = scale.completion(price, do_round=False)
+    return {"prompt": scale.prompt(description), "completion": completion, "item": item}
 
 
 def predict(function, rows, batch_size=None, name="the model", threads=1):

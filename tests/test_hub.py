@@ -211,7 +211,8 @@ def test_items_survive_the_hub(online, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", WRITER)
     items = demo_items(9, seed=2)
     parts = (items[:6], items[6:8], items[8:])
-    Item.push_to_hub("alice/items_lite", *parts)
+    train, val, test = parts
+    Item.push_to_hub("alice/items_lite", train, val=val, test=test)
     assert Item.from_hub("alice/items_lite") == parts
 
 
