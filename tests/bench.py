@@ -5,6 +5,7 @@
     python tests/bench.py train --batch-size 256 --base-weights nf4 --steps 30
     python tests/bench.py eval --size 2000
     python tests/bench.py prepare --size 100000
+    python tests/bench.py demo --busy 1                # beside a process that keeps a core busy
     torchrun --nproc-per-node 2 tests/bench.py train   # after the same without torchrun
     python tests/bench.py train --peers peers.py       # then a script that times alternatives
 
@@ -331,6 +332,26 @@ def bench_prepare(config, folder, arguments):
     )
 
 
+def bench_demo(arguments):
+    """Times the demo's three commands, as a user types them, beside `--busy` processes."""
+    loop = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(loop) for _ in range(arguments.busy)]
+    seconds = {}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for stage in ("prepare", "train", "eval"):
+                command = [sys.executable, app.__file__, stage, "--demo"]
+                start = time.perf_counter()
+                subprocess.run(command, cwd=folder, check=True)
+                seconds[stage] = time.perf_counter() - start
+    finally:
+        for process in others:
+            process.kill()
+    seconds["all"] = sum(seconds.values())
+    arguments.folder.mkdir(exist_ok=True)
+    report(arguments.folder, f"demo beside {arguments.busy} busy processes", **seconds)
+
+
 def run_peers(arguments):
     """Runs the script that times what one would use instead, in the same call."""
     script = [sys.executable, arguments.peers]
@@ -347,7 +368,7 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("what", choices=["train", "eval", "prepare"])
+    add("what", choices=["train", "eval", "prepare", "demo"])
     add("--full", action="store_true", help="the full recipe instead of lite's")
     add("--tiny", action="store_true", help="a tiny shape, to try the benchmark itself on a CPU")
     add("--base", type=Path, help="a folder with another base; for `prepare` a tokenizer only")
@@ -360,6 +381,7 @@ def parse_arguments():
     add("--base-weights", choices=["auto", "nf4", "bf16-from-nf4"])
     add("--compile", choices=["auto", "on", "off"], default="on")
     add("--memory", type=float, metavar="GIB", help="as if the GPU had so much")
+    add("--busy", type=int, default=0, help="processes that keep a core busy beside the demo")
     add("--folder", type=Path, default=Path(tempfile.gettempdir(), "bench"))
     add("--peers", type=Path, help="a script that times what one would use instead")
     return parser.parse_args()
@@ -367,6 +389,9 @@ def parse_arguments():
 
 def main():
     arguments = parse_arguments()
+    if arguments.what == "demo":
+        bench_demo(arguments)
+        return
     base = arguments.base or arguments.folder / ("tiny" if arguments.tiny else "3b")
     if not arguments.base:
         build_base(base, TINY if arguments.tiny else SHAPE)
