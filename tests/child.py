@@ -297,14 +297,14 @@ def no_memory_for_optimizer():
 
 
 def forbid_import(name):
-    """An import of the package ends the stage with an error."""
+    """An import of the package, by the stage or before by util, ends the stage with an error."""
+    assert name not in sys.modules
 
-    class Forbidden:
-        def find_spec(self, fullname, path=None, target=None):
-            if fullname.split(".")[0] == name:
-                raise AssertionError(f"{fullname} is imported")
+    def audit(event, arguments):
+        if event == "import" and arguments[0].split(".")[0] == name:
+            raise AssertionError(f"{arguments[0]} is imported")
 
-    sys.meta_path.insert(0, Forbidden())
+    sys.addaudithook(audit)
 
 
 def spoil_export():
