@@ -347,6 +347,7 @@ def bench_demo(arguments):
     finally:
         for process in others:
             process.kill()
+            process.wait()
     seconds["all"] = sum(seconds.values())
     arguments.folder.mkdir(exist_ok=True)
     report(arguments.folder, f"demo beside {arguments.busy} busy processes", **seconds)
