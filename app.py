@@ -783,7 +783,7 @@ def price_items(
     if output:
         items.write_table(output, table)
         print(f"Saved: {output}")
-    results = util.score_own_rows(run, answers, rows, source)
+    results = util.score_own_rows(run, config.for_run(run), answers, rows, source)
     if results:
         print(util.format_table(results))
     return table

@@ -109,6 +109,7 @@ from items import (
     hub_errors,
     is_disk_full,
     is_first_process,
+    load_prompts,
     manifest_problem,
     price_spread,
     push_or_explain,
@@ -5002,8 +5003,23 @@ def format_prices(table, scale=COURSE_SCALE):
     return "\n".join(lines)
 
 
-def score_own_rows(run, answers, rows, source):
-    """The figures of those of the user's own rows that have a price; {} if none has."""
+def local_training_data(config, run):
+    """The DatasetDict of prompts that a run was trained on, or None if it isn't on this machine."""
+    folder = config.dataset_folder
+    if not folder.exists():
+        return None
+    try:
+        splits = load_prompts(folder)
+    except UserError:  # corrupt
+        return None
+    return splits if fingerprint(splits) == run.data.get("fingerprint") else None
+
+
+def score_own_rows(run, config, answers, rows, source):
+    """The figures of those of the user's own rows that have a price; {} if none has.
+
+    With those of words alone, if the run's training rows are on this machine.
+    """
     priced = [i for i, row in enumerate(rows) if row["completion"]]
     if not priced:
         return {}
@@ -5018,6 +5034,11 @@ def score_own_rows(run, answers, rows, source):
         of_base = [answers.of_base[i] for i in priced]
         title = "the untouched base model"
         results["base"] = score(priced_rows, of_base, title, with_charts=False)
+    splits = local_training_data(config, run)
+    if splits:
+        words = WordRegression(splits["train"], splits["val"]).guess(priced_rows).tolist()
+        errors = [abs(one.guess - truth) for one, truth in zip(of_run, truths, strict=True)]
+        results["words"] = compare_guesses(words, truths, errors, config.seed)
     return results
 
 

@@ -733,6 +733,7 @@ def test_own_items_get_same_prices(call, trained_project, judged, splits):
             assert row[name] == other[name]
     assert "5 priced, 1 skipped: 1 × title is empty or not text (line 5)" in said
     assert "n = 4" in said
+    assert "words alone: ridge regression" in said
 
 
 def test_one_description_is_priced(call, trained_project):
