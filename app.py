@@ -224,12 +224,13 @@ class Recipe:
     base_weights: str = setting(
         "auto",
         "hold the base in 4 bits, or dequantise it once: same values, faster, more memory; auto: "
-        "dequantise if memory has room",
-        choices=["auto", "nf4", "bf16-from-nf4"],
+        "dequantise if memory has room; fp8: multiply in 8 bits (capability 8.9), whose products "
+        "differ by 4 %",
+        choices=["auto", "nf4", "bf16-from-nf4", "fp8"],
     )
     compile: str = setting(
         "auto",
-        "compile the decoder layers; auto: on GPUs of capability 8.0 and higher, in runs of 16,000 "
+        "compile the decoder layers; auto: on GPUs of capability 7.0 and higher, in runs of 16,000 "
         "or more examples",
         choices=["auto", "on", "off"],
     )
@@ -640,7 +641,7 @@ def train_model(
         print("Dry run: nothing trained, nothing written")
         return run.folder
 
-    # 3) Train: resumes, stops on signals, needs less memory each time it runs out
+    # 3) Train: resumes, stops on signals, takes another plan if memory runs out
     quant_config = build_quant_config(run.use_4bit, use_bf16, plan.dtype)
     stopper = util.StopOnSignal()
     with util.claimed(run, config, rename=run_name is None), util.explain_training_errors(run):
@@ -650,12 +651,12 @@ def train_model(
             plan = util.check_plan(plan, model, base, data, run)
             run.follow(plan)
             trainer = util.build_trainer(model, base.tokenizer, data, run, plan, stopper)
-            smaller_plan = util.fit(trainer, run, plan)
-            if smaller_plan is None:
+            next_plan = util.fit(trainer, run, plan)
+            if next_plan is None:
                 break
             model = trainer = None  # so that their memory is free
             util.release_memory()
-            plan = smaller_plan
+            plan = next_plan
         util.save_run(run, trainer)
 
     # 4) Push

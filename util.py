@@ -1547,38 +1547,68 @@ def completion_losses(logits, completions):
 # `fast=False` turns all of it off, in make_plan and in RunReader. Times: one H100, the shape of
 # Llama-3.2-3B, rows of 102 tokens; see tests/BENCHMARKS.md.
 
-PACKED = "packed"  # the name of our attention in transformers' registry
+# The names of our attention functions in transformers' registry
+PACKED = "packed"
+PACKED_EFFICIENT = "packed_efficient"
 PACKING_MULTIPLE = 64  # tokens; total lengths are multiples of it, so that few shapes occur
 SPARE_SEQUENCES = 8  # at most so many sequences of padding end a packed row
 QUANTISED = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
 GRAPH_ROWS = 64  # at most: kernels of larger batches run longer than their launch takes
+TRITON_CAPABILITY = (7, 0)  # of GPUs that layers are compiled for
+FP8_CAPABILITY = (8, 9)  # of GPUs that multiply matrices of 8-bit floats
+FP8 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of mantissa
+FP8_MAX = 448.0  # the largest number of FP8
+FP8_MULTIPLE = 16  # of a layer's sizes, which torch._scaled_mm asks for
 
 
 @dataclass(frozen=True)
 class FastPath:
     """Which parts of the fast path a training uses."""
 
-    packed: bool  # attention of concatenated rows, which need no padding
+    attention: str | None  # of concatenated rows, which need no padding; None: rows are padded
     lora: bool  # LoRA layers that move fewer bytes
     compiled: bool  # decoder layers are compiled
     graphs: bool  # and recorded as CUDA graphs
+    fp8: bool  # the base's products are computed in 8-bit floats
+
+    @property
+    def packed(self):
+        return self.attention is not None
 
     def __str__(self):
         padding = "no padding" if self.packed else "rows padded"
         compiled = "compiled" if self.compiled else "not compiled"
-        return f"{padding}, layers {compiled}"
+        products = ", products with the base in fp8" if self.fp8 else ""
+        return f"{padding}, layers {compiled}{products}"
 
 
-def can_pack(precision, use_bf16):
-    """Whether PyTorch has attention of concatenated sequences here.
+def gpu_capability():
+    """The GPU's compute capability, such as (7, 5) of a T4; (0, 0) without a GPU."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 
-    It has in 16 bits, on GPUs of capability 8 and newer.
+
+def choose_attention(precision, use_bf16):
+    """The name of the attention of concatenated rows to use here; None if PyTorch has none.
+
+    `varlen_attn` is flash attention: 16 bits and a GPU of capability 8. CUTLASS's kernel runs on
+    all GPUs, but doesn't know sliding windows.
     """
-    return varlen_attn is not None and use_bf16 and precision != "fp32"
+    if not torch.cuda.is_available():
+        return None
+    if varlen_attn is not None and use_bf16 and precision != "fp32":
+        return PACKED
+    has_precision = use_bf16 or precision != "bf16"
+    return PACKED_EFFICIENT if has_precision else None
 
 
 def is_packed(model):
-    return model.config._attn_implementation == PACKED
+    return model.config._attn_implementation in (PACKED, PACKED_EFFICIENT)
+
+
+def refuse_caps_and_sinks(options):
+    """Raises NotImplementedError if an attention's options have a soft cap or sinks."""
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise NotImplementedError("attention with a soft cap or sinks")
 
 
 def packed_attention(
@@ -1589,8 +1619,7 @@ def packed_attention(
     (1, heads, tokens, size) each. Sequences padded to the longest would have 18 % more tokens.
     Raises NotImplementedError for what neither computes: soft caps and sinks.
     """
-    if options.get("softcap") is not None or options.get("s_aux") is not None:
-        raise NotImplementedError("attention with a soft cap or sinks")
+    refuse_caps_and_sinks(options)
     if cu_seq_lens_q is None:  # generation, or the price tree with its mask
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
     query, key, value = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
@@ -1615,8 +1644,51 @@ def packed_attention(
     return out.unsqueeze(0), None
 
 
-# No mask function is registered with it: transformers then makes no mask (masking_utils.py)
+def efficient_packed_attention(
+    module, query, key, value, attention_mask=None, cu_seq_lens_q=None, max_length_q=None, **options
+):
+    """As packed_attention, by the CUTLASS kernel of PyTorch's memory-efficient attention.
+
+    Raises NotImplementedError for windows shorter than the longest sequence, too: the kernel's
+    gradient would ignore them.
+    """
+    refuse_caps_and_sinks(options)
+    if cu_seq_lens_q is None:  # generation, or the price tree with its mask
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
+    window = options.get("sliding_window")
+    if window is not None and window < max_length_q:
+        raise NotImplementedError("attention with a sliding window")
+    size = query.shape[-1]
+    scaling = options.get("scaling") or size**-0.5
+    # A `scale` can't be passed: compiling would fail, since the meta function of the kernel's
+    # backward lacks the parameter `out` (torch 2.11 and 2.13, meta__efficient_attention_backward in
+    # _meta_registrations.py), so that all that follow are shifted by one.
+    if not math.isclose(scaling, size**-0.5):
+        query = query * (scaling * size**0.5)
+    # The same function says that gradients lie in memory as their tensors do. The kernel's lie
+    # contiguously, so must these.
+    group = query.shape[1] // key.shape[1]  # query heads that share a head of keys and values
+    query = query.transpose(1, 2).contiguous()
+    key, value = (x.transpose(1, 2).repeat_interleave(group, 2) for x in (key, value))
+    out, *_ = torch.ops.aten._efficient_attention_forward(
+        query,
+        key.contiguous(),
+        value.contiguous(),
+        None,  # bias
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        0.0,  # dropout
+        1,  # each token sees itself and what precedes it in its sequence
+        True,  # keeps what the backward pass needs
+    )
+    return out, None
+
+
+# No mask functions are registered with them: transformers then makes no mask (masking_utils.py)
 ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
+ALL_ATTENTION_FUNCTIONS.register(PACKED_EFFICIENT, efficient_packed_attention)
 
 
 def packed_attention_inputs(ends, longest):
@@ -1691,6 +1763,104 @@ def with_fast_lora(config):
     # PEFT's hook for custom layers: huggingface.co/docs/peft/developer_guides/custom_models
     config._register_custom_module({torch.nn.Linear: FastLora})
     return config
+
+
+def quantise_rows(matrix):
+    """(a matrix in 8-bit floats, the scale of each row, a column of 32-bit floats).
+
+    A row times its scale is the original, each value to 1/16. Each row's largest value becomes
+    FP8_MAX. Plain operations, which the compiler fuses with what precedes them.
+    """
+    values = matrix.float()
+    largest = values.abs().amax(-1, keepdim=True).clamp(min=1e-24)  # a row of zeros has no scale
+    quantised = (values * (FP8_MAX / largest)).to(FP8)
+    return quantised.contiguous(), largest / FP8_MAX
+
+
+def fp8_product(matrix, weight, scales):
+    """matrix @ (weight with its rows scaled).T in bf16, computed in 8-bit floats.
+
+    The matrix is rows × inputs, quantised here; the weight, outputs × inputs, is in 8-bit floats.
+    The scales are 1 × outputs.
+    """
+    quantised, row_scales = quantise_rows(matrix)
+    return torch._scaled_mm(
+        quantised,
+        weight.t(),
+        scale_a=row_scales,
+        scale_b=scales,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+class Fp8Product(torch.autograd.Function):
+    """The product with a frozen weight, and its input's gradient, both in 8-bit floats.
+
+    torch._scaled_mm has no gradient of its own. The forward pass takes the weight and its scales,
+    the backward pass those of the transposed weight.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, weight, scales, transposed_weight, transposed_scales):
+        ctx.save_for_backward(transposed_weight, transposed_scales)
+        return fp8_product(rows, weight, scales)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return fp8_product(gradient, *ctx.saved_tensors), None, None, None, None
+
+
+class Fp8Linear(torch.nn.Linear):
+    """A frozen linear layer that multiplies in 8-bit floats.
+
+    It holds two copies of its weight, one for the product and one, transposed, for the gradient's:
+    the kernel wants the summed dimension to be contiguous. Scales are per output and per input.
+    What is multiplied is quantised per token in each pass. A product's error is 3.8 % of its norm.
+    """
+
+    def __init__(self, layer):
+        torch.nn.Module.__init__(self)
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.bias = layer.bias
+        self.compute_dtype = torch.bfloat16  # PEFT gives adapters this type, not the weight's
+        weight, scales = quantise_rows(layer.weight.detach())
+        transposed_weight, transposed_scales = quantise_rows(layer.weight.detach().t())
+        # Parameters, since CUDA graphs copy other tensors in each step
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.scales = torch.nn.Parameter(scales.t(), requires_grad=False)
+        self.transposed_weight = torch.nn.Parameter(transposed_weight, requires_grad=False)
+        self.transposed_scales = torch.nn.Parameter(transposed_scales.t(), requires_grad=False)
+
+    def forward(self, x):
+        rows = x.to(self.compute_dtype).flatten(0, -2)
+        out = Fp8Product.apply(
+            rows, self.weight, self.scales, self.transposed_weight, self.transposed_scales
+        )
+        out = out.view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+
+def fp8_layers(model):
+    """{name: linear layer} that can be an Fp8Linear: quantised ones of sizes that the kernel takes.
+
+    The model is dequantised and has no adapters yet.
+    """
+    quantised = set(quantised_layers(model))
+    found = {}
+    for name, module in model.named_modules():
+        if module in quantised and type(module) is torch.nn.Linear:
+            sizes = (module.in_features, module.out_features)
+            if all(size % FP8_MULTIPLE == 0 for size in sizes):
+                found[name] = module
+    return found
+
+
+def hold_in_fp8(model):
+    """Replaces a dequantised base's linear layers by Fp8Linear ones, one by one."""
+    for name in list(fp8_layers(model)):  # no layers, so that each is freed
+        model.set_submodule(name, Fp8Linear(model.get_submodule(name)))
 
 
 class FusedNorm:
@@ -2282,6 +2452,8 @@ def untie_adapted(model):
 TOLERANCES = {"fp32": 1e-3, "fp16": 4e-2, "bf16": 0.2}
 # The same of a single layer; SmolLM2's norms have 0.0006 and 0.005
 LAYER_TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
+# The same of fp8 products and gradients, whose error is 0.038: two factors, each rounded to a 16th
+FP8_TOLERANCE = 0.06
 ANY_COMPLETION = "219.00"
 
 
@@ -2292,6 +2464,7 @@ class Checked:
     in_tree: bool  # prices are read in one forward pass
     packed: bool  # rows are concatenated
     lora: bool  # FastLora layers
+    fp8: bool  # Fp8Linear layers
     used: tuple  # the same in words
     unused: tuple  # what was tried in vain
 
@@ -2309,15 +2482,18 @@ class Checked:
 class SelfCheck:
     """Compares ways to compute a model with plain forward passes, on two prompts, lists of tokens.
 
-    Those of different lengths show most. `layers` are some that FastLora is to adapt, if any.
+    Those of different lengths show most. `layers` are some that FastLora is to adapt, `fp8_layers`
+    some that are to be Fp8Linear, if any. The model itself is in 16 bits: fp8 differs from it by so
+    much that errors elsewhere wouldn't show.
     """
 
-    def __init__(self, model, tokenizer, prompts, precision, layers=()):
+    def __init__(self, model, tokenizer, prompts, precision, layers=(), fp8_layers=()):
         self.model = model
         self.tokenizer = tokenizer
         self.prompts = prompts
         self.precision = precision
         self.layers = layers
+        self.fp8_layers = fp8_layers
         self.completions = completion_tokens([ANY_COMPLETION] * len(prompts), tokenizer)
         # The last node of each depth: all others of its depth precede it in the tree
         nodes = NumberTree(spell_numbers(tokenizer), model.device).nodes
@@ -2384,13 +2560,14 @@ class SelfCheck:
         """Whether FastLora layers on `layers` compute what PEFT's do."""
         return all(lora_agrees(layer, self.precision) for layer in self.layers)
 
-    def run(self, packed):
-        """The Checked of the model, whose attention is set to PACKED if that may be used."""
+    def run(self, attention):
+        """The Checked of the model, whose `attention` of packed rows is set if it may be used."""
         plain_attention = self.model.config._attn_implementation
+        packed = attention is not None
         found = {}
         with torch.no_grad():
             if packed:
-                self.model.set_attn_implementation(PACKED)
+                self.model.set_attn_implementation(attention)
                 packed = is_packed(self.model) and self.tree_agrees() and self.packed_rows_agree()
                 found["packed rows"] = packed
             if not packed:
@@ -2400,9 +2577,12 @@ class SelfCheck:
             lora = self.lora_agrees()
             if self.layers:
                 found["LoRA layers"] = lora
+        fp8 = all(fp8_agrees(layer) for layer in self.fp8_layers)
+        if self.fp8_layers:
+            found[f"fp8 products to {FP8_TOLERANCE:.0%}"] = fp8
         used = tuple(name for name, is_right in found.items() if is_right)
         unused = tuple(name for name, is_right in found.items() if not is_right)
-        return Checked(in_tree, packed, lora, used, unused)
+        return Checked(in_tree, packed, lora, fp8, used, unused)
 
 
 def difference(found, expected):
@@ -2442,17 +2622,40 @@ def lora_agrees(layer, precision):
         return agrees(lambda: adapted(x), lambda: lora.Linear.forward(adapted, x), tolerance)
 
 
+def fp8_agrees(layer):
+    """Whether an Fp8Linear computes a linear layer's products and gradients to FP8_TOLERANCE."""
+    device = layer.weight.device
+    x = torch.randn(64, layer.in_features, device=device, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(64, layer.out_features, device=device, dtype=torch.bfloat16)
+
+    def gradient(linear):
+        (found,) = torch.autograd.grad(linear(x), x, upstream)
+        return found.flatten()
+
+    in_fp8 = Fp8Linear(layer)
+    return agrees(
+        lambda: in_fp8(x).flatten(), lambda: layer(x).flatten(), FP8_TOLERANCE
+    ) and agrees(lambda: gradient(in_fp8), lambda: gradient(layer), FP8_TOLERANCE)
+
+
 def check_plan(plan, model, base, data, run):
     """The Plan without what doesn't compute the loaded model right. Prints what was compared.
 
     All processes follow the first. Raises UserError if a price loss that was asked for needs what
     isn't right; one that is AUTO is left out.
     """
-    layers = layers_of_each_kind(model, plan.targets) if plan.fast_path.lora else []
+    fast = plan.fast_path
+    layers = layers_of_each_kind(model, plan.targets) if fast.lora else []
+    in_fp8 = layers_of_each_kind(model, list(fp8_layers(model))) if fast.fp8 else []
     prompts = [data.prompt_tokens(data.lengths.argmin()), data.prompt_tokens(data.lengths.argmax())]
-    check = SelfCheck(model, base.tokenizer, prompts, plan.precision, layers)
-    checked = broadcast(check.run(plan.fast_path.packed))
+    check = SelfCheck(model, base.tokenizer, prompts, plan.precision, layers, in_fp8)
+    checked = broadcast(check.run(fast.attention))
     print(f"{'Check:':<14}{checked}")
+    if fast.fp8 and not checked.fp8:
+        raise UserError(
+            f"--base-weights fp8: its products differ by more than {FP8_TOLERANCE:.0%} from those "
+            "in bf16 on this machine. Leave it out."
+        )
     plan = plan.without_unused(checked)
     if checked.in_tree or not run.recipe.price_loss:
         return plan
@@ -2482,6 +2685,7 @@ def layers_of_each_kind(model, endings):
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_MICRO_BATCH = 256  # rows; 512 are no faster
 MIN_MICRO_BATCH = 4  # rows; fewer are slower than activation checkpointing
+MIN_TOKENS = 1000  # of a micro-batch; with fewer a GPU before Ampere waits for its memory
 COMPILE_FROM = 16_000  # examples of a run; for fewer compiling takes longer than it saves
 KEPT_CHECKPOINTS = 10
 AUTO = "auto"  # of a recipe's fields: chosen by data and base
@@ -2541,10 +2745,28 @@ def choose_precision(asked, use_bf16):
         return asked, "--precision"
     if not on_gpu:
         return "fp32", "a CPU: most emulate bf16, 25 × slower"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = gpu_capability()
     if use_bf16:
         return "bf16", f"capability {major}.{minor} ≥ 8"
     return "fp16", f"capability {major}.{minor} < 8, which lacks bf16"
+
+
+def check_base_weights(recipe, precision):
+    """Raises UserError if the base's weights are to be held in fp8 and can't be."""
+    if recipe.base_weights != "fp8":
+        return
+    major, minor = gpu_capability()
+    if (major, minor) < FP8_CAPABILITY:
+        found = f"one of {major}.{minor}" if torch.cuda.is_available() else "a CPU"
+        raise UserError(
+            "--base-weights fp8: needs a GPU of capability 8.9 or newer (L4, RTX 40, H100); this "
+            f"is {found}. Leave it out."
+        )
+    if precision != "bf16":
+        raise UserError(
+            f"--base-weights fp8: its products are in bf16, not in --precision {precision}. Leave "
+            "one of them out."
+        )
 
 
 def precision_for_reading(run, use_bf16):
@@ -2772,9 +2994,15 @@ class Plan:
         """The Plan of what a SelfCheck found right."""
         fast_path = replace(self.fast_path, lora=self.fast_path.lora and checked.lora)
         if self.fast_path.packed and not checked.packed:
-            fast_path = replace(fast_path, packed=False, compiled=False, graphs=False)
+            fast_path = replace(fast_path, attention=None, compiled=False, graphs=False)
         reasons = self.reasons | {"Speed": str(fast_path), "Check": str(checked)}
         return replace(self, fast_path=fast_path, in_tree=checked.in_tree, reasons=reasons)
+
+    def without_compiling(self):
+        """The Plan whose layers are not compiled."""
+        fast_path = replace(self.fast_path, compiled=False, graphs=False)
+        reasons = self.reasons | {"Speed": f"{fast_path}: compiling failed"}
+        return replace(self, fast_path=fast_path, reasons=reasons)
 
     def shrink(self):
         """The Plan that needs less memory, or None if there is none.
@@ -2820,10 +3048,13 @@ class Planner:
         self.fast = fast
         self.storage = "nf4" if run.use_4bit else "8 bit"
         self.precision, self.precision_reason = choose_precision(run.recipe.precision, use_bf16)
+        self.dtype = DTYPES[self.precision]
         self.branches = 0  # tokens that the price loss needs behind each row
         if run.recipe.price_loss:
             self.branches = len(data.number_tree(base.tokenizer, "cpu").branches)
-        self.packed = fast and not self.branches and can_pack(self.precision, use_bf16)
+        self.attention = None
+        if fast and not self.branches:
+            self.attention = choose_attention(self.precision, use_bf16)
         self.rows_per_step = self.recipe.batch_size // world_size()  # of this process
         self.steps = count_steps(self.recipe, len(self.lengths))
         self.targets = find_targets(base, self.recipe.targets)
@@ -2833,25 +3064,23 @@ class Planner:
             self.targets,
             self.lengths,
             self.precision,
-            self.packed,
+            self.attention is not None,
             self.storage,
             self.branches,
         )
 
     def plan(self):
         """The Plan of the run."""
-        asked = self.recipe.base_weights
-        extra_bytes = self.memory_estimate.dequantised_bytes
-        placement = self.place(extra_bytes if asked == "bf16-from-nf4" else 0)
-        dequantised, base_weights = self.choose_weights(placement)
+        placement, dequantised, base_weights = self.choose_weights()
         is_whole_batch = placement.micro_batch == self.rows_per_step
         is_small_batch = self.rows_per_step <= GRAPH_ROWS
         on_gpu = torch.cuda.is_available()
         fast_path = FastPath(
-            packed=self.packed,
+            attention=self.attention,
             lora=self.fast,
             compiled=placement.compiled,
             graphs=placement.compiled and is_whole_batch and is_small_batch and on_gpu,
+            fp8=dequantised and self.recipe.base_weights == "fp8",
         )
         plan = Plan(
             precision=self.precision,
@@ -2894,28 +3123,54 @@ class Planner:
         if self.recipe.compile != "auto":
             return self.recipe.compile == "on"
         pays = self.steps * self.rows_per_step >= COMPILE_FROM
-        return pays and self.packed and not checkpointing
+        is_packed = self.attention is not None
+        return pays and is_packed and not checkpointing and gpu_capability() >= TRITON_CAPABILITY
 
-    def choose_weights(self, placement):
-        """(whether the base is dequantised, a text on how it is held and why).
+    def choose_weights(self):
+        """(Placement, whether the base is dequantised, a text on how it is held and why).
 
         The values are the same, and expanding them in each layer of each step takes time; but
-        holding them expanded must not make the micro-batch smaller.
+        holding them expanded must not make the micro-batch smaller, unless that costs less.
         """
         asked = self.recipe.base_weights
         extra_bytes = self.memory_estimate.dequantised_bytes
         size = f"{extra_bytes / 2**30:.1f} GiB"
-        dequantised = f"{str(DTYPES[self.precision]).removeprefix('torch.')} from {self.storage}"
+        dequantised = f"{str(self.dtype).removeprefix('torch.')} from {self.storage}"
+        quantised_placement = self.place()
         if not extra_bytes:
-            return False, f"{self.precision}: bitsandbytes can quantise none of its layers"
+            text = f"{self.precision}: bitsandbytes can quantise none of its layers"
+            return quantised_placement, False, text
         if asked == "nf4":
-            return False, f"{self.storage} (--base-weights)"
+            return quantised_placement, False, f"{self.storage} (--base-weights)"
+        placement = self.place(extra_bytes)
+        if asked == "fp8":
+            text = f"fp8 from {self.storage}, a copy for products and one for gradients"
+            return placement, True, f"{text} (--base-weights)"
         if asked != "auto":
-            return True, f"{dequantised} (--base-weights)"
-        fits_as_well = self.place(extra_bytes) == placement
-        if fits_as_well:
-            return True, f"{dequantised}: dequantised once, memory has room for the {size}"
-        return False, f"{self.storage}: memory has no room for the {size} dequantised"
+            return placement, True, f"{dequantised} (--base-weights)"
+        if placement == quantised_placement:
+            text = f"{dequantised}: dequantised once, memory has room for the {size}"
+            return placement, True, text
+        if self.expanding_costs_more(placement):
+            rows = f"{quantised_placement.micro_batch} to {placement.micro_batch} rows"
+            text = (
+                f"{dequantised}: micro-batches are cut from {rows} to hold the {size}, which each "
+                "would write twice else"
+            )
+            return placement, True, text
+        text = f"{self.storage}: memory has no room for the {size} dequantised"
+        return quantised_placement, False, text
+
+    def expanding_costs_more(self, placement):
+        """Whether expanding nf4 in each pass costs more than micro-batches of a Placement.
+
+        Only GPUs before Ampere are asked. A T4 writes 5 GiB in 20 ms and multiplies 1,600 tokens
+        by as many weights in more than 200 ms: it loses nothing by fewer tokens. On newer GPUs
+        small kernels end before the next is launched, so there the largest micro-batch is best.
+        """
+        is_older = (0, 0) < gpu_capability() < (8, 0)
+        tokens = placement.micro_batch * self.lengths.mean()
+        return is_older and not placement.checkpointing and tokens >= MIN_TOKENS
 
     def describe_loss(self):
         """What is minimised, and what that costs."""
@@ -3414,6 +3669,8 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
     """
     recipe = run.recipe
     fast = plan.fast_path
+    if fast.fp8:
+        hold_in_fp8(model)
     if not torch.cuda.is_available():
         # Without Triton TRL scores every position, to keep shapes fixed for compilers
         # (add_fused_lm_head); on a CPU that takes half of each step. Can go when TRL scores labels
@@ -3519,9 +3776,9 @@ def training_arguments(run, plan):
 def fit(trainer, run, plan):
     """Trains to the end, from the newest complete checkpoint if there is one. Returns None.
 
-    If memory runs out, it saves the last finished step and returns the Plan to resume by, which
-    needs less. Raises Stopped after a signal; UserError if there is no smaller plan, and with
-    several processes, since the others are in the middle of the step.
+    If memory runs out, or layers can't be compiled, it saves the last finished step and returns the
+    Plan to resume by, which does with less. Raises Stopped after a signal; UserError if there is no
+    such plan, and with several processes, since the others are in the middle of the step.
     """
     run.seconds["load"] = round(time.time() - run.started, 1)
     checkpoint = broadcast(newest_checkpoint(run.folder))
@@ -3530,6 +3787,8 @@ def fit(trainer, run, plan):
         return None
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return without_failed_compiling(trainer, plan, error)
     except torch.OutOfMemoryError as error:
         out_of_memory = error
     else:
@@ -3562,6 +3821,26 @@ def fit(trainer, run, plan):
         f"{smaller_plan.describe_micro_batch()}"
     )
     return smaller_plan
+
+
+def without_failed_compiling(trainer, plan, error):
+    """Saves the last finished step; the Plan that resumes behind it without compiling.
+
+    Layers are compiled when they first run, and again for other shapes: GPUs and versions that the
+    compiler doesn't support show there.
+    """
+    cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    if not plan.fast_path.compiled:
+        raise error
+    if world_size() > 1:
+        raise UserError(
+            f"The layers can't be compiled here ({cause}). Train with --compile off."
+        ) from error
+    step = trainer.state.global_step
+    if step:
+        trainer.save_last_step()
+    print(f"The layers can't be compiled here, which is slower: {cause}")
+    return plan.without_compiling()
 
 
 def is_at_end(checkpoint):
@@ -3927,7 +4206,8 @@ def preflight(config, run, hf_user, use_bf16, micro_batch, changes):
         if run.wandb:
             check_wandb()
     with problems:
-        choose_precision(run.recipe.precision, use_bf16)
+        precision, _ = choose_precision(run.recipe.precision, use_bf16)
+        check_base_weights(run.recipe, precision)
     if not problems.texts:  # or there may be no prompts or no base
         choose_schedule(run, changes, prompts, base)
     with problems:
@@ -4510,7 +4790,7 @@ class RunReader:
         self.base = base
         self.quant_config = quant_config
         self.precision = precision
-        self.packed = fast and can_pack(precision, use_bf16)
+        self.attention = choose_attention(precision, use_bf16) if fast else None
         self.fused_norms = fast
 
     def load(self, adapter, out_precision=None):
@@ -4551,7 +4831,7 @@ class RunReader:
         check = SelfCheck(model, self.base.tokenizer, prompts, self.precision)
         if self.fused_norms:
             fuse_norms(model, self.precision)
-        checked = check.run(self.packed)
+        checked = check.run(self.attention)
         if checked.unused:
             print(f"Check: {checked}")
         prefix = scale_of_rows(rows).prefix

@@ -229,7 +229,7 @@ def read_rows(base, adapter, rows, fast):
     check = util.SelfCheck(model, base.tokenizer, prompts, "fp32")
     if fast:
         util.fuse_norms(model, "fp32")
-    checked = check.run(packed=fast)
+    checked = check.run(util.PACKED if fast else None)
     reader = util.PriceReader(model, base.tokenizer, checked.in_tree)
     return torch.tensor(reader.read(rows).probabilities).log(), checked
 
@@ -392,11 +392,11 @@ def tiny_model(tiny_base):
     return base, util.load_quantised(base, quant_config, "fp32")
 
 
-def check(tiny_model, rows, packed=True):
+def check(tiny_model, rows, attention=util.PACKED):
     base, model = tiny_model
     prompts = base.tokenizer([row["prompt"] for row in rows])["input_ids"]
     layers = util.layers_of_each_kind(model, ("q_proj", "down_proj"))
-    return util.SelfCheck(model, base.tokenizer, prompts, "fp32", layers).run(packed)
+    return util.SelfCheck(model, base.tokenizer, prompts, "fp32", layers).run(attention)
 
 
 def test_check_passes_a_right_model(tiny_model, rows, packed_attention):
@@ -433,7 +433,7 @@ def test_check_sees_packed_rows_mixed(tiny_model, rows, monkeypatch):
 
 def test_check_sees_wrong_lora(tiny_model, rows, monkeypatch):
     monkeypatch.setattr(util.FastLora, "forward", lambda layer, x: layer.base_layer(x))
-    checked = check(tiny_model, rows, packed=False)
+    checked = check(tiny_model, rows, attention=None)
     assert checked.in_tree
     assert not checked.lora
 
@@ -466,7 +466,7 @@ def test_windows_reach_packed_attention(smol_tokenizer, rows, packed_attention, 
     model = util.load_quantised(base, quant_config, "fp32")
     prompts = base.tokenizer([row["prompt"] for row in rows])["input_ids"]
     self_check = util.SelfCheck(model, base.tokenizer, prompts, "fp32")
-    assert not self_check.run(packed=True).in_tree
+    assert not self_check.run(util.PACKED).in_tree
     model.set_attn_implementation(util.PACKED)
     with torch.no_grad():
         assert self_check.packed_rows_agree()

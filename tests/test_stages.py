@@ -319,7 +319,7 @@ def build_packed(build, packed_attention, monkeypatch):
 
     def build_packed(**changes):
         with monkeypatch.context() as patch:
-            patch.setattr(util, "can_pack", lambda *_: True)
+            patch.setattr(util, "choose_attention", lambda *_: util.PACKED)
             return build(**changes)
 
     return build_packed
