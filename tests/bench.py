@@ -2,7 +2,8 @@
 
     python tests/bench.py train                        # the lite recipe
     python tests/bench.py train --full                 # the full one
-    python tests/bench.py train --batch-size 256 --base-weights nf4 --steps 30
+    python tests/bench.py train --batch-size 256 --base-weights fp8 --steps 30
+    python tests/bench.py train --as-t4                # as a T4 would be used
     python tests/bench.py eval --size 2000
     python tests/bench.py prepare --size 100000
     python tests/bench.py demo --busy 1                # beside a process that keeps a core busy
@@ -11,8 +12,14 @@
 
 Prints a table and appends one line of JSON a figure to bench.jsonl in --folder. Rows have 102
 tokens on average; speed doesn't depend on the weights. A training step's time is the median of the
-last two thirds of the steps, as the GPU measures it. Without torchrun the data are made, which
-several processes must not do at once.
+last two thirds of the steps, as the GPU measures it; busy_ms is the time of a step's kernels alone,
+the mean of the last two steps. Without torchrun the data are made, which several processes must not
+do at once.
+
+A T4 is imitated: 14.5 GiB, no bf16, no flash attention, all else this GPU's. Kernels are the same,
+but this GPU waits for their launches, which a T4 doesn't: only busy_ms says something. `--as-t4`
+also prints what a step's kernels need on a T4 at least, from their number of operations and, for
+kernels that move memory, the bytes that a copy would move here in their time.
 """
 
 import argparse
@@ -48,8 +55,23 @@ import app
 import items
 import util
 
-FLOP_PER_TOKEN = 2 * 2.82e9  # of one forward pass: two for each parameter that isn't an embedding
+PARAMETERS = 2.82e9  # that aren't embeddings
+FLOP_PER_TOKEN = 2 * PARAMETERS  # of one forward pass
+PRODUCT_VALUES = 28 * 54_272  # a token's inputs and outputs of all layers' matrix products
 TRAIN_TOKENS = 102  # a row, on average
+PADDED_TOKENS = 127  # a row, padded to the longest
+PROFILED = 2  # steps, the last
+T4_MEMORY = 14.5  # GiB
+T4_FLOP = 65e12  # a second, of fp16 matrix products; this and the next from NVIDIA's data sheet
+T4_BYTES = 320e9  # a second
+# Kinds of kernel and parts of their names, the first that match
+KERNEL_KINDS = {
+    "expanding nf4": ("dequantize",),
+    "attention": ("fmha", "flash", "attention"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "gemv", "splitk"),
+    "optimizer": ("multi_tensor", "adam", "kblockwise", "koptimizer"),
+    "other elementwise work": ("",),
+}
 PROMPT_TOKENS = 98
 SHAPE = {
     "vocab_size": 128256,
@@ -177,9 +199,10 @@ def report(folder, what, **figures):
 
 
 class Clock(TrainerCallback):
-    """Takes the time of each step, and memory before the first."""
+    """Takes the time of the first `timed` steps, and memory before the first."""
 
-    def __init__(self):
+    def __init__(self, timed):
+        self.timed = timed
         self.start = time.time()
         self.moments = []
         self.at_rest = 0
@@ -191,7 +214,8 @@ class Clock(TrainerCallback):
             self.moments.append(moment())
 
     def on_step_end(self, args, state, control, **_):
-        self.moments.append(moment())
+        if state.global_step <= self.timed:
+            self.moments.append(moment())
         self.first_step_done = self.first_step_done or time.time()
 
     def step_seconds(self, skipped):
@@ -202,20 +226,105 @@ class Clock(TrainerCallback):
         return median, excess
 
 
+class KernelTimes(TrainerCallback):
+    """Takes the time of each kernel of the GPU in the steps behind the first `skipped`."""
+
+    def __init__(self, skipped):
+        self.skipped = skipped
+        self.profiler = None
+        self.milliseconds = {}  # {name: of a step}
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.skipped and torch.cuda.is_available():
+            torch.cuda.synchronize()
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+            self.profiler = torch.profiler.profile(activities=activities)
+            self.profiler.start()
+
+    def on_train_end(self, args, state, control, **_):
+        if not self.profiler:
+            return
+        torch.cuda.synchronize()
+        self.profiler.stop()
+        steps = state.global_step - self.skipped
+        for event in self.profiler.key_averages():
+            if event.self_device_time_total and not getattr(event, "is_user_annotation", False):
+                self.milliseconds[event.key] = event.self_device_time_total / 1000 / steps
+
+    def busy(self):
+        """Milliseconds of a step in which the GPU works."""
+        return sum(self.milliseconds.values())
+
+    def by_kind(self):
+        """{kind of kernel: milliseconds of a step}."""
+        kinds = dict.fromkeys(KERNEL_KINDS, 0.0)
+        for name, milliseconds in self.milliseconds.items():
+            kinds[kernel_kind(name)] += milliseconds
+        return kinds
+
+
+def kernel_kind(name):
+    """The kind of a kernel; those that the compiler makes are elementwise."""
+    name = name.lower()
+    if name.startswith("triton"):
+        return "other elementwise work"
+    kinds = (kind for kind, parts in KERNEL_KINDS.items() if any(part in name for part in parts))
+    return next(kinds)
+
+
+def copy_rate(values):
+    """Bytes a second, read and written, of copying so many fp16 values on this GPU."""
+    source = torch.zeros(values, device="cuda", dtype=torch.float16)
+    target = torch.empty_like(source)
+    for _ in range(5):
+        target.copy_(source)
+    before = moment()
+    for _ in range(100):
+        target.copy_(source)
+    return 100 * 4 * values / seconds(before, moment())
+
+
+def print_t4_table(kinds, tokens, passes, micro_batches):
+    """What a step's kernels need on a T4 at least, by kind.
+
+    `kinds` are milliseconds of a step here, `tokens` those of a step with padding; there are so
+    many `passes` through the base, forward and backward, of each of the micro-batches.
+    """
+    product_bytes = 2 * passes * (tokens * PRODUCT_VALUES + micro_batches * PARAMETERS)
+    rate = copy_rate(tokens // micro_batches * SHAPE["intermediate_size"])
+    print("| kernels | ms here | TFLOP | GB | ms on a T4, at least |")
+    print("|---|---|---|---|---|")
+    total = 0
+    for kind, milliseconds in kinds.items():
+        flop, moved = 0, milliseconds / 1000 * rate
+        if kind == "matrix products":
+            flop, moved = passes * tokens * FLOP_PER_TOKEN, product_bytes
+        needed = 1000 * max(flop / T4_FLOP, moved / T4_BYTES)
+        total += needed
+        figures = [f"{milliseconds:.1f}", f"{flop / 1e12:.1f}", f"{moved / 1e9:.1f}"]
+        print(f"| {' | '.join([kind, *figures, f'{needed:.0f}'])} |")
+    print(f"| all | {sum(kinds.values()):.1f} | | | {total:.0f} |")
+
+
 def bench_train(config, folder, arguments):
-    clock = Clock()
+    steps = arguments.steps
+    clock = Clock(steps - PROFILED)
+    kernels = KernelTimes(steps - PROFILED)
     build = util.build_trainer
+
+    collators = []
 
     def build_with_clock(*given, **options):
         trainer = build(*given, **options)
+        collators.append(trainer.data_collator)
         trainer.add_callback(clock)
+        trainer.add_callback(kernels)
         trainer.args.save_strategy = trainer.args.eval_strategy = "no"
         return trainer
 
     util.build_trainer = build_with_clock
     recipe = app.RECIPES[config.mode]
     batch = arguments.batch_size or recipe.batch_size
-    steps = arguments.steps
     write_dataset(config.dataset_folder, min(steps * batch, 12_000))
     run = f"bench-{time.time():.0f}-{os.getpid()}"
     app.train_model(
@@ -236,12 +345,14 @@ def bench_train(config, folder, arguments):
     step, excess = clock.step_seconds(steps // 3)
     passes = 2  # the backward pass costs as much as the forward: the base is frozen
     flop_per_s = passes * FLOP_PER_TOKEN * TRAIN_TOKENS * batch / step
-    weights = record["base_weights"].split(":")[0]
+    weights = re.split("[:,]", record["base_weights"])[0]
+    as_t4 = " as on a T4" if arguments.as_t4 else ""
     report(
         folder,
-        f"train {config.mode} batch {batch} r {record['recipe']['lora_r']} {weights}",
+        f"train {config.mode} batch {batch} r {record['recipe']['lora_r']} {weights}{as_t4}",
         step_ms=1000 * step,
         examples_per_s=batch / step,
+        busy_ms=kernels.busy(),
         percent_of_limit=percent_of_limit(flop_per_s),
         peak_gib=record["peak_memory_bytes"] / 2**30,
         at_rest_gib=clock.at_rest / 2**30,
@@ -250,6 +361,16 @@ def bench_train(config, folder, arguments):
         train_s=record["seconds"]["train"],
         micro_batch=record["micro_batch"],
     )
+    if arguments.as_t4 and torch.cuda.is_available():
+        is_packed = isinstance(collators[-1], util.PackedCollator)
+        tokens = batch * (TRAIN_TOKENS if is_packed else PADDED_TOKENS)
+        print_t4_table(kernels.by_kind(), tokens, passes, batch // record["micro_batch"])
+
+
+def imitate_t4():
+    """Has the program see what it would on a T4."""
+    util.gpu_capability = lambda: (7, 5)
+    app.detect_bf16_support = lambda: False
 
 
 def bench_eval(config, folder, arguments):
@@ -361,7 +482,8 @@ def run_peers(arguments):
         subprocess.run([*script, "notebook_eval"], check=True)
         return
     batch, r, targets = ("256", "256", "all") if arguments.full else ("32", "32", "attn")
-    subprocess.run([*script, "notebook", batch, r, targets, "20"], check=True)
+    t4 = ["t4"] if arguments.as_t4 else []
+    subprocess.run([*script, "notebook", batch, r, targets, "20", *t4], check=True)
 
 
 def parse_arguments():
@@ -379,8 +501,10 @@ def parse_arguments():
     add("--micro-batch", type=int)
     add("--lora-r", type=int)
     add("--dropout", type=float)
-    add("--base-weights", choices=["auto", "nf4", "bf16-from-nf4"])
+    add("--base-weights", choices=["auto", "nf4", "bf16-from-nf4", "fp8"])
     add("--compile", choices=["auto", "on", "off"], default="on")
+    add("--attention", choices=["packed", "packed_efficient", "padded"], help="instead of util's")
+    add("--as-t4", action="store_true", help="as a T4 would be used")
     add("--memory", type=float, metavar="GIB", help="as if the GPU had so much")
     add("--busy", type=int, default=0, help="processes that keep a core busy beside the demo")
     add("--folder", type=Path, default=Path(tempfile.gettempdir(), "bench"))
@@ -404,7 +528,13 @@ def main():
         local=True,
         output_dir=str(arguments.folder / "outputs"),
     )
-    if arguments.memory:
+    if arguments.as_t4:
+        imitate_t4()
+        arguments.memory = arguments.memory or T4_MEMORY
+    if arguments.attention:
+        name = None if arguments.attention == "padded" else arguments.attention
+        util.choose_attention = lambda *_: name
+    if arguments.memory and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(arguments.memory * 2**30 / total)
     stages = {"train": bench_train, "eval": bench_eval, "prepare": bench_prepare}
