@@ -4,8 +4,11 @@ Skipped without a GPU of capability 8 or newer. The base is bench.py's tiny one,
 which each number is one token, as to Llama 3's.
 """
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import bench
 import util
@@ -13,7 +16,12 @@ from app import RECIPES, RunConfig, build_quant_config, detect_bf16_support
 
 pytestmark = pytest.mark.skipif(not detect_bf16_support(), reason="needs a GPU of capability 8")
 
+has_fp8 = pytest.mark.skipif(
+    util.gpu_capability() < util.FP8_CAPABILITY, reason="needs a GPU of capability 8.9"
+)
+
 STEPS = 8
+PRODUCT_ERROR = 0.045  # of an fp8 product's norm; 0.038 is to be expected
 SETTINGS = {
     "batch_size": 16,
     "max_steps": STEPS,
@@ -51,6 +59,7 @@ def build(base_folder, splits, tmp_path):
         data = util.make_training_data(splits, base.tokenizer, run.recipe.val_size)
         plan = util.make_plan(base, run, data, True, micro_batch, fast)
         model = util.load_base(base, plan, build_quant_config(True, True, plan.dtype))
+        plan = util.check_plan(plan, model, base, data, run.recipe)
         run.folder.mkdir(parents=True)
         run.begin(plan)
         plans.append(plan)
@@ -70,40 +79,62 @@ def largest_difference(first, second):
     return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("window", [None, 16])
-def test_packed_attention_equals_separate_rows(window):
-    """Forward and backward, in bf16, for grouped heads, with a sliding window and without."""
+def separate_attention(module, tensors, ends, scaling, window):
+    """What plain attention computes of each sequence for itself, in 32 bits."""
+    separate = []
+    sdpa = util.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    for start, end in zip(ends.tolist(), ends.tolist()[1:], strict=False):
+        if start == end:
+            continue
+        rows = [x.float()[:, :, start:end] for x in tensors]
+        sees = torch.ones(end - start, end - start, dtype=torch.bool, device="cuda").tril()
+        if window:
+            sees = sees.triu(1 - window)
+        separate.append(sdpa(module, *rows, sees[None, None], scaling=scaling)[0])
+    return torch.cat(separate, 1)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("attention", "scaling", "window"),
+    [
+        (util.PACKED, 0.125, None),
+        (util.PACKED, 0.125, 16),
+        (util.PACKED_EFFICIENT, 0.125, None),
+        (util.PACKED_EFFICIENT, 0.3, None),
+        (util.PACKED_EFFICIENT, 0.125, 64),
+    ],
+)
+def test_packed_attention_equals_separate_rows(attention, scaling, window, precision, is_compiled):
+    """Forward and backward, for grouped heads, also with empty sequences as padding makes them."""
     torch.manual_seed(0)
-    sizes = [5, 64, 17, 1]
+    sizes = [5, 64, 17, 0, 1, 41, 0, 0]
     ends = torch.tensor([0, *sizes], device="cuda").cumsum(0)
-    shapes = {"query": (1, 8, sum(sizes), 64), "key": (1, 2, sum(sizes), 64)}
+    dtype = util.DTYPES[precision]
     query, key, value = (
-        torch.randn(shapes[name], device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for name in ("query", "key", "key")
+        torch.randn(1, sum(sizes), heads, 64, device="cuda", dtype=dtype).transpose(1, 2)
+        for heads in (8, 2, 2)
     )
+    tensors = [x.requires_grad_() for x in (query, key, value)]
     module = torch.nn.Module()
     module.num_key_value_groups = 4
     module.is_causal = True
     inputs = util.packed_attention_inputs(ends, max(sizes))
-    options = {"scaling": 0.125, "sliding_window": window}
-    packed, _ = util.packed_attention(module, query, key, value, **options, **inputs)
-
-    separate = []
-    sdpa = util.ALL_ATTENTION_FUNCTIONS["sdpa"]
-    for start, size in zip(ends.tolist(), sizes, strict=False):
-        rows = [x[:, :, start : start + size] for x in (query, key, value)]
-        sees = torch.ones(size, size, dtype=torch.bool, device="cuda").tril()
-        if window:
-            sees = sees.triu(1 - window)
-        separate.append(sdpa(module, *rows, sees[None, None], scaling=0.125)[0])
-    separate = torch.cat(separate, 1)
-    torch.testing.assert_close(packed, separate, atol=2e-2, rtol=2e-2)
+    options = inputs | {"scaling": scaling, "sliding_window": window}
+    attend = util.ALL_ATTENTION_FUNCTIONS[attention]
+    if is_compiled:
+        torch.compiler.reset()
+        attend = torch.compile(attend)
+    packed, _ = attend(module, *tensors, **options)
+    separate = separate_attention(module, tensors, ends, scaling, window)
+    torch.testing.assert_close(packed.float(), separate, atol=2e-2, rtol=2e-2)
 
     weights = torch.randn_like(packed)
-    found = torch.autograd.grad((packed * weights).sum(), (query, key, value))
-    expected = torch.autograd.grad((separate * weights).sum(), (query, key, value))
+    found = torch.autograd.grad((packed * weights).sum(), tensors)
+    expected = torch.autograd.grad((separate * weights.float()).sum(), tensors)
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=5e-2, rtol=5e-2)
+        torch.testing.assert_close(one.float(), other.float(), atol=5e-2, rtol=5e-2)
 
 
 def test_fast_path_trains_as_plain(build):
@@ -124,6 +155,19 @@ def test_recorded_graphs_train_alike(build):
     names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
     assert "MarkGraphSteps" in names
     assert largest_difference(losses(trainer), losses(build(compile="off"))) < 0.03
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("compiling", ["off", "on", "on, as graphs"])
+def test_efficient_attention_trains_alike(build, monkeypatch, precision, compiling):
+    """A T4's way: packed rows by the other kernel, compiled, in fp16; against padded rows."""
+    monkeypatch.setattr(util, "choose_attention", lambda *_: util.PACKED_EFFICIENT)
+    micro_batch = 16 if "graphs" in compiling else 8
+    settings = {"precision": precision, "micro_batch": micro_batch}
+    trainer = build(compile=compiling.split(",")[0], **settings)
+    assert trainer.model.config._attn_implementation == util.PACKED_EFFICIENT
+    found = losses(trainer)
+    assert largest_difference(found, losses(build(fast=False, **settings))) < 0.03
 
 
 def test_dequantised_base_trains_alike(build):
@@ -196,3 +240,63 @@ def test_out_of_memory_resumes(build, monkeypatch):
     smaller.args.output_dir = trainer.args.output_dir
     assert util.fit(smaller, run, smaller_plan) is None
     assert smaller.state.global_step == STEPS
+
+
+@has_fp8
+@pytest.mark.parametrize(("inputs", "outputs"), [(3072, 1024), (3072, 8192), (8192, 3072)])
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_fp8_products_are_near(inputs, outputs, is_compiled):
+    """Product and gradient of layers of Llama-3.2-3B, against 64 bits; 203 tokens."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(inputs, outputs, bias=False, device="cuda").bfloat16()
+    layer = util.Fp8Linear(linear.requires_grad_(False))
+    x = torch.randn(1, 203, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    if is_compiled:
+        torch.compiler.reset()
+        layer.compile()
+    out = layer(x)
+    upstream = 1e-6 * torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, x, upstream)
+
+    weight = linear.weight.double()
+    pairs = [(out, x.double() @ weight.T), (gradient, upstream.double() @ weight)]
+    for found, expected in pairs:
+        assert (found.double() - expected).norm() < PRODUCT_ERROR * expected.norm()
+
+
+@has_fp8
+@pytest.mark.parametrize("compiling", ["off", "on", "on, as graphs"])
+def test_fp8_trains_as_bf16(build, compiling):
+    """Losses that fall by 3 in these steps differ by less than a tenth of that."""
+    micro_batch = 16 if "graphs" in compiling else 8
+    settings = {"compile": compiling.split(",")[0], "micro_batch": micro_batch, "targets": "all"}
+    trainer = build(base_weights="fp8", **settings)
+    assert any(isinstance(module, util.Fp8Linear) for module in trainer.model.modules())
+    found = losses(trainer)
+    assert largest_difference(found, losses(build(**settings))) < 0.3
+
+
+@has_fp8
+@pytest.mark.parametrize("compiling", ["off", "on"])
+def test_fp8_resumes_exactly(build, compiling):
+    """A run that resumes from its fourth step ends with the adapter of one that went on."""
+    settings = {
+        "base_weights": "fp8",
+        "compile": compiling,
+        "micro_batch": 8,
+        "save_steps": STEPS // 2,
+        "lora_dropout": 0.1,
+    }
+    whole = build(**settings)
+    whole.train()
+    resumed = build(**settings)
+    checkpoint = f"{resumed.args.output_dir}/checkpoint-{STEPS // 2}"
+    shutil.copytree(f"{whole.args.output_dir}/checkpoint-{STEPS // 2}", checkpoint)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    adapters = []
+    for trainer in (whole, resumed):
+        assert trainer.state.global_step == STEPS
+        file = f"{trainer.args.output_dir}/checkpoint-{STEPS}/adapter_model.safetensors"
+        adapters.append(load_file(file))
+    for name, weight in adapters[0].items():
+        assert torch.equal(weight, adapters[1][name])

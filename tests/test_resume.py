@@ -519,13 +519,24 @@ def large_base(tiny_base):
 
 
 @pytest.fixture()
-def planner(large_base):
-    """A Planner of the lite recipe for the shape of Llama-3.2-3B, on this machine."""
-    config = app.RunConfig(base_model=large_base.path, lite_mode=True, local=True)
-    run = util.new_run(config, "planned", app.RECIPES["lite"], True, {})
-    lengths = numpy.array([100, 128])
-    data = SimpleNamespace(lengths=lengths, spread=100.0)
-    return util.Planner(large_base, run, data, use_bf16=False, micro_batch=None, fast=True)
+def make_planner(large_base):
+    """`make_planner(lora_r=8)` is a Planner of lite for the shape of Llama-3.2-3B, on this machine.
+
+    The changes replace fields of the recipe.
+    """
+
+    def make_planner(**changes):
+        config = app.RunConfig(base_model=large_base.path, lite_mode=True, local=True)
+        run = util.new_run(config, "planned", app.RECIPES["lite"], True, changes)
+        data = SimpleNamespace(lengths=numpy.array([100, 128]), spread=100.0)
+        return util.Planner(large_base, run, data, use_bf16=False, micro_batch=None, fast=True)
+
+    return make_planner
+
+
+@pytest.fixture()
+def planner(make_planner):
+    return make_planner()
 
 
 def peak_bytes(planner, rows, checkpointing):
@@ -560,6 +571,37 @@ def test_asked_micro_batch_is_kept(planner, monkeypatch):
     monkeypatch.setattr(util, "memory", lambda: util.Memory(0, available, 0))
     planner.micro_batch = 8
     assert planner.place() == util.Placement(8, True, False)
+
+
+@pytest.fixture()
+def gpu_of_t4_size(monkeypatch):
+    """The program sees a GPU of a T4's memory, which computes in fp16."""
+    available = int(14 * 2**30)
+    monkeypatch.setattr(util, "memory", lambda: util.Memory(0, available, 0))
+    monkeypatch.setattr(util, "choose_precision", lambda *_: ("fp16", "no bf16"))
+    monkeypatch.setattr(util, "choose_attention", lambda *_: util.PACKED_EFFICIENT)
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "rows", "text"),
+    [
+        ((7, 5), {}, 16, "float16 from nf4: micro-batches are cut from 32 to 16 rows to hold the"),
+        ((8, 6), {}, 32, "nf4: memory has no room for the 5.2 GiB dequantised"),
+        ((7, 5), {"base_weights": "nf4"}, 32, "nf4 (--base-weights)"),
+        ((8, 9), {"base_weights": "fp8"}, 16, "fp8 from nf4, a copy for products and one for"),
+    ],
+)
+def test_weights_suit_the_gpu(
+    make_planner, gpu_of_t4_size, monkeypatch, capability, changes, rows, text
+):
+    """An old GPU gains by a dequantised base even where that takes smaller micro-batches."""
+    monkeypatch.setattr(util, "gpu_capability", lambda: capability)
+    plan = make_planner(compile="on", lora_dropout=0.0, **changes).plan()
+    assert plan.micro_batch == rows
+    assert plan.base_weights.startswith(text)
+    assert plan.fast_path.fp8 == (changes.get("base_weights") == "fp8")
+    assert plan.dequantised == (not text.startswith("nf4"))
+    assert not plan.checkpointing
 
 
 def test_memory_estimate_of_a_large_model(large_base):

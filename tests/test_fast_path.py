@@ -1,0 +1,149 @@
+"""Parts of the fast path that a CPU can compute, too; test_gpu.py has the rest."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import util
+from items import UserError
+
+ROUNDING = 1 / 16  # of 3 bits of mantissa, at most
+PRODUCT_ERROR = 0.045  # of an fp8 product's norm; 0.038 is to be expected
+
+
+def random_linear(inputs, outputs, bias=False):
+    torch.manual_seed(0)
+    return torch.nn.Linear(inputs, outputs, bias).bfloat16().requires_grad_(False)
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def test_quantised_rows_keep_their_values():
+    """To a 16th, whatever the size of a row's numbers; zeros stay zeros."""
+    torch.manual_seed(0)
+    sizes = torch.tensor([1e-12, 1.0, 1e12])[:, None]
+    values = sizes * (0.05 + torch.rand(3, 400))
+    quantised, scales = util.quantise_rows(values)
+    assert quantised.dtype == util.FP8
+    assert quantised.float().abs().amax(-1).tolist() == [util.FP8_MAX] * 3
+    torch.testing.assert_close(quantised.float() * scales, values, rtol=ROUNDING, atol=0)
+    zeros, _ = util.quantise_rows(torch.zeros(2, 16))
+    assert not zeros.float().any()
+
+
+def test_what_is_not_finite_shows():
+    """A loss that is not finite stops a run, so fp8 must not hide it."""
+    layer = util.Fp8Linear(random_linear(32, 16))
+    x = torch.ones(2, 32)
+    x[0, 3] = torch.inf
+    out = layer(x)
+    assert not out[0].isfinite().any()
+    assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_fp8_products_are_near(bias):
+    """Product and gradient, against 64 bits."""
+    linear = random_linear(256, 96, bias)
+    layer = util.Fp8Linear(linear)
+    x = torch.randn(2, 30, 256, dtype=torch.bfloat16, requires_grad=True)
+    out = layer(x)
+    upstream = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, x, upstream)
+
+    exact = linear.double()
+    assert relative_error(out, exact(x.double())) < PRODUCT_ERROR
+    assert relative_error(gradient, upstream.double() @ exact.weight) < PRODUCT_ERROR
+    assert (out.dtype, gradient.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_check_sees_wrong_fp8(monkeypatch):
+    layer = random_linear(64, 64)
+    assert util.fp8_agrees(layer)
+    monkeypatch.setattr(util.Fp8Product, "backward", lambda ctx, gradient: (gradient, *[None] * 4))
+    assert not util.fp8_agrees(layer)
+
+
+def test_fp8_trains_as_bf16(build):
+    """All linear layers but the head; adapters stay in 32 bits; the losses of bf16, nearly."""
+    settings = {"precision": "bf16", "max_steps": 3, "lora_dropout": 0.0, "logging_steps": 1}
+    losses = {}
+    for weights in ("bf16-from-nf4", "fp8"):
+        trainer = build(base_weights=weights, learning_rate=1e-2, batch_size=4, **settings)
+        trainer.train()
+        losses[weights] = [one["loss"] for one in trainer.state.log_history if "loss" in one]
+    model = trainer.model
+    in_fp8 = [module for module in model.modules() if isinstance(module, util.Fp8Linear)]
+    assert len(in_fp8) == 2 * 7
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert losses["fp8"] == pytest.approx(losses["bf16-from-nf4"], rel=0.03)
+    assert losses["fp8"] != losses["bf16-from-nf4"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "problem"),
+    [
+        ((8, 0), "bf16", "needs a GPU of capability 8.9 or newer"),
+        ((9, 0), "fp32", "not in --precision fp32"),
+        ((8, 9), "bf16", None),
+    ],
+)
+def test_fp8_needs_its_gpu(monkeypatch, capability, precision, problem):
+    monkeypatch.setattr(util, "gpu_capability", lambda: capability)
+    recipe = SimpleNamespace(base_weights="fp8")
+    if problem is None:
+        util.check_base_weights(recipe, precision)
+        return
+    with pytest.raises(UserError, match=problem):
+        util.check_base_weights(recipe, precision)
+
+
+@pytest.mark.parametrize(
+    ("flash", "use_bf16", "precision", "expected"),
+    [
+        (True, True, "bf16", util.PACKED),
+        (True, True, "fp16", util.PACKED),
+        (True, True, "fp32", util.PACKED_EFFICIENT),
+        (False, True, "bf16", util.PACKED_EFFICIENT),
+        (True, False, "fp16", util.PACKED_EFFICIENT),
+        (True, False, "bf16", None),
+    ],
+)
+def test_attention_suits_the_gpu(monkeypatch, flash, use_bf16, precision, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(util, "varlen_attn", flash or None)
+    assert util.choose_attention(precision, use_bf16) == expected
+
+
+def test_efficient_attention_refuses_windows():
+    """Its gradient would ignore them; one that no row reaches does no harm."""
+    query = torch.randn(1, 2, 8, 16)
+    ends = torch.tensor([0, 8], dtype=torch.int32)
+    arguments = {"cu_seq_lens_q": ends, "max_length_q": 8, "sliding_window": 4}
+    with pytest.raises(NotImplementedError, match="sliding window"):
+        util.efficient_packed_attention(None, query, query, query, **arguments)
+
+
+def test_failed_compiling_goes_on_without(capsys):
+    plan = util.Plan(
+        precision="fp16",
+        dequantised=True,
+        micro_batch=4,
+        accumulation=1,
+        checkpointing=False,
+        fast_path=util.FastPath(util.PACKED, True, True, True, False),
+        targets=(),
+        base_weights="",
+        reasons={},
+    )
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=0))
+    error = torch._dynamo.exc.InternalTorchDynamoError("no PTX for sm_60\nand more")
+    plan = util.without_failed_compiling(trainer, plan, error)
+    assert (plan.fast_path.compiled, plan.fast_path.graphs) == (False, False)
+    assert plan.reasons["Speed"] == "no padding, layers not compiled: compiling failed"
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "no PTX for sm_60" in said
