@@ -195,7 +195,7 @@ def report(folder, what, **figures):
     texts = []
     for name, value in figures.items():
         texts.append(f"{name} {value:,.1f}" if isinstance(value, float) else f"{name} {value}")
-    print(f"BENCH {what:<44}{'  '.join(texts)}", flush=True)
+    print(f"BENCH {what:<46}  {'  '.join(texts)}", flush=True)
 
 
 class Clock(TrainerCallback):
@@ -247,13 +247,21 @@ class KernelTimes(TrainerCallback):
         torch.cuda.synchronize()
         self.profiler.stop()
         steps = state.global_step - self.skipped
-        for event in self.profiler.key_averages():
-            if event.self_device_time_total and not getattr(event, "is_user_annotation", False):
-                self.milliseconds[event.key] = event.self_device_time_total / 1000 / steps
+        for event in self.profiler.events():
+            is_on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+            if is_on_gpu and not getattr(event, "is_user_annotation", False):
+                milliseconds = event.time_range.elapsed_us() / 1000 / steps
+                self.milliseconds[event.name] = self.milliseconds.get(event.name, 0) + milliseconds
 
     def busy(self):
         """Milliseconds of a step in which the GPU works."""
-        return sum(self.milliseconds.values())
+        return float(sum(self.milliseconds.values()))
+
+    def print_longest(self, count=16):
+        """Prints the kernels that take longest."""
+        by_time = sorted(self.milliseconds.items(), key=lambda pair: -pair[1])
+        for name, milliseconds in by_time[:count]:
+            print(f"{milliseconds:8.2f} ms  {kernel_kind(name):<24}{name[:70]}")
 
     def by_kind(self):
         """{kind of kernel: milliseconds of a step}."""
@@ -361,6 +369,8 @@ def bench_train(config, folder, arguments):
         train_s=record["seconds"]["train"],
         micro_batch=record["micro_batch"],
     )
+    if arguments.kernels:
+        kernels.print_longest()
     if arguments.as_t4 and torch.cuda.is_available():
         is_packed = isinstance(collators[-1], util.PackedCollator)
         tokens = batch * (TRAIN_TOKENS if is_packed else PADDED_TOKENS)
@@ -371,6 +381,8 @@ def imitate_t4():
     """Has the program see what it would on a T4."""
     util.gpu_capability = lambda: (7, 5)
     app.detect_bf16_support = lambda: False
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def bench_eval(config, folder, arguments):
@@ -507,6 +519,7 @@ def parse_arguments():
     add("--as-t4", action="store_true", help="as a T4 would be used")
     add("--memory", type=float, metavar="GIB", help="as if the GPU had so much")
     add("--busy", type=int, default=0, help="processes that keep a core busy beside the demo")
+    add("--kernels", action="store_true", help="print the kernels that take longest")
     add("--folder", type=Path, default=Path(tempfile.gettempdir(), "bench"))
     add("--peers", type=Path, help="a script that times what one would use instead")
     return parser.parse_args()
