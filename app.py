@@ -224,8 +224,8 @@ class Recipe:
     base_weights: str = setting(
         "auto",
         "hold the base in 4 bits, or dequantise it once: same values, faster, more memory; auto: "
-        "dequantise if memory has room; fp8: multiply in 8 bits (capability 8.9), whose products "
-        "differ by 4 %",
+        "dequantise if memory has room; fp8: multiply in 8 bits, faster and less exact, on GPUs of "
+        "capability 8.9 and higher",
         choices=["auto", "nf4", "bf16-from-nf4", "fp8"],
     )
     compile: str = setting(
