@@ -3787,10 +3787,10 @@ def fit(trainer, run, plan):
         return None
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        return without_failed_compiling(trainer, plan, error)
     except torch.OutOfMemoryError as error:
         out_of_memory = error
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return without_failed_compiling(trainer, plan, error)
     else:
         trainer.stopper.raise_if_stopped(trainer.state.global_step, run.resume_command)
         return None

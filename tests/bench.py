@@ -353,11 +353,9 @@ def bench_train(config, folder, arguments):
     step, excess = clock.step_seconds(steps // 3)
     passes = 2  # the backward pass costs as much as the forward: the base is frozen
     flop_per_s = passes * FLOP_PER_TOKEN * TRAIN_TOKENS * batch / step
-    weights = re.split("[:,]", record["base_weights"])[0]
-    as_t4 = " as on a T4" if arguments.as_t4 else ""
     report(
         folder,
-        f"train {config.mode} batch {batch} r {record['recipe']['lora_r']} {weights}{as_t4}",
+        train_title(record, batch, arguments),
         step_ms=1000 * step,
         examples_per_s=batch / step,
         busy_ms=kernels.busy(),
@@ -375,6 +373,17 @@ def bench_train(config, folder, arguments):
         is_packed = isinstance(collators[-1], util.PackedCollator)
         tokens = batch * (TRAIN_TOKENS if is_packed else PADDED_TOKENS)
         print_t4_table(kernels.by_kind(), tokens, passes, batch // record["micro_batch"])
+
+
+def train_title(record, batch, arguments):
+    """What a training was, from its run.json."""
+    recipe = "full" if arguments.full else "lite"
+    weights = re.split("[:,]", record["base_weights"])[0]
+    attention = f" {arguments.attention}" if arguments.attention else ""
+    as_t4 = " as on a T4" if arguments.as_t4 else ""
+    return (
+        f"train {recipe} batch {batch} r {record['recipe']['lora_r']} {weights}{attention}{as_t4}"
+    )
 
 
 def imitate_t4():
