@@ -210,7 +210,7 @@ def test_reading_equals_plain_reading(base_folder, splits):
     for fast in (True, False):
         quant_config = build_quant_config(True, True)
         reader = util.RunReader(base, quant_config, "bf16", True, fast=fast)
-        estimates, _ = reader.estimate_rows(None, rows, "median", "the base")
+        estimates, _ = reader.estimate_rows(None, rows, "the base", decode="median")
         medians.append([estimate.mean for estimate in estimates])
     assert medians[0] == pytest.approx(medians[1], rel=0.02)
 
