@@ -59,7 +59,7 @@ def build(base_folder, splits, tmp_path):
         data = util.make_training_data(splits, base.tokenizer, run.recipe.val_size)
         plan = util.make_plan(base, run, data, True, micro_batch, fast)
         model = util.load_base(base, plan, build_quant_config(True, True, plan.dtype))
-        plan = util.check_plan(plan, model, base, data, run.recipe)
+        plan = util.check_plan(plan, model, base, data, run)
         run.folder.mkdir(parents=True)
         run.begin(plan)
         plans.append(plan)
