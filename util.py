@@ -2807,10 +2807,14 @@ def choose_schedule(run, changes, prompts, base):
     }
     run.recipe = replace(run.recipe, **{name: chosen[name] for name in auto})
     run.auto = auto
-    if run.recipe.max_steps:  # they, and not the epochs, end the run
-        chosen.pop("epochs")
-    shown = [f"{name.replace('_', ' ')} {chosen[name]:g}" for name in auto if name in chosen]
-    run.schedule = f"{', '.join(shown)}: by {rows:,} rows and the base's width, {width:,}"
+    reasons = {"epochs": f" for {rows:,} rows", "learning_rate": f" for a base of width {width:,}"}
+    shown = [
+        f"{name.replace('_', ' ')} {chosen[name]:g}{reasons.get(name, '')}"
+        for name in auto
+        if name != "epochs" or not run.recipe.max_steps  # which ends the run instead
+    ]
+    if shown:
+        run.schedule = f"{', '.join(shown)}: chosen for these data; flags choose otherwise"
 
 
 def auto_learning_rate(width):
@@ -3194,7 +3198,8 @@ class Planner:
         rows = len(self.lengths)
         batch = recipe.batch_size
         mean_len = self.lengths.mean()
-        epochs = self.steps * batch / rows
+        steps_per_epoch = math.ceil(rows / batch)
+        epochs = self.steps / steps_per_epoch  # of which the last step can be smaller
         adapters = f"LoRA r {recipe.lora_r} on {self.targets}"
         parameters = self.targets.count_parameters(recipe.lora_r)
         needed = self.memory_estimate.peak(placement, plan.dequantised)
@@ -3213,11 +3218,14 @@ class Planner:
             "Base": f"{type(self.base.skeleton).__name__}, {plan.base_weights}",
             "Trainable": f"{parameters:,} parameters ({adapters})",
             "Loss": self.describe_loss(),
-            "Steps": f"{self.steps:,} of {batch} rows: {epochs:.2f} epochs of {rows:,} rows",
+            "Steps": (
+                f"{self.steps:,} of {batch} rows: {epochs:.2f} epochs of {rows:,} rows, learning "
+                f"rate up to {recipe.learning_rate:g}"
+            ),
             "Micro-batch": plan.describe_micro_batch(),
             "Speed": str(plan.fast_path),
             "Tokens": (
-                f"{self.steps * batch * mean_len:,.0f}: {batch} × {mean_len:.0f} a step, "
+                f"{epochs * rows * mean_len:,.0f}: {batch} × {mean_len:.0f} a step, "
                 f"{self.lengths.max()} in the longest row"
             ),
             "Memory": memory_line,

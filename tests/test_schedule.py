@@ -42,7 +42,8 @@ def test_rows_choose_the_epochs(choose, rows, epochs):
     run = choose(rows)
     assert values(run.recipe) == (epochs, 16, 7.3e-3, 2.5)
     assert run.auto == list(SCHEDULE)
-    assert f"by {rows:,} rows and the base's width, 64" in run.schedule
+    assert f"for {rows:,} rows" in run.schedule
+    assert "learning rate 0.0073 for a base of width 64" in run.schedule
 
 
 @pytest.mark.parametrize(("width", "rate"), [(576, 1.3e-3), (2048, 4.9e-4), (3072, 3.6e-4)])
@@ -59,6 +60,8 @@ def test_given_values_are_kept(choose):
 
 def test_max_steps_hide_the_epochs(choose):
     assert "epochs" not in choose(1000, max_steps=7).schedule
+    given = {name: 1 for name in SCHEDULE[1:]}
+    assert choose(1000, max_steps=7, **given).schedule == ""
 
 
 @pytest.mark.parametrize("mode", ["lite", "full"])
@@ -103,9 +106,9 @@ def test_batch_suits_any_processes(choose, monkeypatch):
 
 def test_plan_states_the_schedule(call, shared, project):
     said = call("train", *shared, "--dry-run", cwd=project)
-    assert (
-        "Schedule:     epochs 12, batch size 16, learning rate 0.0073, price loss 2.5: by" in said
-    )
+    chosen = "epochs 12 for 72 rows, batch size 16, learning rate 0.0073 for a base of width 64"
+    assert f"Schedule:     {chosen}, price loss 2.5: chosen for these data" in said
+    assert "Steps:        60 of 16 rows: 12.00 epochs of 72 rows" in said
     assert "Loss:         cross-entropy of the completions + 2.5 × CRPS of the prices" in said
 
 
