@@ -71,6 +71,16 @@ def pytest_addoption(parser):
     parser.addoption("--all-bases", action="store_true", help="all families in test_bases.py")
     parser.addoption("--fault-table", action="store_true", help="print what the faults came to")
     parser.addoption("--all-kills", action="store_true", help="a kill at each file event of a save")
+    if not importlib.util.find_spec("xdist"):  # of which .pytest.ini has options
+        parser.addoption("--numprocesses", help="ignored")
+        parser.addoption("--dist", help="ignored")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Two processes for the whole suite, which mostly waits for programs; none for a few files."""
+    is_whole = all(Path(argument).is_dir() for argument in config.args)
+    return 2 if is_whole and os.cpu_count() > 1 else 0
 
 
 FAULTS = {}  # (where, fault): outcome, of the tests that passed
