@@ -60,7 +60,7 @@ def test_given_values_are_kept(choose):
 
 def test_max_steps_hide_the_epochs(choose):
     assert "epochs" not in choose(1000, max_steps=7).schedule
-    given = {name: 1 for name in SCHEDULE[1:]}
+    given = dict.fromkeys(SCHEDULE[1:], 1)
     assert choose(1000, max_steps=7, **given).schedule == ""
 
 
