@@ -90,7 +90,7 @@ WRITTEN_NUMBER = r"^\$?\s*[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d*)?$"
 SHOWN_VALUE = 60  # characters of a value in an error
 
 MERGE_MARGIN = 8  # tokens that can merge where texts meet; in fact one or two do
-COURSE_SIZES = (20_000, 800_000)  # training rows of lite and full
+COURSE_SIZES = (20_000, 800_000)  # training rows of lite and full; a few may be dropped
 TOKEN_CHARACTERS = 5  # a text of more of them a token than this is probably too long
 MANIFEST = "manifest.json"
 

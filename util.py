@@ -2693,7 +2693,6 @@ MIN_TOKENS = 1000  # of a micro-batch; with fewer a GPU before Ampere waits for 
 COMPILE_FROM = 16_000  # examples of a run; for fewer compiling takes longer than it saves
 KEPT_CHECKPOINTS = 10
 AUTO = "auto"  # of a recipe's fields: chosen by data and base
-AUTO_FIELDS = ("epochs", "batch_size", "learning_rate", "price_loss")
 AUTO_EPOCHS = 3
 AUTO_MAX_EPOCHS = 12  # at 1,000 rows no worse than 3
 AUTO_MIN_STEPS = 180
@@ -2784,13 +2783,15 @@ def precision_for_reading(run, use_bf16):
 def choose_schedule(run, changes, prompts, base):
     """Sets what is AUTO in a new run's recipe, by training rows and the base's width.
 
-    Of data that aren't the course's, all of AUTO_FIELDS is, except what `changes` ask for; demo
-    runs, made for CPUs, keep their own. `run.schedule` gets the reason, `run.auto` the names.
-    Measured on validation rows of real listings: see tests/BENCHMARKS.md.
+    Of data that aren't the course's, all is that can be, except what `changes` ask for; demo runs,
+    made for CPUs, keep their own. `run.schedule` gets the reason, `run.auto` the names. Measured on
+    validation rows of real listings: see tests/BENCHMARKS.md.
     """
-    auto = [name for name in AUTO_FIELDS if getattr(run.recipe, name) == AUTO]
+    auto = [one.name for one in fields(run.recipe) if one.metadata["is_auto"]]
     if prompts.is_own and run.mode != "demo":
-        auto = [name for name in AUTO_FIELDS if changes.get(name, AUTO) == AUTO]
+        auto = [name for name in auto if changes.get(name, AUTO) == AUTO]
+    else:
+        auto = [name for name in auto if getattr(run.recipe, name) == AUTO]
     if not run.is_new or not auto:
         return
     rows = len(prompts.splits["train"])
@@ -3163,7 +3164,7 @@ class Planner:
             rows = f"{quantised_placement.micro_batch} to {placement.micro_batch} rows"
             text = (
                 f"{dequantised}: micro-batches are cut from {rows} to hold the {size}, which each "
-                "would write twice else"
+                "of them would otherwise write twice"
             )
             return placement, True, text
         text = f"{self.storage}: memory has no room for the {size} dequantised"
@@ -3842,9 +3843,9 @@ def without_failed_compiling(trainer, plan, error):
     Layers are compiled when they first run, and again for other shapes: GPUs and versions that the
     compiler doesn't support show there.
     """
-    cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     if not plan.fast_path.compiled:
         raise error
+    cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     if world_size() > 1:
         raise UserError(
             f"The layers can't be compiled here ({cause}). Train with --compile off."
@@ -3852,7 +3853,7 @@ def without_failed_compiling(trainer, plan, error):
     step = trainer.state.global_step
     if step:
         trainer.save_last_step()
-    print(f"The layers can't be compiled here, which is slower: {cause}")
+    print(f"The layers can't be compiled here, so the steps are slower: {cause}")
     return plan.without_compiling()
 
 
@@ -5208,29 +5209,36 @@ def score_run(run, config, subject, rows, answers, earlier, folder):
         "date": datetime.now().isoformat(timespec="seconds"),
         "baselines": score_constants(subject.data["constants"], truths),
     }
-    errors = [
-        abs(estimate.guess - truth) for estimate, truth in zip(answers.of_run, truths, strict=True)
-    ]
-    compare = partial(compare_guesses, truths=truths, errors=errors, seed=config.seed)
-    words = WordRegression(prompts.splits["train"], prompts.splits["val"]).guess(rows)
-    results["words"] = compare(words.tolist())
+    of_run = [estimate.guess for estimate in answers.of_run]
+    compare = partial(compare_guesses, of_run=of_run, truths=truths, seed=config.seed)
+    results["words"] = compare(guesses_by_words(prompts.splits, rows))
     results["earlier"] = {name: compare(guesses) for name, guesses in earlier.items()}
     for name, estimates in answers.of_pooled.items():
         guesses = [estimate.guess for estimate in estimates]
         results.setdefault("pooled", {})[name] = compare(guesses)
     if answers.of_base:
-        title = "the untouched base model"
-        results["base"] = score(rows, answers.of_base, title, with_charts=False)
+        results["base"] = score_base(rows, answers.of_base)
     if "implied_prices" in prompts.about:
         implied = prompts.about["implied_prices"][: len(rows)]
         results["best_reachable"] = metrics(implied, truths)
     return results
 
 
-def compare_guesses(guesses, truths, errors, seed):
-    """The figures of guesses, and how much larger the `errors` of the evaluated run are."""
+def compare_guesses(guesses, of_run, truths, seed):
+    """The figures of guesses, and how much larger the errors of the guesses `of_run` are."""
+    errors = [abs(guess - truth) for guess, truth in zip(of_run, truths, strict=True)]
     others = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
     return metrics(guesses, truths) | paired_difference(errors, others, seed)
+
+
+def score_base(rows, estimates):
+    """The figures of the untouched base's Estimates of rows."""
+    return score(rows, estimates, "the untouched base model", with_charts=False)
+
+
+def guesses_by_words(splits, rows):
+    """What words alone tell of the prices of rows, by the splits' training rows; in money."""
+    return WordRegression(splits["train"], splits["val"]).guess(rows).tolist()
 
 
 def score_constants(constants, truths):
@@ -5325,13 +5333,12 @@ def score_own_rows(run, config, answers, rows, source):
     results["baselines"] = score_constants(run.data.get("constants", {}), truths)
     if answers.of_base:
         of_base = [answers.of_base[i] for i in priced]
-        title = "the untouched base model"
-        results["base"] = score(priced_rows, of_base, title, with_charts=False)
+        results["base"] = score_base(priced_rows, of_base)
     splits = local_training_data(config, run)
     if splits:
-        words = WordRegression(splits["train"], splits["val"]).guess(priced_rows).tolist()
-        errors = [abs(one.guess - truth) for one, truth in zip(of_run, truths, strict=True)]
-        results["words"] = compare_guesses(words, truths, errors, config.seed)
+        guesses = [estimate.guess for estimate in of_run]
+        words = guesses_by_words(splits, priced_rows)
+        results["words"] = compare_guesses(words, guesses, truths, config.seed)
     return results
 
 
