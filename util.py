@@ -4671,14 +4671,16 @@ def can_log_to_wandb():
     wandb = load_wandb()
     try:
         settings = wandb.setup().settings
+        mode = os.environ.get("WANDB_MODE", settings.mode)  # a notebook may have set it since
+        if mode in WANDB_MODES_WITHOUT_LOGIN:
+            return True
         login = wandb.sdk.lib.wbauth.authenticate_session(
             host=settings.base_url, source="app.py", prompt=False, update_session=False
         )
     except (ValueError, wandb.Error) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"--log-wandb: {reason}. Correct it, or leave the flag out.") from error
-    mode = os.environ.get("WANDB_MODE", settings.mode)  # a notebook may have set it since
-    return login is not None or mode in WANDB_MODES_WITHOUT_LOGIN
+    return login is not None
 
 
 def check_wandb():

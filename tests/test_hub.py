@@ -814,17 +814,26 @@ def test_wandb_gets_one_run(call, shared, project):
         {"NETRC": "netrc"},
         NO_NETRC | {"WANDB_MODE": "dryrun"},
         NO_NETRC | {"WANDB_MODE": "disabled"},
+        NO_NETRC | {"WANDB_MODE": "offline", "WANDB_API_KEY": "mistyped"},
     ],
-    ids=["netrc", "dryrun", "disabled"],
+    ids=["netrc", "dryrun", "disabled", "offline"],
 )
 def test_wandb_needs_no_key(environment, call, shared, project):
     """A login in netrc counts; a mode that sends nothing needs none."""
     netrc = f"machine api.wandb.ai login user password {WANDB_KEY}"
     (project / "netrc").write_text(netrc)
-    is_disabled = environment.get("WANDB_MODE") == "disabled"
-    extent = SHORT if is_disabled else ["--dry-run"]
+    is_trained = environment.get("WANDB_MODE") in ("disabled", "offline")
+    extent = SHORT if is_trained else ["--dry-run"]
     hook = {"cwd": project, "hook": "set_environment", "options": [environment]}
     call("train", *shared, "--log-wandb", *extent, **hook)
+
+
+def test_bad_wandb_key_is_named(call, shared, project):
+    environment = NO_NETRC | {"WANDB_API_KEY": "mistyped"}
+    hook = {"cwd": project, "hook": "set_environment", "options": [environment]}
+    said = call("train", *shared, "--log-wandb", "--dry-run", **hook, code=1)
+    assert "app.py train: --log-wandb: WANDB_API_KEY invalid" in said
+    assert ".." not in said
 
 
 def test_unknown_wandb_mode_is_named(call, shared, project):
