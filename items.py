@@ -38,7 +38,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import islice, zip_longest
 from pathlib import Path
 
@@ -89,9 +89,10 @@ PLAIN_COMPLETION = r"^(0|[1-9]\d{0,2})(\.\d+)?$"
 WRITTEN_NUMBER = r"^\$?\s*[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d*)?$"
 SHOWN_VALUE = 60  # characters of a value in an error
 
-MERGE_MARGIN = 8  # tokens that can merge where texts meet; in fact one or two do
+TOKEN_CHARACTERS = 5  # most texts have fewer of them a token
+MERGE_MARGIN = 8  # tokens before a text's end that what follows can change; in fact one or two
+MAX_COUNTED = 20_000  # training rows whose tokens `prepare` counts
 COURSE_SIZES = (20_000, 800_000)  # training rows of lite and full; a few may be dropped
-TOKEN_CHARACTERS = 5  # a text of more of them a token than this is probably too long
 MANIFEST = "manifest.json"
 
 
@@ -175,14 +176,6 @@ def encode(texts, tokenizer, special=True):
     return [encoding.ids for encoding in encodings]
 
 
-def count_tokens(texts, tokenizer):
-    """How many token ids `encode` returns of each text, without making lists of them."""
-    backend = fast_backend(tokenizer)
-    if backend is None:
-        return [len(ids) for ids in encode(texts, tokenizer)]
-    return [len(encoding) for encoding in backend.encode_batch_fast(texts)]
-
-
 def fast_backend(tokenizer):
     """The tokenizer's part in Rust, which neither truncates nor pads; None of one in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -198,12 +191,43 @@ def truncate(summaries, tokenizer, max_tokens):
     Special tokens are not counted. What is cut is decoded and right-stripped.
     """
     truncated = []
-    for summary, ids in zip(summaries, encode(summaries, tokenizer, special=False), strict=True):
+    first = first_tokens(summaries, tokenizer, max_tokens)
+    for summary, ids in zip(summaries, first, strict=True):
         if len(ids) > max_tokens:
             # An array: of a list `decode` looks at each number, which takes longer than decoding
             summary = tokenizer.decode(numpy.array(ids[:max_tokens])).rstrip()
         truncated.append(summary)
     return truncated
+
+
+def first_tokens(texts, tokenizer, count):
+    """The token ids of each text, or of a long one's beginning: more than `count` then; lists.
+
+    Tokenizers read word by word: what stands behind a space changes no tokens before it but
+    perhaps the last few. A beginning that turns out too short is doubled.
+    """
+    ids = [[]] * len(texts)
+    rows = range(len(texts))
+    max_characters = count * TOKEN_CHARACTERS
+    while rows:
+        beginnings = [beginning(texts[row], max_characters) for row in rows]
+        encoded = encode(beginnings, tokenizer, special=False)
+        too_short = []
+        for row, text, row_ids in zip(rows, beginnings, encoded, strict=True):
+            ids[row] = row_ids
+            if len(text) < len(texts[row]) and len(row_ids) <= count + MERGE_MARGIN:
+                too_short.append(row)
+        rows = too_short
+        max_characters *= 2
+    return ids
+
+
+def beginning(text, max_characters):
+    """The words at a text's beginning that are so long together, or the whole text."""
+    if len(text) <= max_characters:
+        return text
+    words, _, _ = text[:max_characters].rpartition(" ")
+    return words or text
 
 
 @dataclass(frozen=True)
@@ -233,12 +257,12 @@ class PriceScale:
         """The end of each prompt, without a space: a number follows."""
         return f"Price is {self.currency if self.unit == 1 else self.step + TIMES}"
 
-    @property
+    @cached_property
     def lowest(self):
         """The lowest price that is used; a larger unit doesn't drop cheap items."""
         return MIN_PRICE * min(1, self.unit)
 
-    @property
+    @cached_property
     def highest(self):
         return self.amount(MAX_PRICE)
 
@@ -443,69 +467,6 @@ def item_splits(train, val, test, to_row=asdict, names=SPLITS):
     )
 
 
-class PromptMaker:
-    """Makes prompts of batches of items.
-
-    Each text is tokenised once and, if it is cut, what is left of it as well. Only texts that turn
-    out to be near the cutoff are tokenised once more.
-    """
-
-    def __init__(self, tokenizer, cutoff, scale, bar=None):
-        self.tokenizer = tokenizer
-        self.cutoff = cutoff
-        self.scale = scale
-        self.bar = bar
-        # Tokens can merge where a summary and the rest of its prompt meet, so that a prompt has a
-        # few less than the two have alone. Up to this length a summary surely needn't be cut.
-        empty_prompt_len = len(encode([scale.prompt("")], tokenizer)[0])
-        self.max_uncut_len = cutoff + empty_prompt_len - MERGE_MARGIN
-        self.max_usual_characters = cutoff * TOKEN_CHARACTERS
-        self.special_tokens = tokenizer.num_special_tokens_to_add() + 1  # and the end of text
-
-    def __call__(self, table, do_round):
-        """From a table of `summary` and `price` to one of prompts.
-
-        Both are Arrow tables; the columns are `prompt`, `completion`, `price`, `cut`, `tokens`.
-        """
-        summaries = table["summary"].to_pylist()
-        prices = table["price"].to_pylist()
-        completions = [self.scale.completion(price, do_round) for price in prices]
-
-        kept = list(summaries)
-        long = [i for i, text in enumerate(summaries) if len(text) > self.max_usual_characters]
-        self.truncate_rows(kept, long)
-        lengths = self.count(kept, completions)
-
-        near = {i for i, length in enumerate(lengths) if length > self.max_uncut_len}
-        near = sorted(near.difference(long))
-        self.truncate_rows(kept, near)
-        counted = self.count([kept[i] for i in near], [completions[i] for i in near])
-        for i, length in zip(near, counted, strict=True):
-            lengths[i] = length
-
-        columns = {
-            "prompt": [self.scale.prompt(summary) for summary in kept],
-            "completion": completions,
-            "price": prices,
-            "cut": [new != old for new, old in zip(kept, summaries, strict=True)],
-            "tokens": [length - self.special_tokens for length in lengths],
-        }
-        if self.bar is not None:
-            self.bar.update(len(kept))
-        return pyarrow.table(columns)
-
-    def truncate_rows(self, summaries, rows):
-        """Cuts those of the summaries, a list, whose numbers are in `rows`."""
-        truncated = truncate([summaries[i] for i in rows], self.tokenizer, self.cutoff)
-        for i, summary in zip(rows, truncated, strict=True):
-            summaries[i] = summary
-
-    def count(self, summaries, completions):
-        """Tokens of each row as it is trained on."""
-        prompts = [self.scale.prompt(summary) for summary in summaries]
-        return count_tokens(row_texts(prompts, completions, self.tokenizer), self.tokenizer)
-
-
 @contextmanager
 def one_progress_bar():
     """Yields the bar of all that `prepare` does, in rows; the bars of `datasets` are off.
@@ -529,9 +490,25 @@ def build_prompts(splits, tokenizer, cutoff, bar=None, scale=COURSE_SCALE):
 
     Prices are rounded in train and val only. Returns the DatasetDict of exactly `prompt` and
     `completion`, and what was counted on the way, numpy arrays: {split: {"cut": whether the summary
-    was too long, "tokens": of prompt and completion, "price": in money}}.
+    was too long, "price": in money}}; train has "tokens" of its first MAX_COUNTED rows, too.
     """
-    maker = PromptMaker(tokenizer, cutoff, scale, bar)
+
+    def convert(table, do_round):
+        """From a table of `summary` and `price` to one of prompts, both of Arrow."""
+        summaries = table["summary"].to_pylist()
+        kept = truncate(summaries, tokenizer, cutoff)
+        prices = table["price"].to_pylist()
+        if bar is not None:
+            bar.update(len(kept))
+        return pyarrow.table(
+            {
+                "prompt": [scale.prompt(summary) for summary in kept],
+                "completion": [scale.completion(price, do_round) for price in prices],
+                "price": prices,
+                "cut": [new != old for new, old in zip(kept, summaries, strict=True)],
+            }
+        )
+
     expect(bar, "prompts", sum(len(splits[name]) for name in SPLITS))
     identity = tokenizer_identity(tokenizer)
     scale_identity = f"-{hashed(scale.prefix):x}"
@@ -540,7 +517,7 @@ def build_prompts(splits, tokenizer, cutoff, bar=None, scale=COURSE_SCALE):
     for name in SPLITS:
         items = splits[name].select_columns(["summary", "price"]).with_format("arrow")
         rows = items.map(
-            maker,
+            convert,
             batched=True,
             fn_kwargs={"do_round": name != "test"},
             remove_columns="summary",
@@ -548,10 +525,22 @@ def build_prompts(splits, tokenizer, cutoff, bar=None, scale=COURSE_SCALE):
             new_fingerprint=f"{items._fingerprint}-{cutoff}-{identity}{scale_identity}",
         ).with_format(None)
         prompts[name] = rows.select_columns(["prompt", "completion"])
-        counts[name] = {
-            column: rows.data.column(column).to_numpy() for column in ("cut", "tokens", "price")
-        }
+        counts[name] = {column: rows.data.column(column).to_numpy() for column in ("cut", "price")}
+    counts["train"]["tokens"] = count_tokens(prompts["train"], tokenizer)
     return prompts, counts
+
+
+def count_tokens(prompts, tokenizer):
+    """Tokens of prompt and completion of the first MAX_COUNTED rows, special ones not counted.
+
+    Returns a numpy array.
+    """
+    counts = []
+    first = prompts.select(range(min(len(prompts), MAX_COUNTED)))
+    for rows in first.iter(1000):
+        texts = map("".join, zip(rows["prompt"], rows["completion"], strict=True))
+        counts += [len(ids) for ids in encode(list(texts), tokenizer, special=False)]
+    return numpy.array(counts)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1133,12 +1122,16 @@ def format_prompts(about, counts):
     examples = about.get("dropped_examples")
     reasons = f": {format_dropped(about['dropped'], examples=examples)}" if dropped else ""
     train = counts["train"]
+    tokens = train["tokens"]
+    counted = "Tokens an item, train:"
+    if len(tokens) < len(train["price"]):
+        counted = f"Tokens, first {len(tokens):,}:"
     currency = PriceScale.from_record(about).currency
     lines = [
         f"Rows: {kept:,} kept ({splits}), {dropped:,} dropped{reasons}",
         f"Cut at {about['cutoff']} tokens: {sum(about['cut'].values()):,} of {kept:,} descriptions",
         f"{f'Price, train, in {currency}:':<26}{format_quantiles(train['price'], 2)}",
-        f"Tokens an item, train:    {format_quantiles(train['tokens'])}",
+        f"{counted:<26}{format_quantiles(tokens)}",
         format_near_duplicates(about["near_duplicates"]),
     ]
     return "\n".join(lines + split_warnings(about, counts))
@@ -2252,8 +2245,6 @@ ATTRIBUTES = r"""(?:\s+[\w:.-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>]+))*"""
 TAG = re.compile(rf"</?({TAG_NAMES}|[movw]:\w+)\b{ATTRIBUTES}\s*/?>", re.IGNORECASE)
 NO_TEXT = re.compile(r"<!--.*?-->|<(script|style)\b[^>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[a-zA-Z][a-zA-Z\d]{1,31});", re.ASCII)
-LINE_END = re.compile(r" ?\n\s*")
-BLANKS = re.compile(r"[^\S\n ][^\S\n]*|[^\S\n]{2,}")  # all but a single space
 REPETITION_END = re.compile(r"$|\s|[,;:.!?|–—-]+(?=\s|$)")
 BEFORE_REST = re.compile(r"\s*(?:[,;:.!?|–—-]+(?=\s|$))?\s*")
 NO_TEXTS = ("nan", "none", "null")
@@ -2288,9 +2279,8 @@ def tag_text(match):
 
 def fold_space(text):
     """`text` with single spaces and single line ends, and none at its start and end."""
-    text = text.strip().replace("\r\n", "\n").replace("\r", "\n")
-    text = BLANKS.sub(" ", text)
-    return LINE_END.sub("\n", text) if "\n" in text else text
+    lines = [" ".join(line.split()) for line in re.split("[\r\n]", text)]
+    return "\n".join(line for line in lines if line)
 
 
 def clean_text(text, changes):
@@ -2804,7 +2794,9 @@ def leak_keys(item):
     _, _, description = item.summary.partition("\nDescription: ")
     if is_in_course_form(text) or not description:
         description = text
-    return title, normalised(text), normalised(description)
+    text_key = normalised(text)
+    description_key = text_key if description == text else normalised(description)
+    return title, text_key, description_key
 
 
 def hashed(text):

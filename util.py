@@ -892,8 +892,11 @@ def data_chart(train, about):
     left.set(xlabel=f"price ({currency})", ylabel="items", title=title)
     tokens = train["tokens"]
     right.hist(tokens, bins=range(min(tokens), max(tokens) + 2), color="0.45")
+    counted = "items"
+    if len(tokens) < len(train["price"]):
+        counted = f"items of the first {len(tokens):,}"
     title = f"descriptions cut at {about['cutoff']} tokens"
-    right.set(xlabel="tokens of prompt and completion", ylabel="items", title=title)
+    right.set(xlabel="tokens of prompt and completion", ylabel=counted, title=title)
     set_title(figure, public_source(about["source"]))
     return figure
 

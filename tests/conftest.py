@@ -45,6 +45,7 @@ for name in (  # some are read when the clients are imported
     os.environ.pop(name, None)
 
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -161,6 +162,19 @@ def smol_tokenizer():
 @pytest.fixture(scope="session", params=["llama", "smol"])
 def tokenizer(request):
     return request.getfixturevalue(f"{request.param}_tokenizer")
+
+
+@pytest.fixture(scope="session")
+def tokenizers(llama_tokenizer, smol_tokenizer):
+    """Those two, and one that doesn't split texts into words first, as Llama 2's and Gemma's."""
+    backend = Tokenizer(models.BPE(byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    trainer = trainers.BpeTrainer(special_tokens=["</s>", *(f"<0x{n:02X}>" for n in range(256))])
+    texts = [item.summary for item in demo_items(300, seed=1)]
+    backend.train_from_iterator(texts, trainer)
+    unsplit = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    return [llama_tokenizer, smol_tokenizer, unsplit]
 
 
 @pytest.fixture(scope="session")

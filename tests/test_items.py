@@ -14,6 +14,8 @@ import pandas
 import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -31,6 +33,7 @@ from items import (
     demo_items,
     encode_rows,
     finish_interrupted_replace,
+    first_tokens,
     item_splits,
     load_prompts,
     manifest_problem,
@@ -41,6 +44,7 @@ from items import (
     save_prompts,
     split_by_title,
     tokenise,
+    truncate,
     write_json,
     write_manifest,
 )
@@ -151,6 +155,47 @@ def test_batches_agree_with_single_items(tokenizer):
         assert list(prompts["train"]) == [item.to_datapoint() for item in items]
         assert list(found["cut"]) == [item.count_tokens(tokenizer) > cutoff for item in items]
         assert list(found["tokens"]) == [item.count_prompt_tokens(tokenizer) for item in items]
+
+
+@given(
+    words=st.lists(st.text(min_size=1, max_size=9), min_size=1, max_size=40),
+    repeats=st.integers(1, 12),
+    spaces=st.sampled_from([" ", "  ", "\n", " \n ", ""]),
+)
+@example(words=["antidisestablishmentarianism"], repeats=12, spaces="")
+@example(words=["价格"], repeats=12, spaces="")
+@example(words=["internationalization"], repeats=12, spaces=" ")
+@settings(deadline=None, max_examples=200)
+def test_long_text_is_cut_as_whole(tokenizers, words, repeats, spaces):
+    """Only its beginning is tokenised, yet what is kept is what all of its tokens would give."""
+    text = spaces.join(repeats * words)
+    for tokenizer in tokenizers:
+        for cutoff in (3, 10, 30):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            kept = tokenizer.decode(ids[:cutoff]).rstrip() if len(ids) > cutoff else text
+            assert truncate([text], tokenizer, cutoff) == [kept]
+
+
+def test_long_text_costs_its_beginning(smol_tokenizer):
+    """A description of a megabyte isn't tokenised to its end."""
+    text = 200_000 * "word "
+    (ids,) = first_tokens([text], smol_tokenizer, 110)
+    assert 110 < len(ids) < 600
+
+
+def test_long_words_need_longer_beginnings(smol_tokenizer):
+    text = 50 * "internationalization "
+    (ids,) = first_tokens([text], smol_tokenizer, 8)
+    assert ids == smol_tokenizer(text)["input_ids"][: len(ids)]
+    assert len(ids) > 8
+
+
+def test_tokens_of_first_rows_count(smol_tokenizer, monkeypatch):
+    monkeypatch.setattr("items.MAX_COUNTED", 2)
+    items = demo_items(5, seed=3)
+    _, counts = build_prompts(item_splits(items, items, items), smol_tokenizer, 110)
+    assert len(counts["train"]["tokens"]) == 2
+    assert len(counts["train"]["price"]) == 5
 
 
 def test_only_train_and_val_are_rounded(smol_tokenizer):
