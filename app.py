@@ -22,6 +22,7 @@ Environment: HF_TOKEN (to use the Hub), WANDB_API_KEY (optional, for --log-wandb
 import argparse
 import difflib
 import importlib.util
+import inspect
 import logging
 import math
 import os
@@ -517,15 +518,20 @@ def set_up_libraries():
 def stage_function(stage):
     """A decorator of what notebooks call, too: without the libraries' warnings.
 
-    A Stop button ends it with one line, as items.Stopped.
+    Arguments are checked as those of a command. A Stop button ends it with one line, as
+    items.Stopped.
     """
 
     @wraps(stage)
     def call(*arguments, **options):
+        given = inspect.signature(stage).bind(*arguments, **options).arguments
+        settings = given.pop("changes", {})
+        refuse_unknown(settings)
         with warnings.catch_warnings():
             set_up_libraries()
+            checked = check_call(stage.__name__, given | settings)
             try:
-                return stage(*arguments, **options)
+                return stage(**checked)
             except KeyboardInterrupt as error:
                 from items import Stopped
 
@@ -552,7 +558,7 @@ def prepare_prompts(
 ) -> Path:
     """Items → prompts, from the course's dataset on the Hub, the file `source`, or the demo.
 
-    `columns` says which ones of the file are read, {role: [name, …]}; see items.USUAL_COLUMNS. The
+    `columns` says which ones of the file are read, {role: name or names}; see USUAL_COLUMNS. The
     model learns numbers from 0 to 999 in `unit` and `currency`; see items.PriceScale. Cuts
     descriptions to `cutoff` tokens of the base model's tokenizer. Writes the splits, data
     statistics and a chart to `{output_dir}/datasets`, then pushes the prompts to `hf_dataset_user`
@@ -1131,15 +1137,79 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def nearest_flag(stage, typed):
-    """The stage's flag that is spelled most like `typed`, or None."""
-    parser = argparse.ArgumentParser()
+def stage_flags(stage):
+    """The argparse actions of a stage: {name in Python: action}."""
+    parser = argparse.ArgumentParser(add_help=False)
     add_shared_flags(parser)
     _, add_flags = STAGES[stage]
     add_flags(parser)
+    return {action.dest: action for action in parser._actions}
+
+
+def nearest_flag(stage, typed):
+    """The stage's flag that is spelled most like `typed`, or None."""
+    flags = [flag for action in stage_flags(stage).values() for flag in action.option_strings]
     name, _, _ = typed.replace("_", "-").partition("=")
-    nearest = difflib.get_close_matches(name, parser._option_string_actions, 1, cutoff=0.7)
+    nearest = difflib.get_close_matches(name, flags, 1, cutoff=0.7)
     return nearest[0] if nearest else None
+
+
+def refuse_unknown(settings):
+    """Raises TypeError, as Python does, for a setting that is no field of Recipe."""
+    known = [one.name for one in fields(Recipe)]
+    for name in settings:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise TypeError(f"train_model() has no argument {name}{hint}")
+
+
+def check_call(function_name, values):
+    """The arguments of a stage's function as its command would take them, a dict.
+
+    Raises UserError, a line for each value that the command would refuse.
+    """
+    stages = {function: stage for stage, function in STAGE_FUNCTIONS.items()}
+    flags = stage_flags(stages.get(function_name, "eval"))
+    checked = dict(values)
+    problems = []
+    for name, value in {**vars(values.get("config", object)), **values}.items():
+        if name not in flags or value is None:
+            continue
+        try:
+            checked_value = check_value(flags[name], value)
+        except argparse.ArgumentTypeError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        if name in values:
+            checked[name] = checked_value
+    if problems:
+        from items import UserError
+
+        raise UserError("\n".join(problems))
+    return checked
+
+
+def check_value(flag, value):
+    """A value from Python as the command line would read it. Raises argparse.ArgumentTypeError."""
+    if flag.dest == "columns":
+        return check_columns(value)
+    is_switch = flag.nargs == 0
+    if is_switch and not isinstance(value, bool):
+        raise argparse.ArgumentTypeError(f"{value!r} must be True or False")
+    if flag.choices and isinstance(value, str) and value not in flag.choices:
+        raise argparse.ArgumentTypeError(f"{value} must be one of {', '.join(flag.choices)}")
+    return flag.type(str(value)) if flag.type else value
+
+
+def check_columns(columns):
+    """{role: name or names} as {role: [name, …]}. Raises argparse.ArgumentTypeError."""
+    lists = {}
+    for role, names in dict(columns).items():
+        lists[role] = [names] if isinstance(names, str) else list(names)
+        for name in lists[role]:
+            column_choice(f"{role}={name}")
+    return lists
 
 
 def refuse_useless(parser, args):

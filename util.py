@@ -4039,10 +4039,9 @@ def open_run(config, name, resume, recipe, use_4bit, changes, hf_user):
     """The Run to train: a new one called `name` or, unless `resume` is None, an earlier one.
 
     `resume` is its name, '' for the newest unfinished one. `changes` replace fields of a new run's
-    `recipe`, and its seed; an earlier run keeps its own. Raises TypeError for a change that is no
-    field of the recipe, UserError for a run that can't be begun or resumed.
+    `recipe`, and its seed; an earlier run keeps its own. Raises UserError for a run that can't be
+    begun or resumed.
     """
-    replace(recipe, **{field: value for field, value in changes.items() if field != "seed"})
     if resume is None:
         run = new_run(config, name, recipe, use_4bit, changes)
     else:

@@ -515,7 +515,11 @@ def parse_arguments():
     add("what", choices=["train", "eval", "prepare", "demo"])
     add("--full", action="store_true", help="the full recipe instead of lite's")
     add("--tiny", action="store_true", help="a tiny shape, to try the benchmark itself on a CPU")
-    add("--base", type=Path, help="a folder with another base; `prepare` needs its config and tokenizer only")
+    add(
+        "--base",
+        type=Path,
+        help="a folder with another base; `prepare` needs its config and tokenizer only",
+    )
     add("--size", type=int, default=2000)
     add("--steps", type=int, default=45)
     add("--batch-size", type=int)

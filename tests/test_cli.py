@@ -17,13 +17,17 @@ from app import (
     Recipe,
     RunConfig,
     build_parser,
+    check_call,
     describe_default,
+    evaluate_model,
     parse_arguments,
+    prepare_prompts,
+    price_items,
     stage_function,
     train_model,
 )
 from conftest import ROOT
-from items import Stopped
+from items import Stopped, UserError
 
 SHARED_FLAGS = (
     ["--lite"],
@@ -243,10 +247,53 @@ def test_stop_button_is_one_line():
     assert stopped.value._render_traceback_() == ["wait is stopped: call it again."]
 
 
-def test_unknown_settings_raise_typeerror(tmp_path):
-    config = RunConfig(local=True, output_dir=str(tmp_path))
-    with pytest.raises(TypeError, match="learning_rat"):
-        train_model(config, learning_rat=1e-3)
+def test_unknown_settings_raise_typeerror():
+    with pytest.raises(TypeError, match="no argument learning_rat; did you mean learning_rate?"):
+        train_model(RunConfig(local=True), learning_rat=1e-3)
+
+
+@pytest.mark.parametrize(
+    "stage, name, value",
+    [
+        (prepare_prompts, "cutoff", 0),
+        (prepare_prompts, "unit", 7),
+        (prepare_prompts, "currency", "1 $"),
+        (train_model, "epochs", 1.5),
+        (train_model, "learning_rate", "fast"),
+        (train_model, "targets", "everything"),
+        (train_model, "keep_best", "yes"),
+        (train_model, "run_name", "a/b"),
+        (train_model, "seed", -1),
+        (evaluate_model, "size", 0),
+        (evaluate_model, "decode", "best"),
+        (price_items, "decode", "best"),
+    ],
+)
+def test_python_values_are_checked(stage, name, value):
+    """As a command's, before anything slow."""
+    with pytest.raises(UserError, match=rf"^{name}: .*{re.escape(str(value))}.* (must|may) "):
+        stage(RunConfig(local=True), **{name: value})
+
+
+def test_refused_values_are_named_together():
+    config = RunConfig(local=True, project_name="my project")
+    with pytest.raises(UserError) as refused:
+        train_model(config, epochs=0, lora_r=-1)
+    names = [line.partition(":")[0] for line in str(refused.value).splitlines()]
+    assert names == ["project_name", "epochs", "lora_r"]
+
+
+def test_python_values_may_be_text():
+    """They are read as the command line reads them; one column needs no list."""
+    assert check_call("train_model", {"batch_size": "16"}) == {"batch_size": 16}
+    columns = {"columns": {"title": "Name", "text": ["Body", "Details"]}}
+    checked = check_call("prepare_prompts", columns)
+    assert checked == {"columns": {"title": ["Name"], "text": ["Body", "Details"]}}
+    with pytest.raises(UserError, match="^columns: name=Product must be ROLE=NAME"):
+        check_call("prepare_prompts", {"columns": {"name": "Product"}})
+    assert check_call("evaluate_model", {"size": None}) == {"size": None}
+    layers = ("q_proj", "v_proj")
+    assert check_call("train_model", {"targets": layers}) == {"targets": layers}
 
 
 def test_recipes_are_the_courses():
