@@ -1171,9 +1171,10 @@ def check_call(function_name, values):
     """
     stages = {function: stage for stage, function in STAGE_FUNCTIONS.items()}
     flags = stage_flags(stages.get(function_name, "eval"))
+    shared = vars(values.get("config", RunConfig()))
     checked = dict(values)
     problems = []
-    for name, value in {**vars(values.get("config", object)), **values}.items():
+    for name, value in (shared | values).items():
         if name not in flags or value is None:
             continue
         try:

@@ -201,10 +201,10 @@ def truncate(summaries, tokenizer, max_tokens):
 
 
 def first_tokens(texts, tokenizer, count):
-    """The token ids of each text, or of a long one's beginning: more than `count` then; lists.
+    """The token ids of each text, a list of lists; of a long text more than its first `count`.
 
-    Tokenizers read word by word: what stands behind a space changes no tokens before it but
-    perhaps the last few. A beginning that turns out too short is doubled.
+    Only its beginning is encoded. Tokenizers read word by word: what stands behind a space changes
+    no tokens before it but perhaps the last few. A beginning that turns out too short is doubled.
     """
     ids = [[]] * len(texts)
     rows = range(len(texts))
@@ -223,7 +223,7 @@ def first_tokens(texts, tokenizer, count):
 
 
 def beginning(text, max_characters):
-    """The words at a text's beginning that are so long together, or the whole text."""
+    """The text up to the last space in its first `max_characters`, or all of it without one."""
     if len(text) <= max_characters:
         return text
     words, _, _ = text[:max_characters].rpartition(" ")
