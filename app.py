@@ -524,12 +524,10 @@ def stage_function(stage):
 
     @wraps(stage)
     def call(*arguments, **options):
-        given = inspect.signature(stage).bind(*arguments, **options).arguments
-        settings = given.pop("changes", {})
-        refuse_unknown(settings)
+        given = bind_call(stage, arguments, options)
         with warnings.catch_warnings():
             set_up_libraries()
-            checked = check_call(stage.__name__, given | settings)
+            checked = check_call(stage.__name__, given)
             try:
                 return stage(**checked)
             except KeyboardInterrupt as error:
@@ -853,6 +851,12 @@ PACKAGES = (  # of requirements.txt
     *("torch", "transformers", "peft", "trl", "bitsandbytes"),
     *("datasets", "huggingface_hub", "wandb", "matplotlib"),
 )
+FLAGS_OF_ARGUMENTS = {  # those that are called otherwise in Python
+    "earlier": "compare",
+    "pooled_names": "run_name",
+    "folder": "export",
+    "source": "input",
+}
 # (stage, what is asked for, flags that do nothing then)
 USELESS_FLAGS = (
     ("prepare", "local", ["hf_dataset_user"]),
@@ -1154,14 +1158,25 @@ def nearest_flag(stage, typed):
     return nearest[0] if nearest else None
 
 
-def refuse_unknown(settings):
-    """Raises TypeError, as Python does, for a setting that is no field of Recipe."""
-    known = [one.name for one in fields(Recipe)]
-    for name in settings:
+def bind_call(function, arguments, options):
+    """The arguments of a call of a stage's function by name, settings of the recipe among them.
+
+    Raises TypeError, as Python does, for one that it doesn't have or for a missing one.
+    """
+    signature = inspect.signature(function)
+    known = [name for name in signature.parameters if name != "changes"]
+    if "changes" in signature.parameters:
+        known += [one.name for one in fields(Recipe)]
+    for name in options:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise TypeError(f"train_model() has no argument {name}{hint}")
+            hint = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(known)}"
+            raise TypeError(f"{function.__name__}() has no argument {name}; {hint}")
+    try:
+        given = signature.bind(*arguments, **options).arguments
+    except TypeError as error:
+        raise TypeError(f"{function.__name__}(): {error}") from None
+    return given | given.pop("changes", {})
 
 
 def check_call(function_name, values):
@@ -1169,16 +1184,22 @@ def check_call(function_name, values):
 
     Raises UserError, a line for each value that the command would refuse.
     """
+    config = values.get("config", RunConfig())
+    if not isinstance(config, RunConfig):
+        raise TypeError(
+            f"{function_name}() takes a RunConfig first, such as RunConfig(demo_mode=True), not "
+            f"{config!r}"
+        )
     stages = {function: stage for stage, function in STAGE_FUNCTIONS.items()}
     flags = stage_flags(stages.get(function_name, "eval"))
-    shared = vars(values.get("config", RunConfig()))
     checked = dict(values)
     problems = []
-    for name, value in (shared | values).items():
-        if name not in flags or value is None:
+    for name, value in (vars(config) | values).items():
+        flag = flags.get(name) or flags.get(FLAGS_OF_ARGUMENTS.get(name))
+        if flag is None or value is None:
             continue
         try:
-            checked_value = check_value(flags[name], value)
+            checked_value = check_value(flag, name, value, config.project_name)
         except argparse.ArgumentTypeError as error:
             problems.append(f"{name}: {error}")
             continue
@@ -1191,23 +1212,42 @@ def check_call(function_name, values):
     return checked
 
 
-def check_value(flag, value):
+def check_value(flag, name, value, project_name):
     """A value from Python as the command line would read it. Raises argparse.ArgumentTypeError."""
-    if flag.dest == "columns":
+    if name == "columns":
         return check_columns(value)
+    if name in ("earlier", "pooled_names"):
+        names = [value] if isinstance(value, str) else value
+        return [check_value(flag, "run_name", one, project_name) for one in names]
     is_switch = flag.nargs == 0
     if is_switch and not isinstance(value, bool):
         raise argparse.ArgumentTypeError(f"{value!r} must be True or False")
-    if flag.choices and isinstance(value, str) and value not in flag.choices:
+    is_text = flag.type in (None, plain_name, typed_text, currency_sign) and not is_switch
+    if name == "targets" and isinstance(value, tuple):
+        return value  # layers by name
+    if is_text and not isinstance(value, str | os.PathLike):
+        raise argparse.ArgumentTypeError(f"{value!r} must be one text")
+    if flag.choices and value not in flag.choices:
         raise argparse.ArgumentTypeError(f"{value} must be one of {', '.join(flag.choices)}")
+    if name in ("run_name", "resume"):  # also as its folder is called
+        value = value.removeprefix(f"{project_name}-")
     return flag.type(str(value)) if flag.type else value
 
 
 def check_columns(columns):
-    """{role: name or names} as {role: [name, …]}. Raises argparse.ArgumentTypeError."""
+    """{role: [name, …]} of {role: name or names} or of texts `role=NAME`.
+
+    Raises argparse.ArgumentTypeError.
+    """
+    if not isinstance(columns, dict | list | tuple):
+        columns = [columns]
+    if not isinstance(columns, dict):
+        pairs = [column_choice(str(one)) for one in columns]
+        columns = {role: [name for other, name in pairs if other == role] for role, _ in pairs}
     lists = {}
-    for role, names in dict(columns).items():
-        lists[role] = [names] if isinstance(names, str) else list(names)
+    for role, names in columns.items():
+        several = names if isinstance(names, list | tuple) else [names]
+        lists[role] = [str(name) for name in several]
         for name in lists[role]:
             column_choice(f"{role}={name}")
     return lists

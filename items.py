@@ -1546,8 +1546,13 @@ def own_catalogue(config, path, columns=None, bar=None, unit=None, currency="$")
     catalogue.choose_scale(unit, currency)
     expect(bar, "reading", 2 * catalogue.row_count)
     items, keys = spool_items(catalogue.items(), Path(config.output_dir, "catalogue"))
+    try:
+        parts = split_rows(keys, config.seed)
+    except UserError as error:
+        dropped = format_dropped(catalogue.dropped, examples=catalogue.examples) or "no row"
+        raise UserError(f"{path}: {error} Dropped: {dropped}.") from None
     splits = DatasetDict()
-    for name, rows in zip(SPLITS, split_rows(keys, config.seed), strict=True):
+    for name, rows in zip(SPLITS, parts, strict=True):
         splits[name] = items.select(rows)
     source = f"{readable(path)}, split 90/5/5 by title and description, seed {config.seed}"
     about = {"source": source} | catalogue.record()
@@ -2080,8 +2085,10 @@ class PriceSurvey:
     """What the texts of a whole column tell about how it writes prices."""
 
     def __init__(self):
-        self.shown = {".": [], ",": []}  # texts that can't have the other decimal sign
+        # Of texts that can't have the other decimal sign, by (sign, currency or None)
+        self.shown = {}
         self.counts = Counter()
+        self.long_counts = Counter()  # of those with three decimals or more
         self.currencies = Counter()
         self.sizes = Counter()  # of (decimal sign or None, currency, exponent of smallest_unit)
 
@@ -2097,9 +2104,9 @@ class PriceSurvey:
             self.currencies[price.currency] += 1
         if not price.problem and price.depends_on_decimal:
             if price.by_comma is None:
-                self.note(".", value)
+                self.note(".", price.currency, value)
             elif price.by_point is None:
-                self.note(",", value)
+                self.note(",", price.currency, value)
 
     def add_size(self, price):
         """Counts how large a WrittenPrice is by each decimal sign that it can have."""
@@ -2110,30 +2117,37 @@ class PriceSurvey:
             if amount is not None and amount > 0:
                 self.sizes[decimal, price.currency, smallest_unit(amount)] += 1
 
-    def note(self, decimal, value):
-        self.counts[decimal] += 1
+    def note(self, decimal, currency, value):
+        self.counts[decimal, currency] += 1
         if re.search(rf"{re.escape(decimal)}\d{{3}}", value):
-            self.counts[f"long {decimal}"] += 1
-        shown = self.shown[decimal]
+            self.long_counts[decimal, currency] += 1
+        shown = self.shown.setdefault((decimal, currency), [])
         if len(shown) < 2 and value.strip() not in shown:
             shown.append(value.strip())
 
     def result(self):
-        """The PriceFormat of the column."""
-        points, commas = self.counts["."], self.counts[","]
+        """The PriceFormat of the column: of the prices in its main currency or without one."""
+        currency = next((code for code, _ in self.currencies.most_common(1)), None)
+        codes = dict.fromkeys((currency, None))
+        counts = {sign: sum(self.counts[sign, code] for code in codes) for sign in ".,"}
+        points, commas = counts["."], counts[","]
         decimal = None
         if points != commas:
             decimal = "." if points > commas else ","
-        currency = next((code for code, _ in self.currencies.most_common(1)), None)
-        examples = tuple(self.shown[decimal or "."])
-        others = tuple(self.shown["," if decimal == "." else "."])
+        examples = self.examples(decimal or ".", codes)
+        others = self.examples("," if decimal == "." else ".", codes)
         is_mixed = points > 0 and commas > 0
-        has_long_decimals = self.counts[f"long {decimal}"] > 0
+        has_long_decimals = any(self.long_counts[decimal, code] > 0 for code in codes)
         sizes = Counter()  # of what can be read
         for (sign, code, exponent), count in self.sizes.items():
             if sign in (None, decimal) and code in (None, currency):
                 sizes[exponent] += count
         return PriceFormat(decimal, currency, is_mixed, has_long_decimals, examples, others, sizes)
+
+    def examples(self, decimal, codes):
+        """At most two texts of these currencies that can only have that decimal sign."""
+        found = [text for code in codes for text in self.shown.get((decimal, code), ())]
+        return tuple(found[:2])
 
 
 @dataclass(frozen=True)
@@ -2706,6 +2720,8 @@ def own_rows(path, text, tokenizer, cutoff, columns=None, scale=COURSE_SCALE):
         catalogue = OwnCatalogue(path, columns, needs_price=False)
         catalogue.scale = scale
         items = list(catalogue.items())
+    elif text is None:
+        raise UserError("Nothing to price: give --input FILE or --text DESCRIPTION.")
     elif text_problem(text, "text"):
         raise UserError(
             "--text: is empty or has an incomplete character. Give a description, in quotes."

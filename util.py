@@ -935,6 +935,11 @@ def footnotes(results):
     lines = []
     if results.get("differences"):
         lines.append(f"Note: {'; '.join(results['differences'])}")
+    if results.get("trained_on"):
+        lines.append(
+            f"Note: {results['trained_on']:,} of these rows were trained on; their error says "
+            "nothing of other items"
+        )
     for name, figures in results.get("earlier", {}).items():
         difference = format_difference(name, figures, scale)
         lines.append(f"This run's error less that of {name}, on the same items: {difference}")
@@ -5320,10 +5325,17 @@ def local_training_data(config, run):
     return splits if fingerprint(splits) == run.data.get("fingerprint") else None
 
 
+def count_trained_on(splits, rows):
+    """How many rows have the prompt of a training row."""
+    prompts = set(splits["train"]["prompt"])
+    return sum(row["prompt"] in prompts for row in rows)
+
+
 def score_own_rows(run, config, answers, rows, source):
     """The figures of those of the user's own rows that have a price; {} if none has.
 
-    With those of words alone, if the run's training rows are on this machine.
+    If the run's training rows are on this machine, with how many of the rows are among them, and
+    with the figures of words alone.
     """
     priced = [i for i, row in enumerate(rows) if row["completion"]]
     if not priced:
@@ -5340,6 +5352,7 @@ def score_own_rows(run, config, answers, rows, source):
         results["base"] = score_base(priced_rows, of_base)
     splits = local_training_data(config, run)
     if splits:
+        results["trained_on"] = count_trained_on(splits, priced_rows)
         guesses = [estimate.guess for estimate in of_run]
         words = guesses_by_words(splits, priced_rows)
         results["words"] = compare_guesses(words, guesses, truths, config.seed)

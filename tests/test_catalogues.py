@@ -92,6 +92,17 @@ def test_odd_file_gives_exact_rows(odd_file):
             assert found[line] == expected
 
 
+def test_other_currencies_decide_no_sign(tmp_path):
+    """One price in dollars makes no price in euros ambiguous."""
+    path = tmp_path / "shop.csv"
+    rows = ["Pan;19,99 €;Steel", "Sofa;1.299 €;Linen", "Lamp;$49.99;Brass"]
+    path.write_text("\n".join(["name;price;text", *rows]), "utf-8")
+    catalogue = OwnCatalogue(path)
+    catalogue.choose_scale(None, "€")
+    assert [item.price for item in catalogue.items()] == [19.99, 1299]
+    assert catalogue.dropped == {"price is in another currency than most (EUR)": [4]}
+
+
 def test_what_was_made_is_said(odd_file):
     """Columns, decimal sign with two examples, what was changed; dropped reasons by example."""
     catalogue = OwnCatalogue(odd_file)
@@ -99,7 +110,7 @@ def test_what_was_made_is_said(odd_file):
     columns, prices, changed = catalogue.notes()
     assert columns == "Columns: title from NAME, price from Cost, text from Body (HTML)"
     assert prices.startswith(
-        "Prices: the comma is the decimal sign, since '1.234,50 kr' is 1234.5 and '€ 912,50' is"
+        "Prices: the comma is the decimal sign, since '€ 912,50' is 912.5 and '19,99 EUR' is 19.99"
     )
     assert "such as '1.5': dropped; currency EUR" in prices
     assert "1 × HTML became text" in changed

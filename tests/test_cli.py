@@ -250,6 +250,8 @@ def test_stop_button_is_one_line():
 def test_unknown_settings_raise_typeerror():
     with pytest.raises(TypeError, match="no argument learning_rat; did you mean learning_rate?"):
         train_model(RunConfig(local=True), learning_rat=1e-3)
+    with pytest.raises(TypeError, match="prepare_prompts.* no argument curency; did you mean curr"):
+        prepare_prompts(RunConfig(local=True), curency="€")
 
 
 @pytest.mark.parametrize(
@@ -275,6 +277,28 @@ def test_python_values_are_checked(stage, name, value):
         stage(RunConfig(local=True), **{name: value})
 
 
+def test_values_of_other_types_are_refused():
+    config = RunConfig(demo_mode=True)
+    calls = [
+        (
+            price_items,
+            {"text": ["a lamp", "a sofa"]},
+            "text: ['a lamp', 'a sofa'] must be one text",
+        ),
+        (price_items, {"text": 5}, "text: 5 must be one text"),
+        (price_items, {"source": 5}, "source: 5 must be one text"),
+        (prepare_prompts, {"columns": 3}, "columns: 3 must be ROLE=NAME"),
+        (evaluate_model, {"run_name": ["a", "b"]}, "run_name: ['a', 'b'] must be one text"),
+        (evaluate_model, {"hf_user": 20}, "hf_user: 20 must be one text"),
+    ]
+    for stage, values, expected in calls:
+        with pytest.raises(UserError) as refused:
+            stage(config, **values)
+        assert str(refused.value).startswith(expected)
+    with pytest.raises(TypeError, match="takes a RunConfig first"):
+        train_model("outputs")
+
+
 def test_refused_values_are_named_together():
     config = RunConfig(local=True, project_name="my project")
     with pytest.raises(UserError) as refused:
@@ -287,11 +311,16 @@ def test_python_values_may_be_text():
     """They are read as the command line reads them; one column needs no list."""
     assert check_call("train_model", {"batch_size": "16"}) == {"batch_size": 16}
     columns = {"columns": {"title": "Name", "text": ["Body", "Details"]}}
-    checked = check_call("prepare_prompts", columns)
-    assert checked == {"columns": {"title": ["Name"], "text": ["Body", "Details"]}}
+    columns_of_lists = {"columns": {"title": ["Name"], "text": ["Body", "Details"]}}
+    assert check_call("prepare_prompts", columns) == columns_of_lists
     with pytest.raises(UserError, match="^columns: name=Product must be ROLE=NAME"):
         check_call("prepare_prompts", {"columns": {"name": "Product"}})
     assert check_call("evaluate_model", {"size": None}) == {"size": None}
+    texts = {"columns": ["title=Name", "text=Body", "text=Details"]}
+    assert check_call("prepare_prompts", texts) == columns_of_lists
+    names = {"run_name": "price-first", "earlier": "price-second"}
+    checked = check_call("evaluate_model", names)
+    assert checked == {"run_name": "first", "earlier": ["second"]}
     layers = ("q_proj", "v_proj")
     assert check_call("train_model", {"targets": layers}) == {"targets": layers}
 

@@ -736,6 +736,19 @@ def test_own_items_get_same_prices(call, trained_project, judged, splits):
     assert "words alone: ridge regression" in said
 
 
+def test_trained_rows_are_named(call, trained_project, splits):
+    """An error over rows of the training data flatters."""
+    own = trained_project / "own.jsonl"
+    rows = [*splits["train"].select(range(2)), splits["test"][0]]
+    with open(own, "w", encoding="utf-8") as file:
+        for row in rows:
+            text = row["prompt"].split("\n\n")[1]
+            record = {"title": "x", "text": text, "price": row["completion"]}
+            file.write(json.dumps(record) + "\n")
+    said = call(*JUDGE, "--input", "own.jsonl", cwd=trained_project)
+    assert "Note: 2 of these rows were trained on" in said
+
+
 def test_one_description_is_priced(call, trained_project):
     """Beside what the untouched base answers, if asked for."""
     text = ("--text", "Brass lamp\nwith a shade", "--compare-base", "--decode", "mean")
