@@ -482,13 +482,12 @@ def build_quant_config(use_4bit: bool, use_bf16: bool, compute_dtype=None):
     4-bit layers compute in `compute_dtype`; by default in bf16, or fp16 on GPUs without it. Source:
     QLoRA, arXiv 2305.14314.
     """
-    import torch
     from transformers import BitsAndBytesConfig
 
     if not use_4bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     if compute_dtype is None:
-        compute_dtype = torch.bfloat16 if use_bf16 else torch.float16
+        compute_dtype = "bfloat16" if use_bf16 else "float16"
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

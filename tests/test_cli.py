@@ -309,20 +309,25 @@ def test_refused_values_are_named_together():
 
 def test_python_values_may_be_text():
     """They are read as the command line reads them; one column needs no list."""
-    assert check_call("train_model", {"batch_size": "16"}) == {"batch_size": 16}
-    columns = {"columns": {"title": "Name", "text": ["Body", "Details"]}}
-    columns_of_lists = {"columns": {"title": ["Name"], "text": ["Body", "Details"]}}
-    assert check_call("prepare_prompts", columns) == columns_of_lists
+    lists = {"columns": {"title": ["Name"], "text": ["Body", "Details"]}}
+    layers = {"targets": ("q_proj", "v_proj")}
+    calls = [
+        ("train_model", {"batch_size": "16"}, {"batch_size": 16}),
+        ("train_model", layers, layers),
+        ("evaluate_model", {"size": None}, {"size": None}),
+        ("evaluate_model", {"run_name": "price-first"}, {"run_name": "first"}),
+        ("evaluate_model", {"earlier": "price-second"}, {"earlier": ["second"]}),
+        (
+            "prepare_prompts",
+            {"columns": {"title": "Name", "text": ["Body", "Details"]}},
+            lists,
+        ),
+        ("prepare_prompts", {"columns": ["title=Name", "text=Body", "text=Details"]}, lists),
+    ]
+    for function, given, expected in calls:
+        assert check_call(function, given) == expected
     with pytest.raises(UserError, match="^columns: name=Product must be ROLE=NAME"):
         check_call("prepare_prompts", {"columns": {"name": "Product"}})
-    assert check_call("evaluate_model", {"size": None}) == {"size": None}
-    texts = {"columns": ["title=Name", "text=Body", "text=Details"]}
-    assert check_call("prepare_prompts", texts) == columns_of_lists
-    names = {"run_name": "price-first", "earlier": "price-second"}
-    checked = check_call("evaluate_model", names)
-    assert checked == {"run_name": "first", "earlier": ["second"]}
-    layers = ("q_proj", "v_proj")
-    assert check_call("train_model", {"targets": layers}) == {"targets": layers}
 
 
 def test_recipes_are_the_courses():
