@@ -373,7 +373,7 @@ def test_course_rows_make_the_courses_prompts(tmp_path, smol_tokenizer):
         ("own.json", b'[{"title": "A"},\n{"title": "B" "text"}]', "delimiter (line 2)"),
         ("own.json", b'[{"title": "A"}\n{"title": "B"}]', "expected behind an object (line 2)"),
         ("own.csv.gz", b"title,price,text\n", "can't be read: Not a gzipped file"),
-        ("own.csv.gz", gzip.compress(b"title,price,text\n" * 9)[:-9], "can't be read: "),
+        ("own.csv.gz", gzip.compress(b"title,price,text\n" * 9, mtime=0)[:-9], "can't be read: "),
         ("own.csv", b"PK\x03\x04...", "is a spreadsheet or ZIP file. Save it as `CSV UTF-8`"),
         ("own.jsonl", b'{"title": "A", "text": "a", "price": 0}', "none of 1 rows is usable"),
         ("own.parquet", b"no parquet", "can't be read: "),
