@@ -850,7 +850,7 @@ PACKAGES = (  # of requirements.txt
     *("torch", "transformers", "peft", "trl", "bitsandbytes"),
     *("datasets", "huggingface_hub", "wandb", "matplotlib"),
 )
-FLAGS_OF_ARGUMENTS = {  # those that are called otherwise in Python
+FLAGS_OF_ARGUMENTS = {  # where the names in Python differ
     "earlier": "compare",
     "pooled_names": "run_name",
     "folder": "export",
@@ -875,12 +875,24 @@ class AppendColumns(argparse.Action):
     """Collects `role=NAME …` into {role: [name, …]}: a text may be in several columns."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        columns = dict(getattr(namespace, self.dest) or {})
-        for role, name in values:
-            columns[role] = [*columns.get(role, ()), name]
-            if role in ("title", "price") and len(columns[role]) > 1:
-                raise argparse.ArgumentError(self, f"{role} is named twice")
-        setattr(namespace, self.dest, columns)
+        earlier = getattr(namespace, self.dest) or {}
+        try:
+            setattr(namespace, self.dest, collect_columns(values, earlier))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+
+
+def collect_columns(pairs, earlier=()):
+    """{role: [name, …]} of `earlier` and of pairs (role, name).
+
+    Raises argparse.ArgumentTypeError for a second title or price.
+    """
+    columns = dict(earlier)
+    for role, name in pairs:
+        columns[role] = [*columns.get(role, ()), name]
+        if role in ("title", "price") and len(columns[role]) > 1:
+            raise argparse.ArgumentTypeError(f"{role} is named twice")
+    return columns
 
 
 def column_choice(text):
@@ -1216,20 +1228,21 @@ def check_value(flag, name, value, project_name):
     if name == "columns":
         return check_columns(value)
     if name in ("earlier", "pooled_names"):
-        names = [value] if isinstance(value, str) else value
+        names = as_list(value)
         return [check_value(flag, "run_name", one, project_name) for one in names]
-    is_switch = flag.nargs == 0
-    if is_switch and not isinstance(value, bool):
-        raise argparse.ArgumentTypeError(f"{value!r} must be True or False")
-    is_text = flag.type in (None, plain_name, typed_text, currency_sign) and not is_switch
     if name == "targets" and isinstance(value, tuple):
         return value  # layers by name
+    if flag.nargs == 0:
+        if not isinstance(value, bool):
+            raise argparse.ArgumentTypeError(f"{value!r} must be True or False")
+        return value
+    is_text = flag.type in (None, plain_name, typed_text, currency_sign)
     if is_text and not isinstance(value, str | os.PathLike):
-        raise argparse.ArgumentTypeError(f"{value!r} must be one text")
+        raise argparse.ArgumentTypeError(f"{value!r} must be a string")
     if flag.choices and value not in flag.choices:
         raise argparse.ArgumentTypeError(f"{value} must be one of {', '.join(flag.choices)}")
-    if name in ("run_name", "resume"):  # also as its folder is called
-        value = value.removeprefix(f"{project_name}-")
+    if name in ("run_name", "resume"):
+        value = without_project(str(value), project_name)
     return flag.type(str(value)) if flag.type else value
 
 
@@ -1238,18 +1251,20 @@ def check_columns(columns):
 
     Raises argparse.ArgumentTypeError.
     """
-    if not isinstance(columns, dict | list | tuple):
-        columns = [columns]
-    if not isinstance(columns, dict):
-        pairs = [column_choice(str(one)) for one in columns]
-        columns = {role: [name for other, name in pairs if other == role] for role, _ in pairs}
-    lists = {}
-    for role, names in columns.items():
-        several = names if isinstance(names, list | tuple) else [names]
-        lists[role] = [str(name) for name in several]
-        for name in lists[role]:
-            column_choice(f"{role}={name}")
-    return lists
+    texts = as_list(columns)
+    if isinstance(columns, dict):
+        texts = [f"{role}={name}" for role in columns for name in as_list(columns[role])]
+    return collect_columns(column_choice(str(text)) for text in texts)
+
+
+def as_list(value):
+    """A value that may be one or several as a list."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def without_project(name, project_name):
+    """A run's name; that of its folder, `{project_name}-{name}`, is accepted, too."""
+    return name.removeprefix(f"{project_name}-")
 
 
 def refuse_useless(parser, args):
@@ -1278,13 +1293,12 @@ def parse_arguments(argv):
         command = f"{python()} {program()} {args.stage} --help"
         parser.error(f"unknown: {' '.join(unknown)}; {hint} `{command}`")
     refuse_useless(parser, args)
-    prefix = f"{args.project_name}-"  # of a run's folder, whose name is accepted, too
     if args.stage == "train":
-        args.run_name = args.run_name and args.run_name.removeprefix(prefix)
-        args.resume = args.resume and args.resume.removeprefix(prefix)
+        args.run_name = args.run_name and without_project(args.run_name, args.project_name)
+        args.resume = args.resume and without_project(args.resume, args.project_name)
     if args.stage == "eval":
-        args.compare = [name.removeprefix(prefix) for name in args.compare]
-        names = [name.removeprefix(prefix) for name in args.run_name or ()]
+        args.compare = [without_project(name, args.project_name) for name in args.compare]
+        names = [without_project(name, args.project_name) for name in args.run_name or ()]
         args.run_name, args.pooled_names = names[0] if names else None, names[1:]
         if args.pooled_names and (args.input or args.text is not None or args.export):
             parser.error("--run-name: --input, --text and --export take one run")

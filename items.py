@@ -169,20 +169,13 @@ def encode(texts, tokenizer, special=True):
 
     Calling the tokenizer returns the same in twice the time, because it also makes masks.
     """
-    backend = fast_backend(tokenizer)
-    if backend is None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # one in Python
         return tokenizer(texts, add_special_tokens=special)["input_ids"]
+    backend.no_truncation()
+    backend.no_padding()
     encodings = backend.encode_batch_fast(texts, add_special_tokens=special)
     return [encoding.ids for encoding in encodings]
-
-
-def fast_backend(tokenizer):
-    """The tokenizer's part in Rust, which neither truncates nor pads; None of one in Python."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        backend.no_truncation()
-        backend.no_padding()
-    return backend
 
 
 def truncate(summaries, tokenizer, max_tokens):

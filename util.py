@@ -938,7 +938,7 @@ def footnotes(results):
     if results.get("trained_on"):
         lines.append(
             f"Note: {results['trained_on']:,} of these rows were trained on; their error says "
-            "nothing of other items"
+            "nothing about other items"
         )
     for name, figures in results.get("earlier", {}).items():
         difference = format_difference(name, figures, scale)
@@ -5327,8 +5327,11 @@ def local_training_data(config, run):
 
 def count_trained_on(splits, rows):
     """How many rows have the prompt of a training row."""
-    prompts = set(splits["train"]["prompt"])
-    return sum(row["prompt"] in prompts for row in rows)
+    prompts = {row["prompt"] for row in rows}
+    found = set()
+    for batch in splits["train"].select_columns(["prompt"]).iter(1000):  # not all in memory
+        found |= prompts.intersection(batch["prompt"])
+    return sum(row["prompt"] in found for row in rows)
 
 
 def score_own_rows(run, config, answers, rows, source):

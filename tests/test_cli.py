@@ -283,13 +283,13 @@ def test_values_of_other_types_are_refused():
         (
             price_items,
             {"text": ["a lamp", "a sofa"]},
-            "text: ['a lamp', 'a sofa'] must be one text",
+            "text: ['a lamp', 'a sofa'] must be a string",
         ),
-        (price_items, {"text": 5}, "text: 5 must be one text"),
-        (price_items, {"source": 5}, "source: 5 must be one text"),
+        (price_items, {"text": 5}, "text: 5 must be a string"),
+        (price_items, {"source": 5}, "source: 5 must be a string"),
         (prepare_prompts, {"columns": 3}, "columns: 3 must be ROLE=NAME"),
-        (evaluate_model, {"run_name": ["a", "b"]}, "run_name: ['a', 'b'] must be one text"),
-        (evaluate_model, {"hf_user": 20}, "hf_user: 20 must be one text"),
+        (evaluate_model, {"run_name": ["a", "b"]}, "run_name: ['a', 'b'] must be a string"),
+        (evaluate_model, {"hf_user": 20}, "hf_user: 20 must be a string"),
     ]
     for stage, values, expected in calls:
         with pytest.raises(UserError) as refused:
@@ -316,6 +316,7 @@ def test_python_values_may_be_text():
         ("train_model", layers, layers),
         ("evaluate_model", {"size": None}, {"size": None}),
         ("evaluate_model", {"run_name": "price-first"}, {"run_name": "first"}),
+        ("evaluate_model", {"run_name": Path("price-first")}, {"run_name": "first"}),
         ("evaluate_model", {"earlier": "price-second"}, {"earlier": ["second"]}),
         (
             "prepare_prompts",
@@ -328,6 +329,8 @@ def test_python_values_may_be_text():
         assert check_call(function, given) == expected
     with pytest.raises(UserError, match="^columns: name=Product must be ROLE=NAME"):
         check_call("prepare_prompts", {"columns": {"name": "Product"}})
+    with pytest.raises(UserError, match="^columns: title is named twice"):
+        check_call("prepare_prompts", {"columns": {"title": ["Name", "Product"]}})
 
 
 def test_recipes_are_the_courses():
