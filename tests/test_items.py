@@ -165,6 +165,7 @@ def test_batches_agree_with_single_items(tokenizer):
 @example(words=["antidisestablishmentarianism"], repeats=12, spaces="")
 @example(words=["价格"], repeats=12, spaces="")
 @example(words=["internationalization"], repeats=12, spaces=" ")
+@example(words=["<|endoftext|>", "lamp"], repeats=12, spaces=" ")
 @settings(deadline=None, max_examples=200)
 def test_long_text_is_cut_as_whole(tokenizers, words, repeats, spaces):
     """Only its beginning is tokenised, yet what is kept is what all of its tokens would give."""
