@@ -770,7 +770,8 @@ def price_items(
 
     Prints guesses with their 80 % intervals, with `compare_base` beside the untouched base's, and
     writes them to `output`, CSV or JSON lines. If the file has prices, the guesses are scored.
-    `columns` as in prepare_prompts. Returns what is written, one dict per item.
+    `columns` as in prepare_prompts; those of the data that the run was trained on are known.
+    Returns what is written, one dict per item.
     """
     import items
     import util
@@ -779,7 +780,10 @@ def price_items(
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
     base = util.open_base(config.for_run(run), run)
     cutoff = run.data.get("cutoff") or DEFAULT_CUTOFF
-    rows, catalogue = items.own_rows(source, text, base.tokenizer, cutoff, columns, run.scale)
+    earlier = run.data.get("columns")
+    rows, catalogue = items.own_rows(
+        source, text, base.tokenizer, cutoff, columns, run.scale, earlier
+    )
     if catalogue:
         print(items.format_own_rows(rows, catalogue))
 
@@ -913,7 +917,8 @@ def add_columns_flag(parser):
         action=AppendColumns,
         metavar="ROLE=NAME",
         help="the file's columns for title, price, text and category, for example title=Name "
-        'text="Item description" (default: the usual names)',
+        'text="Item description" (default: in `eval` those of the data that the run was trained '
+        "on, else the usual names)",
     )
 
 

@@ -2434,6 +2434,20 @@ def set_role(columns, role, names):
         setattr(columns, role, tuple(names))
 
 
+def known_columns(names, earlier):
+    """The columns, as --columns chooses them, by which a file is read like an `earlier` one.
+
+    `earlier` is what prepare.json has of that one, {role: name or names}; a role counts if all its
+    columns are among `names`.
+    """
+    known = {}
+    for role, columns in earlier.items():
+        wanted = [columns] if isinstance(columns, str) else columns
+        if wanted and set(wanted) <= set(names):
+            known[role] = wanted
+    return known
+
+
 def find_chosen_column(path, names, role, wanted):
     """The one of `names` that `--columns role=wanted` means."""
     exact = [name for name in names if str(name).strip() == wanted.strip()]
@@ -2484,8 +2498,9 @@ class OwnCatalogue:
     """The items of the user's own file, read twice: how it is written, then row by row.
 
     Needs columns for title, price and description; see USUAL_COLUMNS. `chosen` is {role: [name,
-    …]} of --columns. Without `needs_price` the price may be missing or unusable, None then, and
-    rows may repeat others.
+    …]} of --columns; for other roles the columns of an `earlier` file are taken where this one has
+    them: see `known_columns`. Without `needs_price` the price may be missing or unusable, None
+    then, and rows may repeat others.
 
     What was dropped and changed is known once `items()` has ended: `dropped` is {reason: [line,
     …]}, and so is `unjudged`, of rows without a usable price; `examples` has a value for some
@@ -2494,13 +2509,13 @@ class OwnCatalogue:
     Raises UserError if the file can't be read or a column is missing.
     """
 
-    def __init__(self, path, chosen=None, needs_price=True, bar=None):
+    def __init__(self, path, chosen=None, needs_price=True, bar=None, earlier=None):
         self.path = path
         self.needs_price = needs_price
         self.bar = bar
         self.file = RowFile(path)
         self.row_count = 0
-        self.columns, self.price_format = self.survey(chosen or {})
+        self.columns, self.price_format = self.survey(chosen or {}, earlier or {})
         self.scale = COURSE_SCALE
         self.scale_notes = []
         self.clear()
@@ -2512,9 +2527,12 @@ class OwnCatalogue:
         self.changes = Counter()
         self.seen = set()
 
-    def survey(self, chosen):
+    def survey(self, chosen, earlier):
         """(the Columns, the PriceFormat): how the whole file is written."""
-        wanted = [fold_name(name) for name in chosen.get("price", USUAL_COLUMNS["price"].split())]
+        usual = USUAL_COLUMNS["price"].split()
+        if earlier.get("price"):
+            usual.append(earlier["price"])
+        wanted = [fold_name(name) for name in chosen.get("price", usual)]
         names = dict.fromkeys(self.file.schema_names() or ())
         known_schema = list(names) if names else None
         surveys = {name: PriceSurvey() for name in names if fold_name(name) in wanted}
@@ -2533,6 +2551,7 @@ class OwnCatalogue:
             raise UserError(f"{self.path}: holds no rows.")
         if not names:
             raise UserError(f"{self.path}: none of {self.row_count:,} rows is a JSON object.")
+        chosen = known_columns(names, earlier) | chosen
         columns = find_columns(self.path, list(names), chosen, self.needs_price)
         survey = surveys.get(columns.price, PriceSurvey())
         return columns, survey.result()
@@ -2714,15 +2733,16 @@ def read_catalogue(path, needs_price=True, columns=None):
     return items, catalogue.dropped
 
 
-def own_rows(path, text, tokenizer, cutoff, columns=None, scale=COURSE_SCALE):
+def own_rows(path, text, tokenizer, cutoff, columns=None, scale=COURSE_SCALE, earlier=None):
     """(rows of the user's own items to price, their OwnCatalogue, or None without a file).
 
     They come from the file at `path` or are the one described by `text`. A row has prompt,
-    completion ('' without a price), line and title.
+    completion ('' without a price), line and title. `columns` are the chosen ones, `earlier` those
+    of the file that was trained on.
     """
     catalogue = None
     if path:
-        catalogue = OwnCatalogue(path, columns, needs_price=False)
+        catalogue = OwnCatalogue(path, columns, needs_price=False, earlier=earlier)
         catalogue.scale = scale
         items = list(catalogue.items())
     elif text is None:

@@ -4252,6 +4252,7 @@ def describe_data(prompts):
         "hub": prompts.about.get("hub"),
         "cutoff": prompts.about.get("cutoff"),
         **prompts.scale.record(),
+        "columns": prompts.about.get("columns"),
         "fingerprint": fingerprint(prompts.splits),
         "constants": constant_guesses(prompts.splits["train"]),
     }

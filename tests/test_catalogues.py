@@ -221,6 +221,20 @@ def test_chosen_columns_are_read(tmp_path):
         read_catalogue(path, columns={"title": ["Nmae"]})
 
 
+def test_earlier_columns_are_known(tmp_path):
+    """Where the file has all of a role's; what is chosen goes before."""
+    row = {"Artikel": "A", "title": "B", "Betrag": "2", "price": 1, "summary": "no", "Lang": "long"}
+    path = write_lines(tmp_path / "own.jsonl", row)
+    earlier = {"title": "Artikel", "price": "Betrag", "text": ["Lang"], "category": []}
+    (item,) = OwnCatalogue(path, earlier=earlier).items()
+    assert (item.title, item.price, item.full) == ("A", 2, "long")
+    (item,) = OwnCatalogue(path, {"title": ["title"]}, earlier=earlier).items()
+    assert (item.title, item.price) == ("B", 2)
+    earlier = {"title": "Titel", "price": None, "text": ["Lang", "Kurz"], "category": []}
+    (item,) = OwnCatalogue(path, earlier=earlier).items()
+    assert (item.title, item.price, item.full) == ("B", 1, "no")
+
+
 def test_next_text_column_counts(tmp_path):
     """Where one is blank, NaN or a list; lists of texts are joined if there is nothing else."""
     summaries = ["s", " ", math.nan, None, ["x"], "null"]

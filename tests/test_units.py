@@ -270,8 +270,11 @@ def test_exports_are_checked_alike(alike):
 def tens(call, shared, tmp_path_factory):
     """A folder with a run in steps of €10, whose prompts say so."""
     folder = tmp_path_factory.mktemp("tens")
-    catalogue = write_catalogue(folder / "catalogue.jsonl", factor=Decimal(10))
-    call("prepare", *shared, "--source", catalogue, "--currency", "€", cwd=folder)
+    catalogue = folder / "catalogue.jsonl"
+    write_catalogue(catalogue, factor=Decimal(10))
+    catalogue.write_text(catalogue.read_text("utf-8").replace('"price":', '"Betrag":'), "utf-8")
+    file = ("--source", "catalogue.jsonl", "--columns", "price=Betrag")
+    call("prepare", *shared, *file, "--currency", "€", cwd=folder)
     call("train", *shared, "--run-name", "run", *TRAIN, cwd=folder)
     call("eval", "--local", cwd=folder)
     return folder
@@ -302,6 +305,16 @@ def test_own_items_are_priced_in_its_unit(call, tens):
     (tens / "own.jsonl").write_text(json.dumps(row), encoding="utf-8")
     said = call("eval", "--local", "--input", "own.jsonl", cwd=tens)
     assert "skipped" not in said
+
+
+def test_columns_of_its_data_are_known(call, tens):
+    """A file is read like the one that was trained on, without --columns."""
+    row = {"title": "Lamp", "text": "A dear lamp", "Betrag": 5000, "price": 1}
+    (tens / "other.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    said = call("eval", "--local", "--input", "other.jsonl", cwd=tens)
+    assert "Columns: title from title, price from Betrag, text from text; unused: price" in said
+    said = call("eval", "--local", "--input", "other.jsonl", "--columns", "price=price", cwd=tens)
+    assert "price from price" in said
 
 
 def test_other_scale_is_refused(call, shared, tens, project):
