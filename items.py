@@ -1122,8 +1122,10 @@ def format_prompts(about, counts):
     kept = sum(about["kept"].values())
     dropped = sum(len(lines) for lines in about["dropped"].values())
     splits = ", ".join(f"{count:,} {name}" for name, count in about["kept"].items())
-    examples = about.get("dropped_examples")
-    reasons = f": {format_dropped(about['dropped'], examples=examples)}" if dropped else ""
+    rows = f"Rows: {kept:,} kept ({splits}), {dropped:,} dropped"
+    if dropped:
+        reasons = format_dropped(about["dropped"], about.get("dropped_examples"), "\n  ")
+        rows = f"{rows}:\n  {reasons}"
     train = counts["train"]
     tokens = train["tokens"]
     counted = "Tokens an item, train:"
@@ -1131,7 +1133,7 @@ def format_prompts(about, counts):
         counted = f"Tokens, first {len(tokens):,}:"
     currency = PriceScale.from_record(about).currency
     lines = [
-        f"Rows: {kept:,} kept ({splits}), {dropped:,} dropped{reasons}",
+        rows,
         f"Cut at {about['cutoff']} tokens: {sum(about['cut'].values()):,} of {kept:,} descriptions",
         f"{f'Price, train, in {currency}:':<26}{format_quantiles(train['price'], 2)}",
         f"{counted:<26}{format_quantiles(tokens)}",
@@ -1552,7 +1554,7 @@ def own_catalogue(config, path, columns=None, bar=None, unit=None, currency="$")
     try:
         parts = split_rows(keys, config.seed)
     except UserError as error:
-        dropped = format_dropped(catalogue.dropped, examples=catalogue.examples) or "no row"
+        dropped = format_dropped(catalogue.dropped, catalogue.examples) or "no row"
         raise UserError(f"{path}: {error} Dropped: {dropped}.") from None
     splits = DatasetDict()
     for name, rows in zip(SPLITS, parts, strict=True):
@@ -2366,6 +2368,7 @@ USUAL_COLUMNS = {  # the role: names that are recognised, the first first; see `
     "category": "category categories maincategory productcategory itemcategory department",
 }
 SHOWN_UNUSED = 6  # names of columns
+SHOWN_LINES = 5  # of the rows that are dropped for one reason
 WARNED_SHARE = 0.2  # of rows that are dropped
 
 
@@ -2594,7 +2597,7 @@ class OwnCatalogue:
             count += 1
             yield item
         if not count:
-            reasons = format_dropped(self.dropped, examples=self.examples)
+            reasons = format_dropped(self.dropped, self.examples)
             raise UserError(f"{self.path}: none of {self.row_count:,} rows is usable; {reasons}.")
 
     def read_row(self, line, row):
@@ -2773,26 +2776,29 @@ def format_own_rows(rows, catalogue):
     lines = catalogue.notes()
     if catalogue.dropped:
         count = sum(len(lines) for lines in catalogue.dropped.values())
-        reasons = format_dropped(catalogue.dropped, examples=catalogue.examples)
-        lines.append(f"Rows: {len(rows):,} priced, {count:,} skipped: {reasons}")
+        reasons = format_dropped(catalogue.dropped, catalogue.examples, "\n  ")
+        lines.append(f"Rows: {len(rows):,} priced, {count:,} skipped:\n  {reasons}")
     if catalogue.unjudged:
-        reasons = format_dropped(catalogue.unjudged, examples=catalogue.examples)
-        lines.append(f"Not judged, since they have no usable price: {reasons}")
+        reasons = format_dropped(catalogue.unjudged, catalogue.examples, "\n  ")
+        lines.append(f"Not judged, since they have no usable price:\n  {reasons}")
     warning = dropped_warning(len(rows), catalogue.dropped)
     return "\n".join([*lines, warning] if warning else lines)
 
 
-def format_dropped(dropped, max_lines=5, examples=None):
-    """'3 × price is a range, such as `5 - 9` (lines 17, 40, 41)' for each reason."""
+def format_dropped(dropped, examples=None, between="; "):
+    """'3 × price is a range, such as `5 - 9` (lines 17, 40, 41)' for each reason, most rows first.
+
+    `between` stands between two of them.
+    """
     parts = []
-    for reason, lines in dropped.items():
-        shown = [str(line) for line in lines[:max_lines]]
-        if len(lines) > max_lines:
+    for reason, lines in sorted(dropped.items(), key=lambda pair: -len(pair[1])):
+        shown = [str(line) for line in lines[:SHOWN_LINES]]
+        if len(lines) > SHOWN_LINES:
             shown.append("…")
         word = "line" if len(lines) == 1 else "lines"
         example = f", such as `{examples[reason]}`" if reason in (examples or {}) else ""
         parts.append(f"{len(lines):,} × {reason}{example} ({word} {', '.join(shown)})")
-    return "; ".join(parts)
+    return between.join(parts)
 
 
 def dropped_warning(kept, dropped):

@@ -159,7 +159,7 @@ def test_own_items_are_read_like_catalogues(call, trained_project):
         ("6", ""),
         ("7", "3.0"),
     ]
-    assert "Not judged, since they have no usable price: 1 × price is outside" in said
+    assert "Not judged, since they have no usable price:\n  1 × price is outside" in said
     assert "such as `ab 9,99` (line 6)" in said
 
 
@@ -731,7 +731,7 @@ def test_own_items_get_same_prices(call, trained_project, judged, splits):
     for row, other in zip(found, [*expected, expected[0]], strict=True):
         for name in ("guess", "low", "high"):
             assert row[name] == other[name]
-    assert "5 priced, 1 skipped: 1 × title is empty or not text (line 5)" in said
+    assert "5 priced, 1 skipped:\n  1 × title is empty or not text (line 5)" in said
     assert "n = 4" in said
     assert "words alone: ridge regression" in said
 
