@@ -334,7 +334,7 @@ def bench_train(config, folder, arguments):
     recipe = app.RECIPES[config.mode]
     batch = arguments.batch_size or recipe.batch_size
     write_dataset(config.dataset_folder, min(steps * batch, 12_000))
-    run = f"bench-{time.time():.0f}-{os.getpid()}"
+    run = f"{time.time():.0f}-{os.getpid()}"  # no two trainings share one
     app.train_model(
         config,
         run_name=run,
