@@ -973,7 +973,7 @@ def add_prepare_flags(parser):
         "--cutoff",
         type=at_least(1),
         default=DEFAULT_CUTOFF,
-        help="tokens kept of a description (default %(default)s)",
+        help="tokens kept of title, category and description together (default %(default)s)",
     )
     parser.add_argument(
         "--source",

@@ -79,6 +79,8 @@ ITEM_SPLITS = ("train", "validation", "test")  # the names in datasets of items
 MIN_PRICE = 0.50  # units; the course's lowest price in dollars
 MAX_PRICE = 999.49  # units; the highest that rounds to 999
 HELD_SHARE = 0.995  # of the prices: what a unit has to hold to be chosen
+COARSE_STEPS = 10  # of fewer steps a median price is coarse
+WARNED_SHARE = 0.2  # of rows that are dropped or cut
 UNIT_EXPONENTS = range(-2, 13)  # of the powers of ten that units can be
 TIMES = "×"  # between the unit and the number in a prompt
 
@@ -88,6 +90,7 @@ PLAIN_COMPLETION = r"^(0|[1-9]\d{0,2})(\.\d+)?$"
 # Others that mean a number: 219. and .99, $219, with separators of thousands
 WRITTEN_NUMBER = r"^\$?\s*[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d*)?$"
 SHOWN_VALUE = 60  # characters of a value in an error
+SHOWN_EXAMPLE = 40  # characters of a cell that shows why rows are dropped
 
 TOKEN_CHARACTERS = 5  # most texts have fewer of them a token
 MERGE_MARGIN = 8  # tokens before a text's end that what follows can change; in fact one or two
@@ -1134,12 +1137,21 @@ def format_prompts(about, counts):
     currency = PriceScale.from_record(about).currency
     lines = [
         rows,
-        f"Cut at {about['cutoff']} tokens: {sum(about['cut'].values()):,} of {kept:,} descriptions",
+        format_cut(about, kept),
         f"{f'Price, train, in {currency}:':<26}{format_quantiles(train['price'], 2)}",
         f"{counted:<26}{format_quantiles(tokens)}",
         format_near_duplicates(about["near_duplicates"]),
     ]
     return "\n".join(lines + split_warnings(about, counts))
+
+
+def format_cut(about, kept):
+    """How many descriptions were too long; a line."""
+    cut = sum(about["cut"].values())
+    line = f"Cut at {about['cutoff']} tokens: {cut:,} of {kept:,} descriptions"
+    if cut > WARNED_SHARE * kept:
+        line += "; title and category count, too; --cutoff keeps more"
+    return line
 
 
 def split_warnings(about, counts):
@@ -1159,6 +1171,15 @@ def split_warnings(about, counts):
         lines.append(
             f"Note: {zeros:,} of {kept:,} prices are at most half the unit, "
             f"{scale.format(scale.amount(0.5))}: they are learned as 0"
+        )
+    median = float(numpy.median(prices))
+    if scale.unit > 1 and median < scale.amount(COARSE_STEPS):
+        finer = PriceScale(scale.unit / 10, scale.currency)
+        lost = int((prices > finer.highest).sum())
+        lines.append(
+            f"Note: half of the prices are below {scale.format(median)}, all are learned to the "
+            f"nearest {scale.step}; `--unit {format_unit(finer.unit)}` learns them to the nearest "
+            f"{finer.step} and drops the {lost:,} largest"
         )
     return lines
 
@@ -1476,9 +1497,9 @@ def with_column(dataset, name, column):
     return dataset.remove_columns(name).add_column(name, column, new_fingerprint=identity)
 
 
-def shorten(text):
-    """The text, cut to SHOWN_VALUE characters."""
-    return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}…"
+def shorten(text, length=SHOWN_VALUE):
+    """The text, cut to so many characters."""
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def fingerprint(splits):
@@ -2369,7 +2390,6 @@ USUAL_COLUMNS = {  # the role: names that are recognised, the first first; see `
 }
 SHOWN_UNUSED = 6  # names of columns
 SHOWN_LINES = 5  # of the rows that are dropped for one reason
-WARNED_SHARE = 0.2  # of rows that are dropped
 
 
 @dataclass
@@ -2487,6 +2507,8 @@ def check_found(path, columns, needs_price):
         missing["text"] = "a description (summary, text, description, body, …)"
     if missing:
         choices = " ".join(f"{role}=NAME" for role in missing)
+        if not columns.category:
+            choices += ", and category=NAME if there is one"
         raise UserError(
             f"{path}: no column for {' and '.join(missing.values())}; found: "
             f"{listed(columns.names)}. Say which by --columns {choices}."
@@ -2507,7 +2529,7 @@ class OwnCatalogue:
 
     What was dropped and changed is known once `items()` has ended: `dropped` is {reason: [line,
     …]}, and so is `unjudged`, of rows without a usable price; `examples` has a value for some
-    reasons, `changes` counts.
+    reasons, `changes` counts, and `whole_texts` is how many have the course's form.
 
     Raises UserError if the file can't be read or a column is missing.
     """
@@ -2528,6 +2550,7 @@ class OwnCatalogue:
         self.unjudged = {}
         self.examples = {}
         self.changes = Counter()
+        self.whole_texts = 0
         self.seen = set()
 
     def survey(self, chosen, earlier):
@@ -2624,7 +2647,9 @@ class OwnCatalogue:
         summary = describe_item(title, category, text)
         if self.needs_price and self.is_repeated(summary, price):
             return None, "duplicate of an earlier row"
-        if not is_in_course_form(text):  # its prompt is as it was
+        if is_in_course_form(text):  # its prompt is as it was
+            self.whole_texts += 1
+        else:
             self.count_changes(row, title, text, changes)
         return Item(title, category, price, full=text, summary=summary, id=line), None
 
@@ -2690,6 +2715,11 @@ class OwnCatalogue:
         if self.changes:
             parts = [f"{count:,} × {change}" for change, count in self.changes.most_common()]
             lines.append(f"Changed: {'; '.join(parts)}")
+        if self.whole_texts:
+            lines.append(
+                f"Note: texts that begin with `Title:`, as the course's do: {self.whole_texts:,}; "
+                "they are taken whole, without the columns of title and category"
+            )
         return lines
 
     def record(self):
@@ -2699,6 +2729,7 @@ class OwnCatalogue:
             "decimal": self.price_format.decimal,
             "written_currency": self.price_format.currency,
             "changed": dict(self.changes),
+            "whole_texts": self.whole_texts,
             "dropped_examples": self.examples,
         }
 
@@ -2725,8 +2756,7 @@ def join_texts(value, between):
 def shown_value(value):
     """A value of a cell as an example, shortened."""
     text = value if isinstance(value, str) else repr(value)
-    text = " ".join(text.split())
-    return text if len(text) <= 40 else f"{text[:39]}…"
+    return shorten(" ".join(text.split()), SHOWN_EXAMPLE)
 
 
 def read_catalogue(path, needs_price=True, columns=None):

@@ -118,6 +118,7 @@ from items import (
     replacing,
     row_lengths,
     scale_of,
+    shorten,
     sync,
     token_name,
     tokenise,
@@ -4745,6 +4746,7 @@ def log_evaluation(run, folder, results):
 # 10. Evaluation
 
 SHOWN_ITEMS = 20  # of the user's own, on the screen
+SHOWN_TITLE = 80  # characters of their titles
 WORD_ROWS = 50_000  # that a WordRegression reads, at most
 WORD_COLUMNS = 2**18
 WORD_PENALTIES = (10, 3, 1, 0.3, 0.1, 0.03)
@@ -5301,14 +5303,21 @@ def price_table(rows, answers):
 
 def format_prices(table, scale=COURSE_SCALE):
     """The first items of a price_table with their 80 % intervals, a line each; a text."""
-    lines = []
+    guesses, intervals, titles = [], [], []
     for row in table[:SHOWN_ITEMS]:
         low, high = scale.format_whole(row["low"]), scale.format_whole(row["high"])
-        title = " ".join(row["title"].split())[:80]
-        interval = f"80 %: {low} to {high}"
+        interval = f"(80 %: {low} to {high}"
         if "base_guess" in row:
             interval += f"; untouched base: {scale.format(row['base_guess'])}"
-        lines.append(f"{scale.format(row['guess']):>8}  ({interval})  {title}")
+        guesses.append(scale.format(row["guess"]))
+        intervals.append(f"{interval})")
+        titles.append(shorten(" ".join(row["title"].split()), SHOWN_TITLE))
+    guess_width = max(map(len, guesses), default=0)
+    interval_width = max(map(len, intervals), default=0)
+    lines = [
+        f"{guess:>{guess_width}}  {interval:<{interval_width}}  {title}"
+        for guess, interval, title in zip(guesses, intervals, titles, strict=True)
+    ]
     if len(table) > SHOWN_ITEMS:
         lines.append(f"… and {len(table) - SHOWN_ITEMS:,} more")
     return "\n".join(lines)
@@ -5454,8 +5463,8 @@ REPORT = """\
 <table class="figures">
 <thead><tr><th>{{ head }}</th><th>n</th><th>{{ currency }}</th><th>± 95 %</th></tr></thead>
 {% for name, row in rows %}
-<tr><td>{{ name }}</td><td>{{ "{:,}".format(row.n) }}</td><td>{{ row.mae | number }}</td>
-<td>{{ row.mae_ci95 | number }}</td></tr>
+<tr><td>{{ name or "(none)" }}</td><td>{{ "{:,}".format(row.n) }}</td>
+<td>{{ row.mae | number }}</td><td>{{ row.mae_ci95 | number }}</td></tr>
 {% endfor %}
 </table>
 {% endmacro %}

@@ -29,6 +29,7 @@ from items import (
     dropped_warning,
     find_items,
     fold_space,
+    format_cut,
     html_to_text,
     parse_price,
     prompt_of,
@@ -117,6 +118,24 @@ def test_what_was_made_is_said(odd_file):
     assert "2 × white space was folded" in changed
     assert "1 × the title, repeated at the description's start, was cut" in changed
     assert catalogue.examples["price is a range"] == "10 - 15 €"
+
+
+def test_whole_texts_are_noted(tmp_path):
+    rows = [
+        {"title": "Lamp", "text": "Title: Brass lamp", "price": 1},
+        {"title": "Desk", "text": "Walnut", "price": 2},
+    ]
+    catalogue = OwnCatalogue(write_lines(tmp_path / "own.jsonl", *rows))
+    found = [item.summary for item in catalogue.items()]
+    assert found == ["Title: Brass lamp", "Title: Desk\nDescription: Walnut"]
+    assert "begin with `Title:`, as the course's do: 1; they are" in catalogue.notes()[-1]
+
+
+def test_many_cuts_hint_at_the_cutoff():
+    cut = {"train": 20, "val": 0, "test": 0}
+    line = format_cut({"cutoff": 110, "cut": cut}, kept=100)
+    assert line == "Cut at 110 tokens: 20 of 100 descriptions"
+    assert "--cutoff keeps more" in format_cut({"cutoff": 110, "cut": cut}, kept=99)
 
 
 def test_many_dropped_rows_are_warned_of():

@@ -367,6 +367,7 @@ def test_course_rows_make_the_courses_prompts(tmp_path, smol_tokenizer):
     [
         ("own.jsonl", b'{"title": "A", "text": "a"}', "no column for price; found: title, text."),
         ("own.jsonl", b'{"title": "A", "price": 1}', "no column for a description"),
+        ("own.jsonl", b'{"a": "A"}', "title=NAME price=NAME text=NAME, and category=NAME if"),
         ("own.jsonl", b"", "holds no rows"),
         ("own.csv", b"title,price,text\n", "holds no rows"),
         ("own.json", b'{\n"title": "A"\n}', "none of 3 rows is a JSON object"),

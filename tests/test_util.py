@@ -212,6 +212,16 @@ def test_evaluate_writes_table_and_charts(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_guesses_are_printed_in_columns():
+    table = [
+        {"title": "Lamp", "guess": 40.0, "low": 10, "high": 90},
+        {"title": "Desk " * 40, "guess": 1200.0, "low": 700, "high": 2100},
+    ]
+    first, second = util.format_prices(table).splitlines()
+    assert first == "   $40.00  (80 %: $10 to $90)      Lamp"
+    assert second == f"$1,200.00  (80 %: $700 to $2,100)  {('Desk ' * 40)[:80]}…"
+
+
 def test_size_takes_the_first_rows():
     """As many as there are where `size` is larger, and all for None."""
     assert evaluate(always(1), make_rows(range(1, 6)), size=2)["mae"] == 0.5
