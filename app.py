@@ -1149,7 +1149,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_shared_flags(parser)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="{prepare,train,eval}")
     for name, (text, add_flags) in STAGES.items():
-        stage = stages.add_parser(name, help=text, description=text, allow_abbrev=False)
+        usage = f"app.py {name} [flags]"  # shown with each error; --help lists the flags below it
+        stage = stages.add_parser(
+            name, usage=usage, help=text, description=text, allow_abbrev=False
+        )
         for action in add_shared_flags(stage):
             # Otherwise it would overwrite a value given before the subcommand
             action.default = argparse.SUPPRESS
