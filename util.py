@@ -3267,10 +3267,6 @@ def join_processes():
             f"GPUs: one of {gpus}. "
             f"All of them: `torchrun --nproc-per-node {gpus} -- app.py train …`"
         )
-        # SFTTrainer refuses more than one GPU a process
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-        first, *_ = visible.split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = first
 
 
 def main_process_first():
@@ -3751,7 +3747,7 @@ def training_arguments(run, plan):
     """The SFTConfig of a run."""
     recipe = run.recipe
     on_gpu = torch.cuda.is_available()
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(run.folder),
         report_to="wandb" if run.wandb and is_first_process() else "none",
         seed=run.seed,
@@ -3794,6 +3790,11 @@ def training_arguments(run, plan):
         metric_for_best_model="mae",
         greater_is_better=False,
     )
+    # Of several GPUs that it sees a process takes the first; SFTTrainer refuses to spread a batch
+    # over them. Once a notebook has used a GPU, CUDA_VISIBLE_DEVICES comes too late. Trainer itself
+    # sets this for a model that lies on several.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def fit(trainer, run, plan):

@@ -144,6 +144,15 @@ def test_fast_path_trains_as_plain(build):
     assert largest_difference(fast, plain) < 0.03
 
 
+def test_one_gpu_is_used(build):
+    """Of several, though CUDA has begun and sees them all, as in a notebook."""
+    torch.zeros(1, device="cuda")
+    trainer = build()
+    assert trainer.args.n_gpu == 1
+    first, *_, last = losses(trainer)
+    assert last < first
+
+
 def test_compiled_layers_train_alike(build):
     compiled = losses(build(compile="on", micro_batch=8))
     plain = losses(build(compile="off", micro_batch=8))
