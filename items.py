@@ -365,6 +365,15 @@ def choose_unit(counts):
     return next(unit for unit in units if held_share(counts, unit) >= HELD_SHARE)
 
 
+def finer_scale(scale, prices):
+    """The PriceScale with a tenth of the unit if that would suit most `prices` better, or None.
+
+    It would where half of them are below COARSE_STEPS steps: a few dear items need the unit.
+    """
+    is_coarse = scale.unit > 1 and numpy.median(prices) < scale.amount(COARSE_STEPS)
+    return PriceScale(scale.unit // 10, scale.currency) if is_coarse else None
+
+
 def power_of_ten(exponent):
     """A unit: a whole number, or a float below 1."""
     return 10**exponent if exponent >= 0 else float(f"1e{exponent}")
@@ -1172,13 +1181,13 @@ def split_warnings(about, counts):
             f"Note: {zeros:,} of {kept:,} prices are at most half the unit, "
             f"{scale.format(scale.amount(0.5))}: they are learned as 0"
         )
-    median = float(numpy.median(prices))
-    if scale.unit > 1 and median < scale.amount(COARSE_STEPS):
-        finer = PriceScale(scale.unit / 10, scale.currency)
+    finer = finer_scale(scale, prices)
+    if finer:
+        median = scale.format(float(numpy.median(prices)))
         lost = int((prices > finer.highest).sum())
         lines.append(
-            f"Note: half of the prices are below {scale.format(median)}, all are learned to the "
-            f"nearest {scale.step}; `--unit {format_unit(finer.unit)}` learns them to the nearest "
+            f"Note: half of the prices are below {median}, all are learned to the nearest "
+            f"{scale.step}; `--unit {format_unit(finer.unit)}` learns them to the nearest "
             f"{finer.step} and drops the {lost:,} largest"
         )
     return lines

@@ -102,6 +102,7 @@ from items import (
     damage,
     description_in,
     find_prompts,
+    finer_scale,
     fingerprint,
     finish_interrupted_replace,
     format_unit,
@@ -736,14 +737,16 @@ def scatter(guesses, truths, figures, title):
     """Each item's guess over its true price, with the line of perfect guesses."""
     scale = PriceScale.from_record(figures)
     figure, axes = new_figure()
+    color_scale = finer_scale(scale, truths) or scale
     points = {shade: ([], []) for shade in COLORS}
     for guess, truth in zip(guesses, truths, strict=True):
-        across, up = points[color(abs(guess - truth), truth, scale.unit)]
+        across, up = points[color(abs(guess - truth), truth, color_scale.unit)]
         across.append(truth)
         up.append(guess)
     for shade, (across, up) in points.items():
         if across:
-            label = escape_math(f"{color_label(shade, scale)}: {len(across):,} of {len(truths):,}")
+            meaning = color_label(shade, color_scale)
+            label = escape_math(f"{meaning}: {len(across):,} of {len(truths):,}")
             style = {
                 "c": COLORS[shade],
                 "marker": MARKERS[shade],
@@ -1046,13 +1049,14 @@ def scatter_chart(table, scale):
         up=Axis(f"guess ({scale.currency})", limit),
     )
     chart.add_line("dashed", "guess = truth", [(0, 0), (limit, limit)])
+    color_scale = finer_scale(scale, [row["truth"] for row in table]) or scale
     for row in table:
-        shade = color(row["error"], row["truth"], scale.unit)
+        shade = color(row["error"], row["truth"], color_scale.unit)
         chart.marks.append((shade, *chart.at(row["truth"], row["guess"])))
     shades = [mark[0] for mark in chart.marks]
     for shade in COLOR_LIMITS:
         if shade in shades:
-            label = color_label(shade, scale)
+            label = color_label(shade, color_scale)
             chart.legend[shade] = f"{label}: {shades.count(shade):,} of {len(table):,}"
     return chart
 

@@ -171,6 +171,18 @@ def test_coarse_unit_is_noted():
     assert items.split_warnings(about | {"unit": 1}, {"train": {"price": prices}}) == []
 
 
+def test_colors_suit_most_prices():
+    """Where a few dear items need the unit, an error counts as small by a tenth of it."""
+    rows = [{"title": "T", "truth": 25.0, "guess": 75.0, "error": 50.0} for _ in range(9)]
+    rows.append({"title": "T", "truth": 2500.0, "guess": 2450.0, "error": 50.0})
+    scale = PriceScale(10, "€")
+    assert util.scatter_chart(rows, scale).legend == {
+        "green": "error < €40 or 20 %: 1 of 10",
+        "orange": "error < €80 or 40 %: 9 of 10",
+    }
+    assert util.scatter_chart(rows[9:], scale).legend == {"green": "error < €400 or 20 %: 1 of 1"}
+
+
 def test_foreign_currency_is_hinted(tmp_path):
     catalogue = scale_for(write_prices(tmp_path / "prices.csv", ["5,00 €", "12,50 €"]))
     assert "`--currency €` makes them say €" in "\n".join(catalogue.notes())
