@@ -184,7 +184,7 @@ def encode(texts, tokenizer, special=True):
 def decode(ids, tokenizer):
     """The text of each list of token ids, a list.
 
-    Decoding them one by one returns the same in twice the time.
+    Decoding one by one takes twice the time; it is needed where the tokenizer cleans up spaces.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or tokenizer.clean_up_tokenization_spaces:
@@ -1136,8 +1136,7 @@ def format_prompts(about, counts):
     splits = ", ".join(f"{count:,} {name}" for name, count in about["kept"].items())
     rows = f"Rows: {kept:,} kept ({splits}), {dropped:,} dropped"
     if dropped:
-        reasons = format_dropped(about["dropped"], about.get("dropped_examples"), "\n  ")
-        rows = f"{rows}:\n  {reasons}"
+        rows = with_lines(rows, drop_reasons(about["dropped"], about.get("dropped_examples")))
     train = counts["train"]
     tokens = train["tokens"]
     counted = "Tokens an item, train:"
@@ -1159,7 +1158,7 @@ def format_cut(about, kept):
     cut = sum(about["cut"].values())
     line = f"Cut at {about['cutoff']} tokens: {cut:,} of {kept:,} descriptions"
     if cut > WARNED_SHARE * kept:
-        line += "; title and category count, too; --cutoff keeps more"
+        line += ", title and category included; a larger --cutoff keeps more"
     return line
 
 
@@ -1584,7 +1583,7 @@ def own_catalogue(config, path, columns=None, bar=None, unit=None, currency="$")
     try:
         parts = split_rows(keys, config.seed)
     except UserError as error:
-        dropped = format_dropped(catalogue.dropped, catalogue.examples) or "no row"
+        dropped = "; ".join(drop_reasons(catalogue.dropped, catalogue.examples)) or "no row"
         raise UserError(f"{path}: {error} Dropped: {dropped}.") from None
     splits = DatasetDict()
     for name, rows in zip(SPLITS, parts, strict=True):
@@ -2629,7 +2628,7 @@ class OwnCatalogue:
             count += 1
             yield item
         if not count:
-            reasons = format_dropped(self.dropped, self.examples)
+            reasons = "; ".join(drop_reasons(self.dropped, self.examples))
             raise UserError(f"{self.path}: none of {self.row_count:,} rows is usable; {reasons}.")
 
     def read_row(self, line, row):
@@ -2815,20 +2814,22 @@ def format_own_rows(rows, catalogue):
     lines = catalogue.notes()
     if catalogue.dropped:
         count = sum(len(lines) for lines in catalogue.dropped.values())
-        reasons = format_dropped(catalogue.dropped, catalogue.examples, "\n  ")
-        lines.append(f"Rows: {len(rows):,} priced, {count:,} skipped:\n  {reasons}")
+        reasons = drop_reasons(catalogue.dropped, catalogue.examples)
+        lines.append(with_lines(f"Rows: {len(rows):,} priced, {count:,} skipped", reasons))
     if catalogue.unjudged:
-        reasons = format_dropped(catalogue.unjudged, catalogue.examples, "\n  ")
-        lines.append(f"Not judged, since they have no usable price:\n  {reasons}")
+        reasons = drop_reasons(catalogue.unjudged, catalogue.examples)
+        lines.append(with_lines("Not judged, since they have no usable price", reasons))
     warning = dropped_warning(len(rows), catalogue.dropped)
     return "\n".join([*lines, warning] if warning else lines)
 
 
-def format_dropped(dropped, examples=None, between="; "):
-    """'3 × price is a range, such as `5 - 9` (lines 17, 40, 41)' for each reason, most rows first.
+def with_lines(heading, lines):
+    """The heading, a colon and the lines below it, indented."""
+    return "\n  ".join([f"{heading}:", *lines])
 
-    `between` stands between two of them.
-    """
+
+def drop_reasons(dropped, examples=None):
+    """Texts like '3 × price is a range, such as `5 - 9` (lines 17, 40, 41)', most rows first."""
     parts = []
     for reason, lines in sorted(dropped.items(), key=lambda pair: -len(pair[1])):
         shown = [str(line) for line in lines[:SHOWN_LINES]]
@@ -2837,7 +2838,7 @@ def format_dropped(dropped, examples=None, between="; "):
         word = "line" if len(lines) == 1 else "lines"
         example = f", such as `{examples[reason]}`" if reason in (examples or {}) else ""
         parts.append(f"{len(lines):,} × {reason}{example} ({word} {', '.join(shown)})")
-    return between.join(parts)
+    return parts
 
 
 def dropped_warning(kept, dropped):

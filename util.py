@@ -3794,9 +3794,9 @@ def training_arguments(run, plan):
         metric_for_best_model="mae",
         greater_is_better=False,
     )
-    # Of several GPUs that it sees a process takes the first; SFTTrainer refuses to spread a batch
-    # over them. Once a notebook has used a GPU, CUDA_VISIBLE_DEVICES comes too late. Trainer itself
-    # sets this for a model that lies on several.
+    # Of several visible GPUs a process uses the first: SFTTrainer refuses to spread a batch over
+    # them. CUDA_VISIBLE_DEVICES has no effect once a notebook has used a GPU. Trainer.__init__ sets
+    # this, too, for a model on several GPUs; it can go when SFTConfig takes the number.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 
