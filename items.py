@@ -128,16 +128,6 @@ class Stopped(ShownInOneLine, KeyboardInterrupt):
         self.code = code
 
 
-def world_size():
-    """How many processes a launcher started: torchrun and accelerate say so in the environment."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def is_first_process():
-    """Whether this process is the one of them that prepares, prints and writes."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
 class Problems:
     """Collects the UserErrors of several checks, so that all of them are reported at once.
 

