@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 
 import bench
@@ -42,8 +43,8 @@ def base_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def splits():
     rows = bench.random_rows(300, seed=1)
-    part = bench.Dataset.from_list(rows)
-    return bench.DatasetDict({"train": part, "val": part.select(range(20)), "test": part})
+    part = Dataset.from_list(rows)
+    return DatasetDict({"train": part, "val": part.select(range(20)), "test": part})
 
 
 @pytest.fixture()
