@@ -31,7 +31,7 @@ import shutil
 import signal
 import sys
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from functools import partial, wraps
@@ -633,7 +633,7 @@ def train_model(
     changes = util.without_none(changes | {"seed": seed})
     name = util.broadcast(run_name or default_run_name(config))
     recipe, use_bf16 = RECIPES[config.mode], detect_bf16_support()
-    with util.main_process_first():
+    with util.PartialState().main_process_first():
         run = util.open_run(config, name, resume, recipe, use_4bit, changes, hf_user)
         run.wandb = run.wandb or log_wandb
         if run.is_finished():
@@ -650,24 +650,26 @@ def train_model(
 
     # 3) Train: resumes, stops on signals, takes another plan if memory runs out
     quant_config = build_quant_config(run.use_4bit, use_bf16, plan.dtype)
-    stopper = util.StopOnSignal()
-    with util.claimed(run, config, rename=run_name is None), util.explain_training_errors(run):
+    with util.claimed(run, config, rename=run_name is None), resumable(run):
         run.begin(plan)
-        while True:
-            model = util.load_base(base, plan, quant_config)
-            plan = util.check_plan(plan, model, base, data, run)
-            run.follow(plan)
-            trainer = util.build_trainer(model, base.tokenizer, data, run, plan, stopper)
-            next_plan = util.fit(trainer, run, plan)
-            if next_plan is None:
-                break
-            model = trainer = None  # so that their memory is free
-            util.release_memory()
-            plan = next_plan
+        trainer = util.train(base, run, data, plan, quant_config)
         util.save_run(run, trainer)
 
     # 4) Push
     return util.push_run(run)
+
+
+@contextmanager
+def resumable(run):
+    """Adds to errors of a training how to resume it."""
+    from items import Stopped, UserError
+
+    try:
+        yield
+    except (Stopped, UserError) as error:
+        if isinstance(error, Stopped) or error.resumes:
+            error.args = (f"{error} Resume by {run.resume_command}.",)
+        raise
 
 
 def default_run_name(config):

@@ -112,9 +112,10 @@ class UserError(ShownInOneLine, Exception):
     `main` prints it and exits with `code`: 1, or 3 if only a push failed.
     """
 
-    def __init__(self, text, code=1):
+    def __init__(self, text, code=1, resumes=False):
         super().__init__(text)
         self.code = code
+        self.resumes = resumes  # the caller knows how, and adds it
 
 
 class Stopped(ShownInOneLine, KeyboardInterrupt):

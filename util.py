@@ -20,6 +20,7 @@ begins.
 """
 
 import csv
+import errno
 import fcntl
 import gc
 import inspect
@@ -29,7 +30,6 @@ import os
 import re
 import resource
 import shlex
-import shutil
 import signal
 import statistics
 import sys
@@ -37,14 +37,14 @@ import textwrap
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import count, groupby, islice
+from itertools import count, groupby, islice, product
 from pathlib import Path
 
 import bitsandbytes
@@ -70,6 +70,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -89,7 +90,6 @@ import items
 
 sys.modules.setdefault("wandb", None)  # or TRL imports it, which takes two seconds
 try:
-    import trl.trainer.utils
     from trl import SFTConfig, SFTTrainer
 finally:
     if sys.modules["wandb"] is None:
@@ -945,30 +945,6 @@ FP8_MAX = 448.0  # the largest number of FP8
 FP8_MULTIPLE = 16  # of a layer's sizes, which torch._scaled_mm asks for
 
 
-@dataclass(frozen=True)
-class FastPath:
-    """Which parts of the fast path a training uses."""
-
-    attention: str | None  # of concatenated rows, which need no padding; None: rows are padded
-    lora: bool  # LoRA layers that move fewer bytes
-    compiled: bool  # decoder layers are compiled
-    graphs: bool  # and recorded as CUDA graphs
-    fp8: bool  # the base's products are computed in 8-bit floats
-
-    @property
-    def packed(self):
-        return self.attention is not None
-
-    def __str__(self):
-        padding = "no padding" if self.packed else "rows padded"
-        compiled = "compiled" if self.compiled else "not compiled"
-        text = f"{padding}, layers {compiled}"
-        if not self.fp8:
-            return text
-        text += ", products with the base in fp8"
-        return text if self.compiled else f"{text}, which pays only with compiled layers"
-
-
 def gpu_capability():
     """The GPU's compute capability, such as (7, 5) of a T4; (0, 0) without a GPU."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
@@ -1533,38 +1509,6 @@ def fp8_agrees(layer):
     ) and agrees(lambda: gradient(in_fp8), lambda: gradient(layer), FP8_TOLERANCE)
 
 
-def check_plan(plan, model, base, data, run):
-    """The Plan without what doesn't compute the loaded model right. Prints what was compared.
-
-    All processes follow the first. Raises UserError if a price loss that was asked for needs what
-    isn't right; one that is AUTO is left out.
-    """
-    fast = plan.fast_path
-    layers = layers_of_each_kind(model, plan.targets) if fast.lora else []
-    in_fp8 = layers_of_each_kind(model, list(fp8_layers(model))) if fast.fp8 else []
-    prompts = [data.prompt_tokens(data.lengths.argmin()), data.prompt_tokens(data.lengths.argmax())]
-    check = SelfCheck(model, base.tokenizer, prompts, plan.precision, layers, in_fp8)
-    checked = broadcast(check.run(fast.attention))
-    print(f"{'Check:':<14}{checked}")
-    if fast.fp8 and not checked.fp8:
-        raise items.UserError(
-            f"--base-weights fp8: its products differ by more than {FP8_TOLERANCE:.0%} from those "
-            "in bf16 on this machine. Leave it out."
-        )
-    plan = plan.without_unused(checked)
-    if checked.in_tree or not run.recipe.price_loss:
-        return plan
-    if "price_loss" not in run.auto:
-        raise items.UserError(
-            f"--price-loss: the prices of {base.path} can't be read in one pass. Leave it out, or "
-            "take another base model."
-        )
-    run.recipe = replace(run.recipe, price_loss=0.0)
-    loss = "cross-entropy only, since this base's prices can't be read in one pass"
-    print(f"{'Loss:':<14}{loss}")
-    return replace(plan, reasons=plan.reasons | {"Loss": loss})
-
-
 def layers_of_each_kind(model, endings):
     """The first layer of each kind whose name has one of these endings."""
     layers = {}
@@ -1584,6 +1528,7 @@ MIN_TOKENS = 1000  # of a micro-batch; with fewer a GPU before Ampere waits for 
 COMPILE_FROM = 16_000  # examples of a run; for fewer compiling takes longer than it saves
 KEPT_CHECKPOINTS = 10
 AUTO = "auto"  # of a recipe's fields: chosen by data and base
+AUTO_FIELDS = ("epochs", "batch_size", "learning_rate", "price_loss")
 AUTO_EPOCHS = 3
 AUTO_MAX_EPOCHS = 12  # at 1,000 rows no worse than 3
 AUTO_MIN_STEPS = 180
@@ -1628,39 +1573,15 @@ def versions():
 
 
 def choose_precision(asked, use_bf16):
-    """(bf16, fp16 or fp32 to compute in, why). Adapters and optimizer are always fp32.
-
-    Raises UserError for fp16 without a GPU.
-    """
-    on_gpu = torch.cuda.is_available()
-    if asked == "fp16" and not on_gpu:
-        raise items.UserError("--precision fp16: needs a GPU. Leave it out, or take fp32.")
+    """(bf16, fp16 or fp32 to compute in, why). Adapters and optimizer are always fp32."""
     if asked != "auto":
-        return asked, "--precision"
-    if not on_gpu:
+        return asked, "as asked for"
+    if not torch.cuda.is_available():
         return "fp32", "a CPU: most emulate bf16, 25 × slower"
     major, minor = gpu_capability()
     if use_bf16:
         return "bf16", f"capability {major}.{minor} ≥ 8"
     return "fp16", f"capability {major}.{minor} < 8, which lacks bf16"
-
-
-def check_base_weights(recipe, precision):
-    """Raises UserError if the base's weights are to be held in fp8 and can't be."""
-    if recipe.base_weights != "fp8":
-        return
-    major, minor = gpu_capability()
-    if (major, minor) < FP8_CAPABILITY:
-        found = f"one of {major}.{minor}" if torch.cuda.is_available() else "a CPU"
-        raise items.UserError(
-            "--base-weights fp8: needs a GPU of capability 8.9 or newer (L4, RTX 40, H100); this "
-            f"is {found}. Leave it out."
-        )
-    if precision != "bf16":
-        raise items.UserError(
-            f"--base-weights fp8: its products are in bf16, not in --precision {precision}. Leave "
-            "one of them out."
-        )
 
 
 def precision_for_reading(run, use_bf16):
@@ -1671,85 +1592,71 @@ def precision_for_reading(run, use_bf16):
     return choose_precision(asked, use_bf16)[0]
 
 
-def choose_schedule(run, changes, prompts, base):
-    """Sets what is AUTO in a new run's recipe, by training rows and the base's width.
+def choose_schedule(recipe, auto, rows, base, scale):
+    """(the Recipe with the fields `auto` set, a text on what they are and why).
 
-    Of data that aren't the course's, all is that can be, except what `changes` ask for; demo runs,
-    made for CPUs, keep their own. `run.schedule` gets the reason, `run.auto` the names. Measured on
-    validation rows of real listings: see tests/BENCHMARKS.md.
+    By the number of training rows and the base. Measured on validation rows of real listings: see
+    tests/BENCHMARKS.md.
     """
-    auto = [one.name for one in fields(run.recipe) if one.metadata["is_auto"]]
-    if prompts.is_own and run.mode != "demo":
-        auto = [name for name in auto if changes.get(name, AUTO) == AUTO]
-    else:
-        auto = [name for name in auto if getattr(run.recipe, name) == AUTO]
-    if not run.is_new or not auto:
-        return
-    rows = len(prompts.splits["train"])
-    width = base.config.get_text_config().hidden_size
-    batch = world_size() * math.ceil(AUTO_BATCH / world_size())
-    if "batch_size" not in auto:
-        batch = run.recipe.batch_size
-    epochs = math.ceil(AUTO_MIN_STEPS * batch / rows)
-    chosen = {
-        "epochs": min(max(epochs, AUTO_EPOCHS), AUTO_MAX_EPOCHS),
-        "batch_size": batch,
-        "learning_rate": auto_learning_rate(width),
-        "price_loss": AUTO_PRICE_LOSS,
-    }
-    run.recipe = replace(run.recipe, **{name: chosen[name] for name in auto})
-    run.auto = auto
-    reasons = {"epochs": f" for {rows:,} rows", "learning_rate": f" for a base of width {width:,}"}
-    shown = [
-        f"{name.replace('_', ' ')} {chosen[name]:g}{reasons.get(name, '')}"
-        for name in auto
-        if name != "epochs" or not run.recipe.max_steps  # which ends the run instead
-    ]
-    if shown:
-        run.schedule = f"{', '.join(shown)}: chosen for these data; flags choose otherwise"
-
-
-def auto_learning_rate(width):
-    """The peak learning rate for LoRA on a base of that hidden size, to two digits.
-
-    Source: hyperparam_utils.py of tinker-cookbook, whose rule doesn't depend on the rank.
-    """
-    return float(f"{5e-4 * (2000 / width) ** 0.78:.2g}")
-
-
-def check_batch(recipe, micro_batch):
-    """Raises UserError if the batch can't be divided among processes and into micro-batches."""
     batch = recipe.batch_size
-    if batch == AUTO:  # can always be divided
-        return
-    if batch % world_size():
-        raise items.UserError(
-            f"--batch-size {batch}: can't be divided among {world_size()} processes. Take a "
-            f"multiple of {world_size()}, or another number of processes."
-        )
-    rows = batch // world_size()
-    if micro_batch and rows % micro_batch:
-        each = " and process" if world_size() > 1 else ""
-        raise items.UserError(
-            f"--micro-batch {micro_batch}: {rows} rows a step{each} can't be divided by it."
-        )
+    if "batch_size" in auto:
+        batch = world_size() * math.ceil(AUTO_BATCH / world_size())
+    epochs = math.ceil(AUTO_MIN_STEPS * batch / rows)
+    epochs = min(max(epochs, AUTO_EPOCHS), AUTO_MAX_EPOCHS)
+    # hyperparam_utils.py of tinker-cookbook, whose rule doesn't depend on the rank; two digits
+    width = base.config.get_text_config().hidden_size
+    rate = float(f"{5e-4 * (2000 / width) ** 0.78:.2g}")
+    price_loss, reason = AUTO_PRICE_LOSS, ""
+    if "price_loss" in auto and find_number_ids(base.tokenizer, scale) is None:
+        price_loss, reason = 0.0, " since the base spells numbers in several tokens"
+    chosen = {
+        "epochs": (epochs, f"epochs {epochs} for {rows:,} rows"),
+        "batch_size": (batch, f"batch size {batch}"),
+        "learning_rate": (rate, f"learning rate {rate:g} for a base of width {width:,}"),
+        "price_loss": (price_loss, f"price loss {price_loss:g}{reason}"),
+    }
+    # Given steps end a run, not its epochs
+    shown = [chosen[name][1] for name in auto if name != "epochs" or not recipe.max_steps]
+    text = f"{', '.join(shown)}: chosen for these data, unless given" if shown else ""
+    return replace(recipe, **{name: chosen[name][0] for name in auto}), text
 
 
-def check_disk(base, recipe, folder):
-    """Raises UserError if the checkpoints of a run don't fit on the disk.
-
-    Each has the adapter and both Adam moments in 32 bits, and the tokenizer (20 MB).
-    """
-    free = shutil.disk_usage(folder.parent).free
-    parameters = find_targets(base, recipe.targets).count_parameters(recipe.lora_r)
-    one = 12 * parameters + 20_000_000
-    written = sum(file.stat().st_size for file in folder.glob("checkpoint-*/*"))
-    needed = one * (KEPT_CHECKPOINTS + 1) - written
-    if needed > free:
-        raise items.UserError(
-            f"{folder.parent}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for "
-            f"{KEPT_CHECKPOINTS} checkpoints. Make room or give another --output-dir."
+def check_recipe(recipe, base, scale, use_bf16, micro_batch=None):
+    """Raises a UserError that names all that this machine or the base can't do of a recipe."""
+    problems = []
+    precision, _ = choose_precision(recipe.precision, use_bf16)
+    if precision == "fp16" and not torch.cuda.is_available():
+        problems.append("`precision` fp16: needs a GPU. Leave it out, or take fp32.")
+    if recipe.base_weights == "fp8" and (precision != "bf16" or gpu_capability() < FP8_CAPABILITY):
+        problems.append(
+            "`base_weights` fp8: needs bf16 and a GPU of capability 8.9 or newer (L4, RTX 40, "
+            "H100). Leave it out."
         )
+    if recipe.price_loss and find_number_ids(base.tokenizer, scale) is None:
+        problems.append(
+            f"`price_loss` {recipe.price_loss:g}: needs a base whose tokenizer spells each number "
+            f"in one token, as Llama 3's does; that of {base.path} takes several. Leave it out."
+        )
+    rows, rest = divmod(recipe.batch_size, world_size())
+    each = " and process" if world_size() > 1 else ""
+    if rest:
+        problems.append(
+            f"`batch_size` {recipe.batch_size}: can't be divided among {world_size()} processes. "
+            f"Take a multiple of {world_size()}."
+        )
+    elif micro_batch and rows % micro_batch:
+        problems.append(
+            f"`micro_batch` {micro_batch}: {rows} rows a step{each} can't be divided by it. Take a "
+            f"divisor of {rows}."
+        )
+    if problems:
+        raise items.UserError("\n".join(problems))
+
+
+def find_number_ids(tokenizer, scale):
+    """The token of each of NUMBERS behind the prompts of a PriceScale; None if one has several."""
+    spellings = spell_numbers(tokenizer, scale.prefix)
+    return None if max(map(len, spellings)) > 1 else [token for (token,) in spellings]
 
 
 def count_steps(recipe, rows):
@@ -1757,98 +1664,10 @@ def count_steps(recipe, rows):
     return recipe.max_steps or recipe.epochs * math.ceil(rows / recipe.batch_size)
 
 
-class MemoryEstimate:
-    """Bytes at the peak of a training step, from the shape of a base without its weights.
-
-    The base, weights, gradients and both Adam moments of the adapters, and activations: each layer
-    keeps about 8 hidden-size and 3 MLP-size values a token, and 5 bytes for each input value of an
-    adapter; compiled, which computes some of them again, 7 and 2 values, and 3 bytes if there is
-    dropout. With activation checkpointing only a layer's input is kept, and one layer at a time in
-    full.
-    """
-
-    def __init__(self, base, recipe, targets, lengths, precision, packed, storage, branches=0):
-        self.recipe = recipe
-        self.lengths = lengths + branches
-        self.packed = packed
-        self.value_bytes = DTYPES[precision].itemsize
-        vocab_size = base.skeleton.get_output_embeddings().weight.shape[0]
-        # Logits at the price loss's branches, their gradients and copies, in 32 bits; of a row
-        self.logits_bytes = 16 * vocab_size * branches
-        self.adapter_bytes = 16 * targets.count_parameters(recipe.lora_r)
-        self.adapter_inputs = sum(input_size(layer) for layer in targets.layers.values())
-
-        # The shape, from what all bases have
-        shape = base.config.get_text_config()
-        self.hidden = shape.hidden_size
-        self.layers = shape.num_hidden_layers
-        self.mlp = max(input_size(layer) for layer in base.linear_layers.values())
-
-        parameters = sum(parameter.numel() for parameter in base.skeleton.parameters())
-        quantised = sum(layer.weight.numel() for layer in quantised_layers(base.skeleton))
-        self.quantised_bytes = QUANTISED_BYTES[storage] * quantised
-        self.kept_bytes = self.value_bytes * (parameters - quantised)
-        self.dequantised_bytes = self.value_bytes * quantised
-
-    def weights(self, dequantised):
-        """Bytes of the base's weights."""
-        return self.kept_bytes + (self.dequantised_bytes if dequantised else self.quantised_bytes)
-
-    def tokens(self, micro_batch):
-        """The most tokens that a micro-batch is expected to have."""
-        padded = micro_batch * self.lengths.max()
-        if not self.packed:
-            return padded
-        expected = micro_batch * self.lengths.mean()
-        deviation = math.sqrt(micro_batch) * self.lengths.std()
-        return min(padded, expected + 3 * deviation)
-
-    def activations(self, micro_batch, checkpointing, compiled):
-        """Bytes that the forward pass of a micro-batch keeps for the backward pass."""
-        if compiled:
-            per_layer = self.value_bytes * (7 * self.hidden + 2 * self.mlp)
-            per_adapter_input = 3 if self.recipe.lora_dropout else 0
-        else:
-            per_layer = self.value_bytes * (8 * self.hidden + 3 * self.mlp)
-            per_adapter_input = 5
-        tokens = self.tokens(micro_batch)
-        logits = micro_batch * self.logits_bytes
-        all_layers = self.layers * per_layer + per_adapter_input * self.adapter_inputs
-        if checkpointing:
-            inputs = self.layers * self.value_bytes * self.hidden
-            return tokens * (all_layers / self.layers + inputs) + logits
-        return tokens * all_layers + logits
-
-    def peak(self, placement, dequantised=False):
-        """Bytes at the peak with a Placement."""
-        activations = self.activations(
-            placement.micro_batch, placement.checkpointing, placement.compiled
-        )
-        return self.weights(dequantised) + self.adapter_bytes + activations
-
-
-def input_size(layer):
-    """The size of a linear layer's input; the weights of GPT-2's Conv1D are transposed."""
-    return layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
-
-
 def quantised_layers(skeleton):
     """The layers that bitsandbytes quantises: all linear ones but the head and subclasses."""
     head = skeleton.get_output_embeddings()
-    return [
-        module
-        for module in skeleton.modules()
-        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and module is not head
-    ]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What a step's memory depends on."""
-
-    micro_batch: int
-    checkpointing: bool
-    compiled: bool
+    return [one for one in skeleton.modules() if type(one) is torch.nn.Linear and one is not head]
 
 
 def divisors(number, limit):
@@ -1860,19 +1679,25 @@ def divisors(number, limit):
 class Plan:
     """How a run is computed on this machine.
 
-    `reasons` maps each choice to its explanation.
+    `reasons` maps what is to be known of it to texts, for the screen and run.json.
     """
 
     precision: str  # bf16, fp16 or fp32, of the base; adapters and optimiser are fp32
-    dequantised: bool  # the base is held in `precision`, expanded once
-    micro_batch: int  # rows computed at once by a process
-    accumulation: int  # micro-batches a step and process
-    checkpointing: bool  # activations are computed again in the backward pass
-    fast_path: FastPath
     targets: tuple  # endings of the names of the layers that are adapted
-    base_weights: str  # how the base is held, and why
-    reasons: dict
+    storage: str = "nf4"  # what the base is read in, or "8 bit"
+    dequantised: bool = False  # the base is held in `precision`, expanded once
+    micro_batch: int = 1  # rows computed at once by a process
+    accumulation: int = 1  # micro-batches a step and process
+    checkpointing: bool = False  # activations are computed again in the backward pass
+    # The fast path
+    attention: str | None = None  # of concatenated rows, which need no padding; None: padded
+    fast_lora: bool = False  # LoRA layers that move fewer bytes
+    compiled: bool = False  # decoder layers are compiled
+    graphs: bool = False  # and recorded as CUDA graphs
+    fp8: bool = False  # the base's products are computed in 8-bit floats
     in_tree: bool = True  # prices are read in one forward pass, see PriceReader
+    base_weights: str = ""  # how the base is held, and why
+    reasons: dict = field(default_factory=dict)
 
     @property
     def dtype(self):
@@ -1882,7 +1707,7 @@ class Plan:
         return "\n".join(f"{name + ':':<14}{text}" for name, text in self.reasons.items())
 
     def describe_micro_batch(self):
-        """How a batch is made of micro-batches, and what limits them."""
+        """How a batch is made of micro-batches."""
         batch = self.micro_batch * self.accumulation * world_size()
         checkpointing = "on" if self.checkpointing else "off"
         return (
@@ -1890,238 +1715,203 @@ class Plan:
             f"= {batch}, activation checkpointing {checkpointing}"
         )
 
-    def without_unused(self, checked):
-        """The Plan of what a SelfCheck found right."""
-        fast_path = replace(self.fast_path, lora=self.fast_path.lora and checked.lora)
-        if self.fast_path.packed and not checked.packed:
-            fast_path = replace(fast_path, attention=None, compiled=False, graphs=False)
-        reasons = self.reasons | {"Speed": str(fast_path), "Check": str(checked)}
-        return replace(self, fast_path=fast_path, in_tree=checked.in_tree, reasons=reasons)
+    def describe_speed(self):
+        """Which parts of the fast path are used."""
+        text = "no padding" if self.attention else "rows padded"
+        text += ", layers compiled" if self.compiled else ", layers not compiled"
+        if self.fp8:
+            text += ", products with the base in fp8"
+            text += "" if self.compiled else ", which pays only with compiled layers"
+        return text
 
-    def without_compiling(self):
-        """The Plan whose layers are not compiled."""
-        fast_path = replace(self.fast_path, compiled=False, graphs=False)
-        reasons = self.reasons | {"Speed": f"{fast_path}: compiling failed"}
-        return replace(self, fast_path=fast_path, reasons=reasons)
+    def changed(self, note="", **changes):
+        """The Plan with other fields, and texts that say so; `note` is added on its speed."""
+        plan = replace(self, **changes)
+        texts = {"Micro-batch": plan.describe_micro_batch(), "Speed": plan.describe_speed() + note}
+        return replace(plan, reasons=self.reasons | texts)
 
-    def shrink(self):
-        """The Plan that needs less memory, or None if there is none.
+    def without(self, error):
+        """The Plan to go on by after an error, or None.
 
-        Smaller micro-batches; below MIN_MICRO_BATCH rows activation checkpointing first.
+        Without compiling; or smaller, below MIN_MICRO_BATCH rows first by activation checkpointing.
         """
-        rows_per_step = self.micro_batch * self.accumulation
-        micro_batch = self.micro_batch
-        if self.checkpointing or micro_batch > MIN_MICRO_BATCH:
-            smaller = divisors(rows_per_step, micro_batch - 1)
-            if not smaller:
-                return None
-            micro_batch = smaller[0]
-        plan = replace(
-            self,
-            micro_batch=micro_batch,
-            accumulation=rows_per_step // micro_batch,
-            checkpointing=self.checkpointing or micro_batch == self.micro_batch,
-            fast_path=replace(self.fast_path, graphs=False),
-        )
-        reasons = self.reasons | {"Micro-batch": plan.describe_micro_batch()}
-        return replace(plan, reasons=reasons)
+        if not isinstance(error, torch.OutOfMemoryError):
+            return self.changed(": compiling failed", compiled=False, graphs=False)
+        if not self.checkpointing and self.micro_batch <= MIN_MICRO_BATCH:
+            return self.changed(checkpointing=True, graphs=False)
+        rows = self.micro_batch * self.accumulation
+        size = next(iter(divisors(rows, self.micro_batch - 1)), None)
+        if size is None:
+            return None
+        return self.changed(micro_batch=size, accumulation=rows // size, graphs=False)
+
+
+def peak_bytes(plan, base, recipe, targets, lengths):
+    """Bytes at the peak of a training step, about; `fit` handles memory that runs out all the same.
+
+    Each layer keeps about 8 hidden-size and 3 MLP-size values a token, and 5 bytes for each input
+    value of an adapter; compiled, which computes some of them again, 7 and 2 values, and 3 bytes if
+    there is dropout. With checkpointing only its input is kept, and one layer at a time in full.
+    """
+    value_bytes = plan.dtype.itemsize
+    parameters = sum(parameter.numel() for parameter in base.skeleton.parameters())
+    quantised = sum(layer.weight.numel() for layer in quantised_layers(base.skeleton))
+    held_bytes = value_bytes if plan.dequantised else QUANTISED_BYTES[plan.storage]
+    weights = value_bytes * (parameters - quantised) + held_bytes * quantised
+    adapters = 16 * targets.count_parameters(recipe.lora_r)  # weights, gradients, Adam's moments
+
+    tokens = plan.micro_batch * lengths.max()
+    if plan.attention:
+        deviation = math.sqrt(plan.micro_batch) * lengths.std()
+        tokens = min(tokens, plan.micro_batch * lengths.mean() + 3 * deviation)
+    shape = base.config.get_text_config()
+    mlp = max(layer.in_features for layer in base.linear_layers.values())
+    layer_bytes = value_bytes * (8 * shape.hidden_size + 3 * mlp)
+    adapter_bytes = 5
+    if plan.compiled:
+        layer_bytes = value_bytes * (7 * shape.hidden_size + 2 * mlp)
+        adapter_bytes = 3 if recipe.lora_dropout else 0
+    token_bytes = shape.num_hidden_layers * layer_bytes
+    token_bytes += adapter_bytes * sum(layer.in_features for layer in targets.layers.values())
+    if plan.checkpointing:
+        inputs = shape.num_hidden_layers * value_bytes * shape.hidden_size
+        token_bytes = token_bytes / shape.num_hidden_layers + inputs
+    return weights + adapters + tokens * token_bytes
 
 
 def make_plan(base, run, data, use_bf16, micro_batch=None, fast=True):
-    """The Plan of a run on this machine; `fast=False` turns the fast path off."""
-    return Planner(base, run, data, use_bf16, micro_batch, fast).plan()
+    """The Plan of a run: the fastest that fits into memory with 10 % to spare, or else the least.
 
-
-class Planner:
-    """Chooses how a run's steps are computed on this machine.
-
-    A given `micro_batch` is kept.
+    `fast=False` turns the fast path off. Raises UserError for rows longer than the base can read.
     """
-
-    def __init__(self, base, run, data, use_bf16, micro_batch, fast):
-        self.base = base
-        self.recipe = run.recipe
-        self.data = data
-        self.lengths = data.lengths
-        self.schedule = run.schedule
-        self.micro_batch = micro_batch
-        self.fast = fast
-        self.storage = "nf4" if run.use_4bit else "8 bit"
-        self.precision, self.precision_reason = choose_precision(run.recipe.precision, use_bf16)
-        self.dtype = DTYPES[self.precision]
-        self.branches = 0  # tokens that the price loss needs behind each row
-        if run.recipe.price_loss:
-            self.branches = len(data.number_tree(base.tokenizer, "cpu").branches)
-        self.attention = None
-        if fast and not self.branches:
-            self.attention = choose_attention(self.precision, use_bf16)
-        self.rows_per_step = self.recipe.batch_size // world_size()  # of this process
-        self.steps = count_steps(self.recipe, len(self.lengths))
-        self.targets = find_targets(base, self.recipe.targets)
-        self.memory_estimate = MemoryEstimate(
-            base,
-            self.recipe,
-            self.targets,
-            self.lengths,
-            self.precision,
-            self.attention is not None,
-            self.storage,
-            self.branches,
+    recipe, longest = run.recipe, data.lengths.max()
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", longest)
+    if longest > positions:
+        raise items.UserError(
+            f"{base.path}: reads at most {positions:,} tokens, and the longest row has "
+            f"{longest:,}. Prepare with a lower `cutoff`, or take another base model."
         )
+    targets = find_targets(base, recipe.targets)
+    precision, reason = choose_precision(recipe.precision, use_bf16)
+    first = Plan(
+        precision=precision,
+        targets=targets.names,
+        storage="nf4" if run.use_4bit else "8 bit",
+        attention=choose_attention(precision, use_bf16) if fast else None,
+        fast_lora=fast,
+    )
+    available = memory().available
+    for plan in possible_plans(first, base, recipe, data.lengths, micro_batch):
+        needed = peak_bytes(plan, base, recipe, targets, data.lengths)
+        if 1.1 * needed < available:
+            break
+    memory_text = f"about {needed / 2**30:.1f} of {available / 2**30:.1f} GiB at the peak"
+    if needed > available:
+        memory_text += "; may not fit: a smaller base model or rank of the adapters needs less"
+    parameters = targets.count_parameters(recipe.lora_r)
+    plan = replace(plan, base_weights=describe_base_weights(plan, base, recipe))
+    reasons = {"Schedule": run.schedule} if run.schedule else {}
+    reasons |= {
+        "Device": describe_device(),
+        "Precision": f"{precision} ({reason}); adapters and optimizer in fp32",
+        "Base": f"{type(base.skeleton).__name__}, {plan.base_weights}",
+        "Trainable": f"{parameters:,} parameters (LoRA r {recipe.lora_r} on {targets})",
+        **describe_steps(recipe, data),
+        "Memory": memory_text,
+    }
+    return replace(plan, reasons=reasons).changed()
 
-    def plan(self):
-        """The Plan of the run."""
-        placement, dequantised, base_weights = self.choose_weights()
-        is_whole_batch = placement.micro_batch == self.rows_per_step
-        is_small_batch = self.rows_per_step <= GRAPH_ROWS
-        on_gpu = torch.cuda.is_available()
-        fast_path = FastPath(
-            attention=self.attention,
-            lora=self.fast,
-            compiled=placement.compiled,
-            graphs=placement.compiled and is_whole_batch and is_small_batch and on_gpu,
-            fp8=dequantised and self.recipe.base_weights == "fp8",
+
+def possible_plans(plan, base, recipe, lengths, micro_batch=None):
+    """The ways to go on with a Plan on this machine, a list, the fastest first.
+
+    The largest micro-batch; at that size the base dequantised, which has the same values and isn't
+    expanded in each layer of each step. Checkpointing costs a third of the speed: only with it are
+    micro-batches smaller than MIN_MICRO_BATCH. A given `micro_batch` is kept.
+    """
+    rows = recipe.batch_size // world_size()  # of a step and process
+    sizes = [micro_batch] if micro_batch else divisors(rows, MAX_MICRO_BATCH)
+    held = [True, False] if recipe.base_weights == "auto" else [recipe.base_weights != "nf4"]
+    if not quantised_layers(base.skeleton):
+        held = [False]
+    is_long = count_steps(recipe, len(lengths)) * rows >= COMPILE_FROM
+    pays = is_long and plan.attention is not None and gpu_capability() >= TRITON_CAPABILITY
+    plans = []
+    for checkpointing, size, dequantised in product((False, True), sizes, held):
+        if not (checkpointing or micro_batch or size >= min(MIN_MICRO_BATCH, rows)):
+            continue
+        compiling = {"on": True, "off": False, "auto": pays and not checkpointing}[recipe.compile]
+        compiled = plan.fast_lora and compiling
+        way = {"micro_batch": size, "accumulation": rows // size, "checkpointing": checkpointing}
+        way |= {"dequantised": dequantised, "fp8": dequantised and recipe.base_weights == "fp8"}
+        graphs = compiled and size == rows <= GRAPH_ROWS and torch.cuda.is_available()
+        plans.append(replace(plan, **way, compiled=compiled, graphs=graphs))
+    # A T4 writes 5 GiB in 20 ms and multiplies 1,600 tokens by as many weights in more than 200 ms:
+    # it loses nothing by fewer tokens, much by expanding. Imitated on an H100, kernels take 90.8 ms
+    # a step so, 100.7 with nf4 kept. On newer GPUs small kernels end before the next is launched.
+    if (0, 0) < gpu_capability() < (8, 0):
+        enough = MIN_TOKENS / lengths.mean()
+        plans.sort(key=lambda p: p.checkpointing or not p.dequantised or p.micro_batch < enough)
+    return plans
+
+
+def describe_base_weights(plan, base, recipe):
+    """How a Plan holds the base, and why."""
+    if not quantised_layers(base.skeleton):
+        return f"{plan.precision}: bitsandbytes can quantise none of its layers"
+    if plan.fp8:
+        return f"fp8 from {plan.storage}, a copy for products and one for gradients"
+    is_auto = recipe.base_weights == "auto"
+    if plan.dequantised:
+        reason = "memory has room" if is_auto else "as asked for"
+        return f"{plan.precision} from {plan.storage}, dequantised once: {reason}"
+    return f"{plan.storage}: {'no room for it dequantised' if is_auto else 'as asked for'}"
+
+
+def describe_steps(recipe, data):
+    """What is minimised, and in how many steps: {name: text}."""
+    rows, mean_len = len(data.lengths), data.lengths.mean()
+    loss = "cross-entropy of the completions"
+    if recipe.price_loss:
+        spread = data.scale.format(data.spread)
+        loss += f" + {recipe.price_loss:g} × CRPS of the prices / {spread}"
+    steps = count_steps(recipe, rows)
+    epochs = steps / math.ceil(rows / recipe.batch_size)  # of which the last step can be smaller
+    return {
+        "Loss": loss,
+        "Steps": (
+            f"{steps:,} of {recipe.batch_size} rows: {epochs:.2f} epochs of {rows:,} rows, "
+            f"learning rate up to {recipe.learning_rate:g}"
+        ),
+        "Tokens": (
+            f"{epochs * rows * mean_len:,.0f}: {recipe.batch_size} × {mean_len:.0f} a step, "
+            f"{data.lengths.max()} in the longest row"
+        ),
+    }
+
+
+def check_plan(plan, model, base, data, run):
+    """The Plan without what doesn't compute the loaded model right. Prints what was compared.
+
+    All processes follow the first.
+    """
+    layers = layers_of_each_kind(model, plan.targets) if plan.fast_lora else []
+    in_fp8 = layers_of_each_kind(model, list(fp8_layers(model))) if plan.fp8 else []
+    rows = [data.train[int(i)] for i in (data.lengths.argmin(), data.lengths.argmax())]
+    prompts = [row["input_ids"][: row["labels"].count(items.IGNORED)] for row in rows]
+    check = SelfCheck(model, base.tokenizer, prompts, plan.precision, layers, in_fp8)
+    checked = broadcast(check.run(plan.attention))
+    print(f"{'Check:':<14}{checked}")
+    if plan.fp8 and not checked.fp8:
+        raise items.UserError(
+            f"`base_weights` fp8: its products differ by more than {FP8_TOLERANCE:.0%} from those "
+            "in bf16 on this machine. Leave it out."
         )
-        plan = Plan(
-            precision=self.precision,
-            dequantised=dequantised,
-            micro_batch=placement.micro_batch,
-            accumulation=self.rows_per_step // placement.micro_batch,
-            checkpointing=placement.checkpointing,
-            fast_path=fast_path,
-            targets=self.targets.names,
-            base_weights=base_weights,
-            reasons={},
-        )
-        return replace(plan, reasons=self.describe(plan, placement))
-
-    def place(self, extra_bytes=0):
-        """The largest micro-batch whose estimated peak, 10 % and `extra_bytes` fit in memory.
-
-        Without activation checkpointing, which costs a third of the speed, unless fewer than
-        MIN_MICRO_BATCH rows would fit. If nothing fits, the smallest micro-batch with it.
-        """
-        limit = memory().available - extra_bytes
-        candidates = divisors(self.rows_per_step, MAX_MICRO_BATCH)
-        fewest = min(MIN_MICRO_BATCH, self.rows_per_step)
-        if self.micro_batch:
-            candidates = [self.micro_batch]
-            fewest = self.micro_batch
-        for checkpointing in (False, True):
-            for micro_batch in candidates:
-                compiled = self.is_compiled(checkpointing)
-                placement = Placement(micro_batch, checkpointing, compiled)
-                is_slow = micro_batch < fewest and not checkpointing
-                if not is_slow and 1.1 * self.memory_estimate.peak(placement) < limit:
-                    return placement
-        return Placement(candidates[-1], True, self.is_compiled(True))
-
-    def is_compiled(self, checkpointing):
-        """Whether layers are compiled: if asked for, or if that saves more time than it takes."""
-        if not self.fast:
-            return False
-        if self.recipe.compile != "auto":
-            return self.recipe.compile == "on"
-        pays = self.steps * self.rows_per_step >= COMPILE_FROM
-        is_packed = self.attention is not None
-        return pays and is_packed and not checkpointing and gpu_capability() >= TRITON_CAPABILITY
-
-    def choose_weights(self):
-        """(Placement, whether the base is dequantised, a text on how it is held and why).
-
-        The values are the same, and expanding them in each layer of each step takes time; but
-        holding them expanded must not make the micro-batch smaller, unless that costs less.
-        """
-        asked = self.recipe.base_weights
-        extra_bytes = self.memory_estimate.dequantised_bytes
-        size = f"{extra_bytes / 2**30:.1f} GiB"
-        dequantised = f"{str(self.dtype).removeprefix('torch.')} from {self.storage}"
-        quantised_placement = self.place()
-        if not extra_bytes:
-            text = f"{self.precision}: bitsandbytes can quantise none of its layers"
-            return quantised_placement, False, text
-        if asked == "nf4":
-            return quantised_placement, False, f"{self.storage} (--base-weights)"
-        placement = self.place(extra_bytes)
-        if asked == "fp8":
-            text = f"fp8 from {self.storage}, a copy for products and one for gradients"
-            return placement, True, f"{text} (--base-weights)"
-        if asked != "auto":
-            return placement, True, f"{dequantised} (--base-weights)"
-        if placement == quantised_placement:
-            text = f"{dequantised}: dequantised once, memory has room for the {size}"
-            return placement, True, text
-        if self.expanding_costs_more(placement):
-            rows = f"{quantised_placement.micro_batch} to {placement.micro_batch} rows"
-            text = (
-                f"{dequantised}: micro-batches are cut from {rows} to hold the {size}, which each "
-                "of them would otherwise write twice"
-            )
-            return placement, True, text
-        text = f"{self.storage}: memory has no room for the {size} dequantised"
-        return quantised_placement, False, text
-
-    def expanding_costs_more(self, placement):
-        """Whether expanding nf4 in each pass costs more than micro-batches of a Placement.
-
-        Only GPUs before Ampere are asked. A T4 writes 5 GiB in 20 ms and multiplies 1,600 tokens
-        by as many weights in more than 200 ms: it loses nothing by fewer tokens. Imitated on an
-        H100, kernels take 90.8 ms a step so, 100.7 with nf4 kept. On newer GPUs small kernels end
-        before the next is launched, so there the largest micro-batch is best.
-        """
-        is_older = (0, 0) < gpu_capability() < (8, 0)
-        tokens = placement.micro_batch * self.lengths.mean()
-        return is_older and not placement.checkpointing and tokens >= MIN_TOKENS
-
-    def describe_loss(self):
-        """What is minimised, and what that costs."""
-        loss = "cross-entropy of the completions"
-        if not self.recipe.price_loss:
-            return loss
-        spread = self.data.scale.format(self.data.spread)
-        loss += f" + {self.recipe.price_loss:g} × CRPS of the prices / {spread}"
-        if not self.branches:
-            return f"{loss}, at no cost: one token spells a number"
-        return f"{loss}, for which each row has {self.branches} tokens more"
-
-    def describe(self, plan, placement):
-        """What is about to happen, and why: {name: text} for the screen and run.json."""
-        recipe = self.recipe
-        rows = len(self.lengths)
-        batch = recipe.batch_size
-        mean_len = self.lengths.mean()
-        steps_per_epoch = math.ceil(rows / batch)
-        epochs = self.steps / steps_per_epoch  # of which the last step can be smaller
-        adapters = f"LoRA r {recipe.lora_r} on {self.targets}"
-        parameters = self.targets.count_parameters(recipe.lora_r)
-        needed = self.memory_estimate.peak(placement, plan.dequantised)
-        available = memory().available
-        memory_line = (
-            f"about {needed / 2**30:.1f} GiB at the peak, {available / 2**30:.1f} GiB available"
-        )
-        if needed > available:
-            memory_line += "; may not fit: a smaller --base-model or --lora-r needs less"
-        schedule = {"Schedule": self.schedule} if self.schedule else {}
-        return schedule | {
-            "Device": describe_device(),
-            "Precision": (
-                f"{plan.precision} ({self.precision_reason}); adapters and optimizer in fp32"
-            ),
-            "Base": f"{type(self.base.skeleton).__name__}, {plan.base_weights}",
-            "Trainable": f"{parameters:,} parameters ({adapters})",
-            "Loss": self.describe_loss(),
-            "Steps": (
-                f"{self.steps:,} of {batch} rows: {epochs:.2f} epochs of {rows:,} rows, learning "
-                f"rate up to {recipe.learning_rate:g}"
-            ),
-            "Micro-batch": plan.describe_micro_batch(),
-            "Speed": str(plan.fast_path),
-            "Tokens": (
-                f"{epochs * rows * mean_len:,.0f}: {batch} × {mean_len:.0f} a step, "
-                f"{self.lengths.max()} in the longest row"
-            ),
-            "Memory": memory_line,
-        }
+    plan = replace(plan, fast_lora=plan.fast_lora and checked.lora, in_tree=checked.in_tree)
+    plan = replace(plan, reasons=plan.reasons | {"Check": str(checked)})
+    if plan.attention and not checked.packed:
+        return plan.changed(attention=None, compiled=False, graphs=False)
+    return plan
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2129,39 +1919,28 @@ class Planner:
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FORWARDED_WITHIN = 5  # seconds in which torchrun forwards a signal that a process got as well
+MOST_SKIPPED = 10  # logged steps in a row that fp16's scaler may skip
+# What torch.save raises when its file can't be written to the end; it doesn't say why
+PYTORCH_CANT_WRITE = ("PytorchStreamWriter failed", "unexpected pos ")
+LOGGED = ("loss", "price_loss", "grad_norm", "learning_rate", "eval_loss", "eval_mae")
 
 
 def join_processes():
-    """Connects the processes that a launcher started, and gives each its GPU.
-
-    Without a launcher there is one process with one GPU; prints how to use more if there are.
-    """
+    """Connects the processes that a launcher started, and gives each its GPU."""
     on_gpu = torch.cuda.is_available()
-    gpus = torch.cuda.device_count()
     if world_size() > 1:
         # gloo is for what the processes tell each other outside of training
         options = {"backend": "cuda:nccl,cpu:gloo"} if on_gpu else {}
         timeout = timedelta(hours=2)  # the first process may have much to download
         PartialState(cpu=not on_gpu, timeout=timeout, **options)
         print(f"Processes: {world_size()}, each with its {'GPU' if on_gpu else 'share of the CPU'}")
-    elif gpus > 1:
-        print(
-            f"GPUs: one of {gpus}. "
-            f"All of them: `torchrun --nproc-per-node {gpus} -- app.py train …`"
-        )
-
-
-def main_process_first():
-    """A context that the first process runs first, so that the others find its downloads and files.
-
-    If the first raises, the launcher ends the others.
-    """
-    return PartialState().main_process_first() if world_size() > 1 else nullcontext()
+    elif torch.cuda.device_count() > 1:
+        print(f"GPUs: one of {torch.cuda.device_count()}; torchrun starts a process for each")
 
 
 def broadcast(value):
     """The first process's value, in all processes."""
-    return broadcast_object_list([value])[0] if world_size() > 1 else value
+    return broadcast_object_list([value])[0]
 
 
 @dataclass
@@ -2172,50 +1951,59 @@ class TrainingData:
     val_tokens: object  # the same of the validation rows
     val_rows: list  # the validation rows, of prompt and completion
     lengths: numpy.ndarray  # tokens of each training row
-    prompts: object  # Dataset of the training rows, of prompt and completion
-
-    @cached_property
-    def scale(self):
-        """The PriceScale that the prompts name."""
-        return scale_of_rows(self.val_rows)
-
-    @cached_property
-    def spread(self):
-        """The mean absolute deviation of the training prices from their median, in money."""
-        return items.price_spread(self.prompts)
-
-    def number_tree(self, tokenizer, device):
-        """The NumberTree of the numbers behind these prompts."""
-        return NumberTree(spell_numbers(tokenizer, self.scale.prefix), device)
-
-    def prompt_tokens(self, index):
-        """The tokens of the prompt of a training row, a list."""
-        row = self.train[int(index)]
-        return row["input_ids"][: row["labels"].count(items.IGNORED)]
+    spread: float  # money: mean absolute deviation of the training prices from their median
+    scale: items.PriceScale  # that the prompts name
 
 
 def make_training_data(splits, tokenizer, val_size):
     """The TrainingData of a dataset of prompts."""
-    validation = range(min(val_size, len(splits["val"])))
     train = items.tokenise(splits["train"], tokenizer, "train")
     val = items.tokenise(splits["val"], tokenizer, "val")
-    return TrainingData(
-        train=train,
-        val_tokens=val.select(validation),
-        val_rows=list(splits["val"].select(validation)),
-        lengths=items.row_lengths(train),
-        prompts=splits["train"],
-    )
+    validation = range(min(val_size, len(val)))
+    val_rows = list(splits["val"].select(validation))
+    spread = items.price_spread(splits["train"])
+    lengths, scale = items.row_lengths(train), scale_of_rows(val_rows)
+    return TrainingData(train, val.select(validation), val_rows, lengths, spread, scale)
 
 
-def crps(log_shares, truths):
-    """The CRPS in units of distributions over NUMBERS, rows × numbers, against true numbers.
+def collate_padded(rows):
+    """The inputs of a micro-batch, padded on the left.
 
-    ∑ (F(n) − [n ≥ truth])², in whole units (Gneiting & Raftery 2007). Differentiable.
+    So all completions end together, and few logits are needed.
     """
-    numbers = torch.arange(log_shares.shape[-1], device=log_shares.device)
-    reached = log_shares.exp().cumsum(-1)
-    return (reached - (numbers >= truths[:, None]).to(reached.dtype)).square().sum(-1)
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    labels = pad([torch.tensor(row["labels"]) for row in rows], padding_value=items.IGNORED)
+    mask = pad([torch.ones_like(row) for row in ids])
+    longest = int((labels != items.IGNORED).sum(1).max())  # completion
+    return {
+        "input_ids": pad(ids),
+        "labels": labels,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        "logits_to_keep": torch.arange(-longest - 1, -1) + labels.shape[1],
+    }
+
+
+def summed_loss(model, inputs, price_loss=None):
+    """The loss of a micro-batch, padded or packed: that of its completions' tokens, summed.
+
+    From the model's own logits, since heads differ: some scale them, some cap them. `price_loss` is
+    a PriceLoss to add, or None.
+    """
+    labels, kept = inputs["labels"], inputs["logits_to_keep"]
+    inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits
+    if logits.shape[1] != len(kept):  # xLSTM returns all
+        logits = logits[:, kept]
+    logits, targets = logits.float(), labels[:, kept + 1]
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=items.IGNORED, reduction="sum"
+    )
+    if price_loss is None:
+        return loss
+    is_first = (labels[:, kept] == items.IGNORED) & (targets != items.IGNORED)
+    return loss + price_loss.of_tokens(logits.flatten(0, 1), targets.flatten(), is_first.flatten())
 
 
 @dataclass
@@ -2229,50 +2017,26 @@ class PriceLoss:
 
     weight: float
     spread: float  # units: mean absolute deviation of the training prices
-    tree: NumberTree
+    number_ids: torch.Tensor  # the token of each of NUMBERS
+    latest: torch.Tensor | None = None  # of the last micro-batch, without gradient
 
-    def of_rows(self, logits_at_nodes, truths):
-        """The loss of rows × nodes × vocabulary and true numbers, a sum over the rows."""
-        scores = crps(self.tree.log_shares(logits_at_nodes), truths)
-        return self.weight / self.spread * scores.sum()
+    def of_tokens(self, logits, targets, is_first):
+        """The loss of logits, tokens × vocabulary.
 
-    def of_packed(self, logits, targets, is_first):
-        """The loss of packed rows whose numbers are one token each.
-
-        `logits` tokens × vocabulary, `targets` the tokens that follow, `is_first` which of these
-        begin a completion. All tokens are computed, and most weighted with 0: choosing some would
-        mean waiting for the GPU.
+        `targets` are the tokens that follow, `is_first` says which of these begin a completion. All
+        tokens are computed, and most weighted with 0: choosing some would mean waiting for the GPU.
         """
-        equal = targets[:, None] == self.tree.number_ids
-        is_number = equal.any(-1) & is_first
-        scores = crps(self.tree.log_shares(logits[:, None]), equal.int().argmax(-1))
-        return self.weight / self.spread * (scores * is_number).sum()
-
-
-class TreeCollator:
-    """Makes the inputs of PriceReader's tree of a micro-batch, for the price loss.
-
-    `labels` are the completions' tokens, `truths` their numbers.
-    """
-
-    def __init__(self, reader):
-        self.reader = reader
-
-    def __call__(self, rows):
-        starts = [row["labels"].count(items.IGNORED) for row in rows]
-        prompts = [row["input_ids"][:start] for row, start in zip(rows, starts, strict=True)]
-        completions = [row["input_ids"][start:] for row, start in zip(rows, starts, strict=True)]
-        longest = max(map(len, completions))
-        labels = [
-            completion + [items.IGNORED] * (longest - len(completion)) for completion in completions
-        ]
-        inputs = self.reader.tree_inputs(prompts, completions, longest)
-        truths = [self.reader.tree.number_in(completion) for completion in completions]
-        return inputs | {"labels": torch.tensor(labels), "truths": torch.tensor(truths)}
+        is_truth = targets[:, None] == self.number_ids
+        reached = logits[:, self.number_ids].softmax(-1).cumsum(-1)
+        # CRPS: ∑ (F(n) − [n ≥ truth])², in whole units (Gneiting & Raftery 2007)
+        scores = (reached - is_truth.cumsum(-1)).square().sum(-1)
+        loss = self.weight / self.spread * (scores * (is_truth.any(-1) & is_first)).sum()
+        self.latest = loss.detach()
+        return loss
 
 
 class PriceTrainer(SFTTrainer):
-    """SFTTrainer that also validates by the mean absolute error.
+    """SFTTrainer with our loss, that also validates by the mean absolute error.
 
     It comes from the same forward pass as the validation loss.
     """
@@ -2280,14 +2044,41 @@ class PriceTrainer(SFTTrainer):
     def __init__(self, *, val_rows, stopper, in_tree, price_loss=None, **options):
         super().__init__(**options)
         self.price_loss = price_loss  # PriceLoss, or None
+        self.sums = torch.zeros(2, device=self.args.device)  # losses and price losses to be logged
         self.val_rows = val_rows  # of prompt and completion
         self.stopper = stopper
         self.has_begun = False  # a step; before it a checkpoint may be loaded
         self.validated = (None, [])  # step, Estimates of the validation rows
         prefix = scale_of_rows(val_rows).prefix
         self.reader = PriceReader(self.model, self.processing_class, in_tree, prefix)
+        # A step's tokens are to be counted, also for models that would not be told (Gemma 4)
+        self.model_accepts_loss_kwargs = True
         # Otherwise each gradient is held, and copied, twice
         self.accelerator.ddp_handler.gradient_as_bucket_view = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a micro-batch's share of a step.
+
+        TRL's multiplies by the head's weights itself, which is another model where logits are
+        capped in its own way; and it waits for the GPU each time, to measure accuracy.
+        """
+        self.has_begun = True
+        loss = summed_loss(model, inputs, self.price_loss)
+        # DDP averages the processes' gradients, each of which is a share of the whole batch's
+        loss = loss / num_items_in_batch * world_size()
+        if self.price_loss:
+            share = self.price_loss.latest / num_items_in_batch * world_size()
+            self.sums += torch.stack([loss.detach(), share])
+        return loss
+
+    def log(self, logs, start_time=None):
+        """Logs the price loss apart, so that the `loss` is what that of the validation is."""
+        if self.price_loss and "loss" in logs:
+            total, price = self.accelerator.gather(self.sums[None]).sum(0).tolist()
+            self.sums.zero_()
+            logs["price_loss"] = logs["loss"] * price / total
+            logs["loss"] -= logs["price_loss"]
+        super().log(logs, start_time)
 
     def evaluate(self, *_, **__):
         """Logs and returns the loss per completion token and the median price's error, in money.
@@ -2326,44 +2117,9 @@ class PriceTrainer(SFTTrainer):
     def calibrate(self):
         """The calibration of the trained model's intervals on its validation rows."""
         step, estimates = self.validated
-        if step != self.state.global_step or self.args.load_best_model_at_end:
+        if step != self.state.global_step:
             estimates = [estimate for _, estimate in self.read_validation()]
         return calibrate([estimate.rank for estimate in estimates])
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of packed rows.
-
-        TRL's also measures entropy and accuracy, and waits for the GPU each time.
-        """
-        self.has_begun = True
-        if "logits_to_keep" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        of_step = self.tree_loss if "truths" in inputs else self.packed_loss
-        loss = of_step(model, inputs)
-        # DDP averages the processes' gradients, each of which is a share of the whole batch's
-        return loss / num_items_in_batch * world_size()
-
-    def packed_loss(self, model, inputs):
-        """The summed loss of the completions' tokens of packed rows, and of their prices."""
-        labels = inputs.pop("labels")[0]
-        kept = inputs["logits_to_keep"]
-        targets = labels.gather(0, kept + 1)
-        logits = model(**inputs, use_cache=False).logits[0].float()
-        loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-        if self.price_loss:
-            is_first = labels.gather(0, kept) == items.IGNORED
-            loss = loss + self.price_loss.of_packed(logits, targets, is_first)
-        return loss
-
-    def tree_loss(self, model, inputs):
-        """The same of a TreeCollator's rows."""
-        labels, truths = inputs.pop("labels"), inputs.pop("truths")
-        logits = model(**inputs, use_cache=False).logits.float()
-        length = labels.shape[1]
-        along = logits[:, :length].flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(along, labels.flatten(), reduction="sum")
-        at_nodes = torch.cat([logits[:, :1], logits[:, length:]], 1)
-        return loss + self.price_loss.of_rows(at_nodes, truths)
 
     def save_last_step(self):
         """Writes a checkpoint of the last finished step, after a later one has failed."""
@@ -2373,6 +2129,23 @@ class PriceTrainer(SFTTrainer):
         self.model.zero_grad()
         self._save_checkpoint(self.model, trial=None)  # there is no public way
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def load_adapter(self, checkpoint):
+        """Replaces the adapters by those of a checkpoint."""
+        self.model.load_adapter(checkpoint, self.model.active_adapter, is_trainable=True)
+        self.validated = (None, [])
+
+    def load_best(self):
+        """Loads the complete checkpoint of the least validation error; names those that aren't."""
+        log = self.state.log_history
+        errors = {entry["step"]: entry["eval_mae"] for entry in log if "eval_mae" in entry}
+        for step in sorted(errors, key=errors.get):
+            checkpoint = Path(self.args.output_dir, f"checkpoint-{step}")
+            problem = items.manifest_problem(checkpoint)
+            if problem is None:
+                self.load_adapter(checkpoint)
+                return
+            print(f"{checkpoint.name}, the best, is skipped: {problem}")
 
     def create_model_card(self, *_, **__):
         """Nothing: TRL would write one with each checkpoint; ours comes with the adapter."""
@@ -2392,10 +2165,8 @@ class StopOnSignal(TrainerCallback):
         self.previous_handlers = {}
 
     def on_train_begin(self, args, state, control, **_):
-        if not self.previous_handlers:
-            self.previous_handlers = {number: signal.getsignal(number) for number in SIGNALS}
         for number in SIGNALS:
-            signal.signal(number, self.on_signal)
+            self.previous_handlers.setdefault(number, signal.signal(number, self.on_signal))
 
     def on_signal(self, number, frame):
         is_forwarded = world_size() > 1 and time.time() < self.received_at + FORWARDED_WITHIN
@@ -2409,8 +2180,9 @@ class StopOnSignal(TrainerCallback):
         self.signal_number = number
         self.received_at = time.time()
         step = b"this step" if world_size() == 1 else b"the next logged step"
-        # print can't be called while a print is interrupted
-        os.write(2, b"\nSaving after %b, then stopping; once more to stop at once\n" % step)
+        # print can't be called while a print is interrupted; nobody may read what is written
+        with suppress(OSError):
+            os.write(2, b"\nSaving after %b, then stopping; once more to stop at once\n" % step)
 
     def on_step_end(self, args, state, control, **_):
         if world_size() > 1:
@@ -2431,25 +2203,24 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
         self.previous_handlers = {}
 
-    def raise_if_stopped(self, step, resume_command):
-        """Raises Stopped if a signal came."""
-        if self.signal_number:
-            text = f"Stopped after step {step:,}, which is saved. Resume by {resume_command}"
-            raise items.Stopped(text, 128 + self.signal_number)
 
+class Checkpoints(TrainerCallback):
+    """Logs the loss with each checkpoint, records the time until then, and completes it.
 
-class LogWithCheckpoints(TrainerCallback):
-    """Logs the loss with each checkpoint, and stops the run if a logged number is not finite.
-
-    So no checkpoint with such numbers is saved, and a resumed run loses no part of a logged loss.
-    Checking every step would mean waiting for the GPU in every step. In fp16 the scaler skips steps
-    with such gradients, and lowers the scale: there only many in a row stop the run.
+    A manifest comes last, after all processes have written their part. The run ends if a logged
+    number is not finite: so no checkpoint with such numbers is saved, and a resumed run loses no
+    part of a logged loss. Checking every step would mean waiting for the GPU in every step. In fp16
+    the scaler skips steps with such gradients, and lowers the scale: there only many in a row stop
+    the run.
     """
 
-    MOST_SKIPPED = 10  # logged steps in a row
-
-    def __init__(self):
+    def __init__(self, run):
+        self.run = run
         self.skipped = 0
+        self.counted_at = time.time()  # until then, time is in the run's seconds
+
+    def on_train_begin(self, args, state, control, **_):
+        self.counted_at = time.time()
 
     def on_step_end(self, args, state, control, **_):
         control.should_log = control.should_log or control.should_save
@@ -2457,31 +2228,26 @@ class LogWithCheckpoints(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if "grad_norm" in logs:
             self.skipped = 0 if math.isfinite(logs["grad_norm"]) else self.skipped + 1
-        most = self.MOST_SKIPPED if args.fp16 else 1
         bad = None
         if not math.isfinite(logs.get("loss", 0)):
             bad = "loss"
-        elif self.skipped >= most:
+        elif self.skipped >= (MOST_SKIPPED if args.fp16 else 1):
             bad = "gradient"
         if bad:
             raise items.UserError(
                 f"step {state.global_step:,}: the {bad} is not finite, at learning rate "
                 f"{logs['learning_rate']:.1e}. Older checkpoints are complete. "
-                "Start again with a lower --learning-rate."
+                "Start again with a lower `learning_rate`."
             )
-
-
-class SealCheckpoints(TrainerCallback):
-    """Completes a checkpoint with a manifest, after all processes have written their part."""
 
     def on_save(self, args, state, control, **_):
         PartialState().wait_for_everyone()
+        self.counted_at = self.run.add_seconds("train", self.counted_at)
         if is_first_process():
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-            record = folder.parent / "run.json"
-            if record.exists():
-                shutil.copy(record, folder)  # should that one be damaged
+            self.run.write()
+            self.run.write(folder)  # should that one be damaged
             items.write_manifest(folder)
 
 
@@ -2507,7 +2273,7 @@ class PushCheckpoints(TrainerCallback):
             return
         self.report()
         kept = [f"checkpoint-{state.global_step}"]
-        if args.load_best_model_at_end and state.best_model_checkpoint:
+        if state.best_model_checkpoint:
             kept.append(Path(state.best_model_checkpoint).name)
         self.upload = HfApi().run_as_future(self.push, args.output_dir, kept)
 
@@ -2525,7 +2291,7 @@ class PushCheckpoints(TrainerCallback):
             )
         self.next_upload_at = time.time() + 19 * (time.time() - start)
 
-    def on_train_end(self, args, state, control, **_):
+    def on_train_end(self, *_, **__):
         self.report()
 
     def report(self):
@@ -2539,26 +2305,21 @@ class PushCheckpoints(TrainerCallback):
 class Progress(ProgressCallback):
     """One bar for the steps, and a line for what is logged."""
 
-    FORMATS = {
-        "loss": "loss {:.3f}",
-        "eval_loss": "validation loss {:.3f}",
-        "eval_mae": "validation error {money} (n = {n})",
-        "learning_rate": "LR {:.1e}",
-    }
-
     def __init__(self, val_size, scale):
         super().__init__()
         self.val_size = val_size  # rows
         self.scale = scale
 
     def on_log(self, args, state, control, logs=None, **_):
-        parts = [
-            text.format(
-                float(logs[name]), n=self.val_size, money=self.scale.format(float(logs[name]))
-            )
-            for name, text in self.FORMATS.items()
-            if name in logs
-        ]
+        error = self.scale.format(logs.get("eval_mae", 0.0))
+        texts = {
+            "loss": "loss {:.3f}",
+            "price_loss": "price loss {:.3f}",
+            "eval_loss": "validation loss {:.3f}",
+            "eval_mae": f"validation error {error} (n = {self.val_size})",
+            "learning_rate": "LR {:.1e}",
+        }
+        parts = [text.format(logs[name]) for name, text in texts.items() if name in logs]
         if parts and self.training_bar is not None:
             self.training_bar.write(f"step {state.global_step:>5}  {'  '.join(parts)}")
 
@@ -2569,14 +2330,8 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
     The loss is that of completions only.
     """
     recipe = run.recipe
-    fast = plan.fast_path
-    if fast.fp8:
+    if plan.fp8:
         hold_in_fp8(model)
-    if not torch.cuda.is_available():
-        # Without Triton TRL scores every position, to keep shapes fixed for compilers
-        # (add_fused_lm_head); on a CPU that takes half of each step. Can go when TRL scores labels
-        # only there, too.
-        trl.trainer.utils._use_triton = lambda device: True
     lora_config = LoraConfig(
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha or 2 * recipe.lora_r,
@@ -2585,12 +2340,14 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
         bias="none",
         task_type="CAUSAL_LM",
     )
-    collator = PackedCollator(plan.micro_batch, data.lengths, fast.graphs) if fast.packed else None
+    collator = collate_padded
+    if plan.attention:
+        collator = PackedCollator(plan.micro_batch, data.lengths, plan.graphs)
     price_loss = None
     if recipe.price_loss:
-        tree = data.number_tree(tokenizer, model.device)
-        spread = float(data.scale.number(data.spread))
-        price_loss = PriceLoss(recipe.price_loss, max(spread, 0.5), tree)
+        spread = max(float(data.scale.number(data.spread)), 0.5)
+        ids = torch.tensor(find_number_ids(tokenizer, data.scale), device=model.device)
+        price_loss = PriceLoss(recipe.price_loss, spread, ids)
     trainer = PriceTrainer(
         val_rows=data.val_rows,
         stopper=stopper,
@@ -2601,26 +2358,23 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
         train_dataset=data.train,
         eval_dataset=data.val_tokens,
         data_collator=collator,
-        peft_config=with_fast_lora(lora_config) if fast.lora else lora_config,
+        peft_config=with_fast_lora(lora_config) if plan.fast_lora else lora_config,
         args=training_arguments(run, plan),
     )
-    if price_loss and not fast.packed:
-        trainer.data_collator = TreeCollator(trainer.reader)
-    if fast.compiled:
-        compile_layers(trainer.model, fast.graphs)
+    if plan.compiled:
+        compile_layers(trainer.model, plan.graphs)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             # TRL casts them to bf16: small updates round to nothing, T4s fail (TRL issue 4901)
             parameter.data = parameter.data.float()
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
-    progress = Progress(len(data.val_rows), data.scale)
-    # The order matters: StopOnSignal requests a checkpoint, LogWithCheckpoints logs with it,
-    # SealCheckpoints completes it for PushCheckpoints
-    for callback in (stopper, LogWithCheckpoints(), SealCheckpoints(), progress):
+    # The order matters: StopOnSignal requests a checkpoint, Checkpoints logs with it and completes
+    # it for PushCheckpoints
+    for callback in (stopper, Checkpoints(run), Progress(len(data.val_rows), data.scale)):
         trainer.add_callback(callback)
     if run.hub and is_first_process():
         trainer.add_callback(PushCheckpoints(run.hub))
-    if fast.graphs:
+    if plan.graphs:
         trainer.add_callback(MarkGraphSteps())
     return trainer
 
@@ -2668,8 +2422,8 @@ def training_arguments(run, plan):
         save_strategy="steps",
         save_steps=recipe.save_steps,
         save_total_limit=KEPT_CHECKPOINTS,
-        load_best_model_at_end=recipe.keep_best,
-        metric_for_best_model="mae",
+        # Protects the best checkpoint from being deleted; it is loaded by PriceTrainer.load_best
+        metric_for_best_model="mae" if recipe.keep_best else None,
         greater_is_better=False,
     )
     # Of several visible GPUs a process uses the first: SFTTrainer refuses to spread a batch over
@@ -2679,128 +2433,108 @@ def training_arguments(run, plan):
     return arguments
 
 
-def fit(trainer, run, plan):
-    """Trains to the end, from the newest complete checkpoint if there is one. Returns None.
+def train(base, run, data, plan, quant_config):
+    """Trains a run to its end, from its newest complete checkpoint if it has one: its PriceTrainer.
 
-    If memory runs out, or layers can't be compiled, it saves the last finished step and returns the
-    Plan to resume by, which does with less. Raises Stopped after a signal; UserError if there is no
-    such plan, and with several processes, since the others are in the middle of the step.
+    If memory runs out, or layers can't be compiled, it goes on from the last finished step by a
+    Plan that does with less. Raises Stopped after a signal; UserError if there is no such plan.
     """
-    run.seconds["load"] = round(time.time() - run.started, 1)
+    stopper = StopOnSignal()
+    while plan:
+        start = time.time()
+        model = load_base(base, plan, quant_config)
+        plan = check_plan(plan, model, base, data, run)
+        run.follow(plan)
+        trainer = build_trainer(model, base.tokenizer, data, run, plan, stopper)
+        run.add_seconds("load", start)
+        try:
+            plan = fit(trainer, run, plan)
+        except Exception:
+            print(file=sys.stderr)  # the progress bar is in this line
+            raise
+        if plan:
+            model = trainer = None  # so that their memory is free, and that of compiled graphs
+            gc.collect()
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+    if run.recipe.keep_best:
+        trainer.load_best()
+    return trainer
+
+
+def fit(trainer, run, plan):
+    """Trains to the end. Returns None, or the Plan that goes on from the last finished step."""
     checkpoint = broadcast(newest_checkpoint(run.folder))
-    if checkpoint and is_at_end(checkpoint):  # Trainer would do one step more
-        restore_end(trainer, checkpoint, run.folder)
-        return None
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except torch.OutOfMemoryError as error:
-        out_of_memory = error
-    except torch._dynamo.exc.TorchDynamoException as error:
-        return without_failed_compiling(trainer, plan, error)
-    else:
-        trainer.stopper.raise_if_stopped(trainer.state.global_step, run.resume_command)
-        return None
+        state = TrainerState()
+        if checkpoint:
+            state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        if checkpoint and state.global_step >= state.max_steps:  # Trainer would do one step more
+            trainer.state = state
+            trainer.load_adapter(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
+        return go_on_without(trainer, plan, error)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in PYTORCH_CANT_WRITE):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run.folder)) from error
     finally:
         trainer.stopper.restore_handlers()
+    number = trainer.stopper.signal_number
+    if number:
+        step = trainer.state.global_step
+        raise items.Stopped(f"Stopped after step {step:,}, which is saved.", 128 + number)
+    return None
 
+
+def go_on_without(trainer, plan, error):
+    """Saves the last finished step; returns the Plan to go on by after an error.
+
+    Raises UserError if there is none, and with several processes, since the others are in the
+    middle of the step.
+    """
     step = trainer.state.global_step
+    what = f"Out of memory at step {step + 1:,}"
+    remedy = f"with a `micro_batch` below {plan.micro_batch}"
+    if not isinstance(error, torch.OutOfMemoryError):
+        # Layers are compiled when they first run, and again for other shapes: GPUs and versions
+        # that the compiler doesn't support show there
+        if not plan.compiled:
+            raise error
+        line = str(error).strip().splitlines()[0]
+        what = f"The layers can't be compiled here ({type(error).__name__}: {line})"
+        remedy = "with `compile` off"
     if not trainer.has_begun:  # smaller micro-batches don't help
         raise items.UserError(
             "Out of memory while the run's state was loaded; its checkpoints are complete. Free "
-            f"memory, or take a larger GPU, then resume by {run.resume_command}."
-        ) from out_of_memory
-    if world_size() > 1:
-        raise items.UserError(
-            f"Out of memory at step {step + 1:,}. Resume from the last checkpoint with a "
-            f"--micro-batch below {plan.micro_batch}."
-        ) from out_of_memory
-    if step:
-        trainer.save_last_step()
-    smaller_plan = plan.shrink()
-    if smaller_plan is None:
-        raise items.UserError(
-            "Out of memory with one row at a time. "
-            "Take a smaller --base-model, --lora-r or --cutoff."
-        )
-    print(
-        f"Out of memory at step {step + 1:,}: resuming from step {step:,} with micro-batches of "
-        f"{smaller_plan.describe_micro_batch()}"
-    )
-    return smaller_plan
-
-
-def without_failed_compiling(trainer, plan, error):
-    """Saves the last finished step; the Plan that resumes behind it without compiling.
-
-    Layers are compiled when they first run, and again for other shapes: GPUs and versions that the
-    compiler doesn't support show there.
-    """
-    if not plan.fast_path.compiled:
-        raise error
-    cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    if world_size() > 1:
-        raise items.UserError(
-            f"The layers can't be compiled here ({cause}). Train with --compile off."
+            "memory, or take a larger GPU.",
+            resumes=True,
         ) from error
-    step = trainer.state.global_step
+    if world_size() > 1:
+        raise items.UserError(f"{what}. Train {remedy}.", resumes=True) from error
     if step:
         trainer.save_last_step()
-    print(f"The layers can't be compiled here, so the steps are slower: {cause}")
-    return plan.without_compiling()
-
-
-def is_at_end(checkpoint):
-    """Whether a checkpoint is that of a run's last step."""
-    state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-    return state.global_step >= state.max_steps
-
-
-def restore_end(trainer, checkpoint, folder):
-    """Restores the last step of a run that was killed before its last save."""
-    trainer.state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-    best = trainer.state.best_model_checkpoint
-    if trainer.args.load_best_model_at_end and best:
-        checkpoint = folder / Path(best).name
-    trainer.model.load_adapter(checkpoint, trainer.model.active_adapter, is_trainable=True)
-
-
-def release_memory():
-    """Frees the memory of a deleted trainer, and that of compiled graphs."""
-    gc.collect()
-    torch.compiler.reset()
-    torch.cuda.empty_cache()
-
-
-# What torch.save raises when its file can't be written to the end
-PYTORCH_CANT_WRITE = ("PytorchStreamWriter failed", "unexpected pos ")
-
-
-@contextmanager
-def explain_training_errors(run):
-    """Turns what libraries raise when the disk is full into one line."""
-    try:
-        yield
-    except Exception as error:
-        print(file=sys.stderr)  # the progress bar is in this line
-        # PyTorch doesn't say why it couldn't write, and with a quota the disk itself has room
-        is_pytorch = any(text in str(error) for text in PYTORCH_CANT_WRITE)
-        is_full = items.is_disk_full(error) or is_pytorch or items.free_bytes(run.folder) < 2**20
-        if is_full and not isinstance(error, items.UserError):
-            raise items.UserError(
-                f"{run.folder}: the disk is full. Older checkpoints are complete: make room, then "
-                f"resume by {run.resume_command}."
-            ) from error
-        raise
+    next_plan = plan.without(error)
+    if next_plan is None:
+        raise items.UserError(
+            f"{what} with one row at a time. Take a smaller base model, `lora_r` or `cutoff`."
+        ) from error
+    print(
+        f"{what}: resuming from step {step:,} with micro-batches of "
+        f"{next_plan.describe_micro_batch()}, {next_plan.describe_speed()}"
+    )
+    return next_plan
 
 
 def training_log(trainer):
     """What training logged, without timings: the same for an interrupted and a resumed run."""
-    names = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_mae")
-    log = []
-    for entry in trainer.state.log_history:
-        if "loss" in entry or "eval_loss" in entry:
-            log.append({name: entry[name] for name in names if name in entry})
-    return log
+    return [
+        {name: entry[name] for name in ("step", "epoch", *LOGGED) if name in entry}
+        for entry in trainer.state.log_history
+        if "loss" in entry or "eval_loss" in entry
+    ]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2850,12 +2584,11 @@ class Run:
     revision: str | None = None  # the adapter's commit on the Hub, if one was asked for
     owner: str | None = None  # the account it was fetched from, if the user can't write there
     resume_command: str = "the same command again"  # what resumes it, or pushes its folder
-    started: float = 0.0
     is_new: bool = False  # its folder is still to be made
 
     NOT_STORED = (
         *("folder", "name", "is_local", "adapter", "revision", "owner"),
-        *("resume_command", "started", "is_new"),
+        *("resume_command", "is_new"),
     )
 
     def is_finished(self):
@@ -2887,7 +2620,6 @@ class Run:
 
     def begin(self, plan):
         """Writes run.json, and opens the run's page on Weights & Biases."""
-        self.started = time.time()
         self.follow(plan)
         if self.wandb and is_first_process():
             start_wandb(self)
@@ -2913,10 +2645,13 @@ class Run:
         self.steps = trainer.state.global_step
         self.val_rows = len(trainer.val_rows)
         self.history = training_log(trainer)
-        if not trainer.has_begun and "train" in self.seconds:  # an ended run that is saved again
-            return
-        self.seconds["train"] = round(time.time() - self.started - self.seconds["load"], 1)
-        self.peak_memory_bytes = memory().peak
+        self.peak_memory_bytes = max(self.peak_memory_bytes, memory().peak)
+
+    def add_seconds(self, name, since):
+        """Adds the time since then to that of `name`, over all sessions. Returns now."""
+        now = time.time()
+        self.seconds[name] = round(self.seconds.get(name, 0) + now - since, 2)
+        return now
 
 
 def without_none(values):
@@ -3106,18 +2841,15 @@ def preflight(config, run, hf_user, use_bf16, micro_batch, changes):
         problems.report()  # before the base is unpacked, which takes 40 s
     with problems:
         base = open_base(config, run)
-        check_disk(base, run.recipe, run.folder)
     with problems:
         if run.wandb:
             check_wandb()
-    with problems:
-        precision, _ = choose_precision(run.recipe.precision, use_bf16)
-        check_base_weights(run.recipe, precision)
-    if not problems.texts:  # or there may be no prompts or no base
-        choose_schedule(run, changes, prompts, base)
-    with problems:
-        check_batch(run.recipe, micro_batch)
     problems.report()
+    if run.is_new:
+        run.auto = auto_fields(run, changes, prompts)
+        rows = len(prompts.splits["train"])
+        run.recipe, run.schedule = choose_schedule(run.recipe, run.auto, rows, base, prompts.scale)
+    check_recipe(run.recipe, base, prompts.scale, use_bf16, micro_batch)
 
     check_tokenizer(base.path, base.tokenizer, prompts.scale)
     data = describe_data(prompts)
@@ -3126,6 +2858,16 @@ def preflight(config, run, hf_user, use_bf16, micro_batch, changes):
     run.base_identity = base.identity
     run.hub = f"{account}/{run.folder.name}" if account else None
     return make_training_data(prompts.splits, base.tokenizer, run.recipe.val_size), base
+
+
+def auto_fields(run, changes, prompts):
+    """The fields of a new run's recipe that choose_schedule is to set, a list.
+
+    Of data that aren't the course's all that are not given; demo runs, made for CPUs, keep theirs.
+    """
+    if prompts.is_own and run.mode != "demo":
+        return [name for name in AUTO_FIELDS if changes.get(name, AUTO) == AUTO]
+    return [name for name in AUTO_FIELDS if getattr(run.recipe, name) == AUTO]
 
 
 def describe_data(prompts):

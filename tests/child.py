@@ -323,7 +323,6 @@ def spoil_export():
 def same_prompts(unit):
     """Prompts of every unit are those of unit 1, so that only what their numbers mean differs."""
     import items
-    import util
 
     items.PriceScale.question = items.QUESTION
     items.PriceScale.prefix = items.PREFIX

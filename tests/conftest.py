@@ -177,13 +177,11 @@ def tokenizers(llama_tokenizer, smol_tokenizer):
     return [llama_tokenizer, smol_tokenizer, unsplit]
 
 
-@pytest.fixture(scope="session")
-def tiny_base(smol_tokenizer, tmp_path_factory):
-    """The folder of a random Llama with two layers and SmolLM2's tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny-base")
+def write_base(folder, tokenizer):
+    """Writes a random Llama with two layers; returns the folder as text."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(smol_tokenizer),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -197,8 +195,20 @@ def tiny_base(smol_tokenizer, tmp_path_factory):
         pad_token_id=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    smol_tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(smol_tokenizer, tmp_path_factory):
+    """The folder of a base that spells numbers digit by digit."""
+    return write_base(tmp_path_factory.mktemp("tiny-base"), smol_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def number_base(llama_tokenizer, tmp_path_factory):
+    """The folder of a base to which each number is one token."""
+    return write_base(tmp_path_factory.mktemp("number-base"), llama_tokenizer)
 
 
 def attend_on_cpu(query, key, value, starts, _, longest, __, scale, window_size, enable_gqa=True):
@@ -321,15 +331,15 @@ def small_disk(tmp_path):
 def build(tiny_base, prepared, tmp_path):
     """`build(max_steps=2, …)` returns the PriceTrainer of a new run, with `trainer.train()` to do.
 
-    It trains the tiny base on the prepared data, in a folder of its own. `changes` replace fields
-    of the mode's recipe.
+    It trains the tiny base, or another, on the prepared data, in a folder of its own. `changes`
+    replace fields of the mode's recipe.
     """
     splits = load_prompts(prepared / DATASET)
     folders = []
 
-    def build(mode="lite", seed=1, micro_batch=None, fast=True, **changes):
+    def build(mode="lite", seed=1, micro_batch=None, fast=True, base=tiny_base, **changes):
         folders.append(tmp_path / f"built-{len(folders) + 1}")
-        config = RunConfig(base_model=tiny_base, local=True, output_dir=str(folders[-1]))
+        config = RunConfig(base_model=base, local=True, output_dir=str(folders[-1]))
         run = util.new_run(config, mode, RECIPES[mode], True, changes | {"seed": seed})
         base = util.open_base(config)
         data = util.make_training_data(splits, base.tokenizer, run.recipe.val_size)

@@ -1,11 +1,13 @@
 """Parts of the fast path that a CPU can compute, too; test_gpu.py has the rest."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import util
+from app import RECIPES
 from items import UserError
 
 ROUNDING = 1 / 16  # of 3 bits of mantissa, at most
@@ -84,21 +86,17 @@ def test_fp8_trains_as_bf16(build):
 
 
 @pytest.mark.parametrize(
-    ("capability", "precision", "problem"),
-    [
-        ((8, 0), "bf16", "needs a GPU of capability 8.9 or newer"),
-        ((9, 0), "fp32", "not in --precision fp32"),
-        ((8, 9), "bf16", None),
-    ],
+    ("capability", "precision", "is_refused"),
+    [((8, 0), "bf16", True), ((9, 0), "fp32", True), ((8, 9), "bf16", False)],
 )
-def test_fp8_needs_its_gpu(monkeypatch, capability, precision, problem):
+def test_fp8_needs_its_gpu(monkeypatch, capability, precision, is_refused):
     monkeypatch.setattr(util, "gpu_capability", lambda: capability)
-    recipe = SimpleNamespace(base_weights="fp8")
-    if problem is None:
-        util.check_base_weights(recipe, precision)
+    recipe = replace(RECIPES["lite"], base_weights="fp8", precision=precision)
+    if not is_refused:
+        util.check_recipe(recipe, None, None, True)
         return
-    with pytest.raises(UserError, match=problem):
-        util.check_base_weights(recipe, precision)
+    with pytest.raises(UserError, match="needs bf16 and a GPU of capability 8.9 or newer"):
+        util.check_recipe(recipe, None, None, True)
 
 
 @pytest.mark.parametrize(
@@ -128,21 +126,12 @@ def test_efficient_attention_refuses_windows():
 
 
 def test_failed_compiling_goes_on_without(capsys):
-    plan = util.Plan(
-        precision="fp16",
-        dequantised=True,
-        micro_batch=4,
-        accumulation=1,
-        checkpointing=False,
-        fast_path=util.FastPath(util.PACKED, True, True, True, False),
-        targets=(),
-        base_weights="",
-        reasons={},
-    )
-    trainer = SimpleNamespace(state=SimpleNamespace(global_step=0))
+    plan = util.Plan("fp16", (), attention=util.PACKED, compiled=True, graphs=True)
+    state = SimpleNamespace(global_step=0)
+    trainer = SimpleNamespace(state=state, has_begun=True)
     error = torch._dynamo.exc.InternalTorchDynamoError("no PTX for sm_60\nand more")
-    plan = util.without_failed_compiling(trainer, plan, error)
-    assert (plan.fast_path.compiled, plan.fast_path.graphs) == (False, False)
+    plan = util.go_on_without(trainer, plan, error)
+    assert (plan.compiled, plan.graphs) == (False, False)
     assert plan.reasons["Speed"] == "no padding, layers not compiled: compiling failed"
     said = capsys.readouterr().out
     assert said.count("\n") == 1

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import items
 import util
 from conftest import open_run_reader
 from items import completion_tokens
@@ -295,26 +296,13 @@ def test_fused_norms_read_alike(model, tokenizer):
 
 
 def make_price_loss(tokenizer, weight=2.5, spread=50.0):
-    tree = util.NumberTree(util.spell_numbers(tokenizer), "cpu")
-    return util.PriceLoss(weight, spread, tree)
+    ids = torch.tensor(util.find_number_ids(tokenizer, items.COURSE_SCALE))
+    return util.PriceLoss(weight, spread, ids)
 
 
 def loss_by_brute_force(loss, logits, truth):
-    """Of one row, number by number, from its nodes' logits."""
-    tree = loss.tree
-    logs = logits.log_softmax(-1)[:, tree.tokens]
-    column_of = {token: i for i, token in enumerate(tree.tokens)}
-    logs_of_numbers = []
-    for spelling in sorted(tree.number_of, key=tree.number_of.get):
-        log = 0
-        for k, token in enumerate(spelling):
-            log = log + logs[tree.node_at[spelling[:k]], column_of[token]]
-        if spelling in tree.node_at:  # another token could follow
-            log = log + (1 - logs[tree.node_at[spelling]].exp().sum()).log()
-        logs_of_numbers.append(log)
-    if not tree.branches:  # their shares don't depend on other tokens
-        assert len(logs) == 1
-    shares = torch.stack(logs_of_numbers).softmax(0)
+    """Of one prompt, number by number, from the logits behind it."""
+    shares = logits[loss.number_ids].softmax(0)
     score = 0
     for number in util.NUMBERS:
         reached = shares[: number + 1].sum()
@@ -322,40 +310,26 @@ def loss_by_brute_force(loss, logits, truth):
     return loss.weight * score / loss.spread
 
 
-@pytest.mark.parametrize("truth", [0, 219])
-def test_price_loss_equals_brute_force(tokenizer, truth):
-    """It and its gradient, to 1e-6 in 64 bits, for one token a number and one a digit."""
-    loss = make_price_loss(tokenizer)
-    torch.manual_seed(truth)
-    shape = (len(loss.tree.nodes), len(tokenizer))
-    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    found = loss.of_rows(logits[None], torch.tensor([truth]))
-    expected = loss_by_brute_force(loss, logits, truth)
+def test_price_loss_equals_brute_force(llama_tokenizer):
+    """It and its gradient, to 1e-6 in 64 bits; only tokens before a number count."""
+    loss = make_price_loss(llama_tokenizer)
+    torch.manual_seed(0)
+    logits = torch.randn(6, len(llama_tokenizer), dtype=torch.float64, requires_grad=True)
+    number = {n: int(loss.number_ids[n]) for n in (219, 0)}
+    other = llama_tokenizer.encode(".00", add_special_tokens=False)[0]
+    targets = torch.tensor([number[219], other, other, number[0], other, number[0]])
+    is_first = torch.tensor([True, False, False, True, False, False])
+    found = loss.of_tokens(logits, targets, is_first)
+    expected = sum(loss_by_brute_force(loss, logits[i], n) for i, n in ((0, 219), (3, 0)))
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert loss.latest == found
     gradients = [torch.autograd.grad(one, logits)[0] for one in (found, expected)]
     assert abs(gradients[0]).max() > 0
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("tokenizer", ["llama"], indirect=True)
-def test_packed_price_loss_is_that_of_rows(tokenizer):
-    """Of packed tokens only those before a number count."""
-    loss = make_price_loss(tokenizer)
-    logits = torch.randn(6, len(tokenizer), dtype=torch.float64)
-    number = {n: int(loss.tree.number_ids[n]) for n in (219, 7)}
-    other = tokenizer.encode(".00", add_special_tokens=False)[0]
-    targets = torch.tensor([number[219], other, other, number[7], other, number[7]])
-    is_first = torch.tensor([True, False, False, True, False, False])
-    found = loss.of_packed(logits, targets, is_first)
-    expected = loss.of_rows(logits[[0, 3]][:, None], torch.tensor([219, 7]))
-    assert found.item() == pytest.approx(expected.item())
-
-
-def test_completions_tell_their_number(tokenizer):
-    loss = make_price_loss(tokenizer)
-    texts = ["0.00", "7.00", "20.00", "219.00", "999.00"]
-    tokens = completion_tokens(texts, tokenizer)
-    assert [loss.tree.number_in(row) for row in tokens] == [0, 7, 20, 219, 999]
+def test_digits_have_no_price_loss(smol_tokenizer):
+    assert util.find_number_ids(smol_tokenizer, items.COURSE_SCALE) is None
 
 
 # Estimates

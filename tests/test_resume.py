@@ -12,12 +12,14 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
-from datasets import Dataset
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import app
@@ -25,7 +27,7 @@ import child
 import items
 import util
 from conftest import cut, flip, read
-from items import MANIFEST, row_lengths, write_manifest
+from items import MANIFEST, write_manifest
 from util import ADAPTER_FILE
 
 # 12 steps in 2 epochs, a checkpoint every second one
@@ -126,19 +128,13 @@ def test_kill_at_any_file_event(call, begin, whole, prepared, tmp_path, request,
 
 
 def test_finished_run_is_left_alone(call, whole, tmp_path):
-    shutil.copytree(whole / "outputs", tmp_path / "outputs")
-    said = call(*RESUME, cwd=tmp_path)
-    assert said.rstrip().endswith("run is finished")
-    assert_same_run(tmp_path, whole)
-
-
-def test_finished_run_takes_no_more(call, whole, tmp_path):
     """More epochs would be another schedule: it is said why, and nothing changes."""
     shutil.copytree(whole / "outputs", tmp_path / "outputs")
+    said = call(*RESUME, "--epochs", "2", cwd=tmp_path)
+    assert said.rstrip().endswith("run is finished")
     said = call(*RESUME, "--epochs", "3", cwd=tmp_path, code=1)
     assert "--resume run: the run is finished; epochs was 2 and is 3. Its learning rate has" in said
     assert_same_run(tmp_path, whole)
-    call(*RESUME, "--epochs", "2", cwd=tmp_path)
 
 
 def test_half_saved_checkpoint_never_counts(whole, tmp_path):
@@ -217,11 +213,35 @@ def test_damaged_checkpoint_is_skipped(whole, tmp_path, capsys, name, damage, pr
 
 
 def test_resume_skips_damage_exactly(call, whole, tmp_path):
+    """And the time that earlier sessions took is in the record."""
     run = copy_unfinished(whole, tmp_path, last=8)
     flip(run / "checkpoint-8" / "optimizer.pt")
+    record = read(run / "run.json")
+    record["seconds"] = {"load": 100, "train": 1000}
+    (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
     said = call(*RESUME, cwd=tmp_path)
     assert "Resuming from step 6" in said
     assert_same_run(tmp_path, whole)
+    seconds = read(run / "run.json")["seconds"]
+    assert seconds["load"] > 100
+    assert seconds["train"] > 1000
+
+
+def test_damaged_best_is_skipped(build, capsys):
+    """`--keep-best` takes the next best checkpoint, and says why."""
+    trainer = build(**SMALL | {"save_steps": 1, "learning_rate": 0.3, "keep_best": True})
+    trainer.train()
+    log = trainer.state.log_history
+    errors = {entry["step"]: entry["eval_mae"] for entry in log if "eval_mae" in entry}
+    best, next_best, *_ = sorted(errors, key=errors.get)
+    folder = Path(trainer.args.output_dir)
+    flip(folder / f"checkpoint-{best}" / ADAPTER_FILE)
+    trainer.load_best()
+    said = capsys.readouterr().out
+    assert f"checkpoint-{best}, the best, is skipped: {ADAPTER_FILE} is corrupt" in said
+    found = get_peft_model_state_dict(trainer.model)
+    for name, weight in load_file(folder / f"checkpoint-{next_best}" / ADAPTER_FILE).items():
+        assert torch.equal(found[name], weight)
 
 
 def test_no_complete_checkpoint_starts_anew(call, whole, tmp_path):
@@ -279,6 +299,21 @@ def test_second_signal_ends_at_once(begin, project):
     assert child.finish(process, within=5) == 128 + signal.SIGTERM
 
 
+def test_signal_needs_no_terminal(monkeypatch):
+    """After Ctrl-C in `| tee log` nobody reads what is said; the step is saved all the same."""
+
+    def refuse(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", refuse)
+    stopper = util.StopOnSignal()
+    stopper.on_signal(signal.SIGINT, None)
+    control = SimpleNamespace()
+    stopper.on_step_end(None, None, control)
+    assert control.should_save
+    assert control.should_training_stop
+
+
 # Full disks
 
 
@@ -287,7 +322,7 @@ def test_full_disk_leaves_older_checkpoints(call, begin, whole, prepared, small_
     folder = small_disk(400)
     shutil.copytree(prepared / "outputs", folder / "outputs")
     said = call(*begin, cwd=folder, code=1, hook="fill_the_disk_at_step", options=(7,))
-    assert "the disk is full. Older checkpoints are complete: make room, then resume by" in said
+    assert said.splitlines()[-1].startswith("app.py train: the disk is full")
     assert items.manifest_problem(folder / RUN / "checkpoint-6") is None
     (folder / "ballast").unlink()
     call(*RESUME, cwd=folder)
@@ -299,14 +334,7 @@ def test_checkpoint_beyond_the_quota_is_explained(call, begin, project):
     options = (3_600_000,)  # bytes: the tokenizer's file has fewer, optimizer.pt at this rank more
     begin = (*begin, "--lora-r", "512")
     said = call(*begin, cwd=project, code=1, hook="limit_file_size", options=options)
-    assert "the disk is full. Older checkpoints are complete" in said
-
-
-def test_small_disk_is_refused_first(call, begin, prepared, small_disk):
-    folder = small_disk(2)
-    shutil.copytree(prepared / "outputs", folder / "outputs")
-    said = call(*begin, cwd=folder, code=1)
-    assert "needed for 10 checkpoints. Make room or give another --output-dir" in said
+    assert said.splitlines()[-1].startswith("app.py train: the disk is full")
 
 
 # Bad numbers
@@ -383,11 +411,51 @@ SMALL = {
 }
 
 
+@pytest.mark.parametrize("accepts", [True, False])
 @pytest.mark.parametrize("micro_batch", [4, 1])
-def test_micro_batches_equal_the_batch(build, micro_batch):
+def test_micro_batches_equal_the_batch(build, monkeypatch, micro_batch, accepts):
+    """Also for models that say that they don't take the number of tokens, as Gemma 4 does."""
+    monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", accepts, raising=False)
     whole = losses(build(**SMALL))
     accumulated = losses(build(**SMALL, micro_batch=micro_batch))
     assert accumulated == pytest.approx(whole, abs=1e-5)
+
+
+def plain_loss(model, row):
+    """What the model itself says of one row, summed over the completion's tokens."""
+    labels = torch.tensor([row["labels"]])
+    loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss
+    return loss.item() * (labels != items.IGNORED).sum().item()
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_trained_loss_is_the_models(build, packed_attention, is_packed):
+    """Of padded and of packed rows; the model scales its logits as only itself knows."""
+    trainer = build(**SMALL)
+    model = trainer.model.eval()
+    rows = [trainer.train_dataset[i] for i in range(5)]
+    assert len({len(row["input_ids"]) for row in rows}) > 1
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, logits: 5 * torch.tanh(logits / 5))
+    expected = sum(plain_loss(model, row) for row in rows)
+    collate = util.collate_padded
+    if is_packed:
+        lengths = numpy.array([len(row["input_ids"]) for row in rows])
+        collate = util.PackedCollator(len(rows), lengths)
+        model.set_attn_implementation(util.PACKED)
+    assert util.summed_loss(model, collate(rows)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_price_loss_is_logged_apart(build, number_base):
+    """So the training's loss is what the validation's is: cross-entropy."""
+    settings = SMALL | {"base": number_base, "learning_rate": 1e-9, "max_steps": 2}
+    plain = losses(build(**settings))
+    trainer = build(**settings, price_loss=2.5, micro_batch=4)
+    assert losses(trainer) == pytest.approx(plain, abs=1e-5)
+    found = [entry["price_loss"] for entry in trainer.state.log_history if "price_loss" in entry]
+    assert len(found) == 2
+    most = 2.5 * len(util.NUMBERS) / trainer.price_loss.spread  # CRPS of the farthest answer
+    assert all(0 < value < most for value in found)
 
 
 def test_order_depends_on_seed_only(build):
@@ -463,7 +531,7 @@ def test_out_of_memory_while_resuming(call, whole, tmp_path):
 @pytest.mark.parametrize(("fp16", "most"), [(False, 1), (True, 10)])
 def test_bad_gradients_stop_the_run(fp16, most):
     """In fp16, whose scaler skips such steps, ten logged ones in a row."""
-    callback = util.LogWithCheckpoints()
+    callback = util.Checkpoints(None)
     arguments, state = SimpleNamespace(fp16=fp16), SimpleNamespace(global_step=5)
     bad = {"loss": 1.0, "grad_norm": math.inf, "learning_rate": 1e-4}
     for _ in range(most - 1):
@@ -473,30 +541,6 @@ def test_bad_gradients_stop_the_run(fp16, most):
         callback.on_log(arguments, state, None, logs=bad)
     with pytest.raises(items.UserError, match="the gradient is not finite"):
         callback.on_log(arguments, state, None, logs=bad)
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ((16, False), (8, False)),
-        ((8, False), (4, False)),
-        ((4, False), (4, True)),
-        ((4, True), (2, True)),
-        ((1, False), (1, True)),
-    ],
-)
-def test_smaller_plans_need_less_memory(planner, before, after):
-    """Smaller micro-batches; below four rows activation checkpointing comes first."""
-    plan = replace(planner.plan(), micro_batch=before[0], checkpointing=before[1])
-    plan = replace(plan, accumulation=32 // before[0]).shrink()
-    assert (plan.micro_batch, plan.checkpointing) == after
-    assert plan.micro_batch * plan.accumulation == 32
-    assert f"{after[0]}, × {plan.accumulation} accumulated" in plan.reasons["Micro-batch"]
-
-
-def test_smallest_plan_has_no_smaller(planner):
-    plan = replace(planner.plan(), micro_batch=1, accumulation=32, checkpointing=True)
-    assert plan.shrink() is None
 
 
 @pytest.fixture(scope="module")
@@ -518,111 +562,109 @@ def large_base(tiny_base):
     return base
 
 
+LENGTHS = numpy.array([100, 128])
+
+
 @pytest.fixture()
-def make_planner(large_base):
-    """`make_planner(lora_r=8)` is a Planner of lite for the shape of Llama-3.2-3B, on this machine.
+def plan_for(large_base, monkeypatch):
+    """`plan_for(bytes, lora_r=8)` is the Plan of lite for that shape with so much memory."""
 
-    The changes replace fields of the recipe.
-    """
-
-    def make_planner(**changes):
+    def plan_for(available, micro_batch=None, **changes):
+        monkeypatch.setattr(util, "memory", lambda: util.Memory(0, available, 0))
         config = app.RunConfig(base_model=large_base.path, lite_mode=True, local=True)
         run = util.new_run(config, "planned", app.RECIPES["lite"], True, changes)
-        data = SimpleNamespace(lengths=numpy.array([100, 128]), spread=100.0)
-        return util.Planner(large_base, run, data, use_bf16=False, micro_batch=None, fast=True)
+        data = SimpleNamespace(lengths=LENGTHS)
+        return util.make_plan(large_base, run, data, False, micro_batch)
 
-    return make_planner
-
-
-@pytest.fixture()
-def planner(make_planner):
-    return make_planner()
+    return plan_for
 
 
-def peak_bytes(planner, rows, checkpointing):
-    return planner.memory_estimate.peak(util.Placement(rows, checkpointing, False))
+def peak_bytes(base, rows, checkpointing, dequantised, precision="fp32"):
+    recipe = app.RECIPES["lite"]
+    targets = util.find_targets(base, recipe.targets)
+    plan = util.Plan(precision, targets.names, "nf4", dequantised, rows, 1, checkpointing)
+    return util.peak_bytes(plan, base, recipe, targets, LENGTHS)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32])
-def test_checkpointing_needs_less_memory(planner, rows):
-    assert peak_bytes(planner, rows, True) < peak_bytes(planner, rows, False)
+def test_memory_estimate_is_near(large_base):
+    """32 rows of Llama-3.2-3B took 17.2 GiB; checkpointing needs less."""
+    peak = peak_bytes(large_base, 32, False, False, "bf16")
+    assert 16 < peak / 2**30 < 32
+    assert peak_bytes(large_base, 1, True, False) < peak_bytes(large_base, 1, False, False)
 
 
 @pytest.mark.parametrize(
-    ("fits", "expected"),
+    ("fits", "asked", "expected"),
     [
-        ((32, False), (32, False)),
-        ((16, False), (16, False)),
-        ((4, False), (4, False)),
-        ((1, True), (1, True)),
-        ((0, True), (1, True)),
+        ((32, False, True), None, (32, False, True)),
+        ((32, False, False), None, (32, False, False)),
+        ((16, False, False), None, (16, False, False)),
+        ((4, False, False), None, (4, False, False)),
+        ((1, True, False), None, (1, True, False)),
+        ((0, True, False), None, (1, True, False)),
+        ((8, True, False), 8, (8, True, False)),
     ],
 )
-def test_micro_batch_fits_the_memory(planner, monkeypatch, fits, expected):
-    """As many rows as fit; activation checkpointing only where fewer than four would."""
-    available = 1.11 * peak_bytes(planner, *fits)
-    monkeypatch.setattr(util, "memory", lambda: util.Memory(0, available, 0))
-    placement = planner.place()
-    assert (placement.micro_batch, placement.checkpointing) == expected
-
-
-def test_asked_micro_batch_is_kept(planner, monkeypatch):
-    available = 1.11 * peak_bytes(planner, 8, True)
-    monkeypatch.setattr(util, "memory", lambda: util.Memory(0, available, 0))
-    planner.micro_batch = 8
-    assert planner.place() == util.Placement(8, True, False)
-
-
-@pytest.fixture()
-def gpu_of_t4_size(monkeypatch):
-    """The program sees a GPU of a T4's memory, which computes in fp16."""
-    available = int(14 * 2**30)
-    monkeypatch.setattr(util, "memory", lambda: util.Memory(0, available, 0))
-    monkeypatch.setattr(util, "choose_precision", lambda *_: ("fp16", "no bf16"))
-    monkeypatch.setattr(util, "choose_attention", lambda *_: util.PACKED_EFFICIENT)
+def test_fastest_plan_that_fits(large_base, plan_for, fits, asked, expected):
+    """As many rows as fit, or were asked for, then dequantised; checkpointing below four rows."""
+    plan = plan_for(1.11 * peak_bytes(large_base, *fits), asked)
+    assert (plan.micro_batch, plan.checkpointing, plan.dequantised) == expected
+    assert plan.micro_batch * plan.accumulation == 32
 
 
 @pytest.mark.parametrize(
     ("capability", "changes", "rows", "text"),
     [
-        ((7, 5), {}, 16, "float16 from nf4: micro-batches are cut from 32 to 16 rows to hold the"),
-        ((8, 6), {}, 32, "nf4: memory has no room for the 5.2 GiB dequantised"),
-        ((7, 5), {"base_weights": "nf4"}, 32, "nf4 (--base-weights)"),
+        ((7, 5), {}, 16, "fp16 from nf4, dequantised once: memory has room"),
+        ((8, 6), {}, 32, "nf4: no room for it dequantised"),
+        ((7, 5), {"base_weights": "nf4"}, 32, "nf4: as asked for"),
         ((8, 9), {"base_weights": "fp8"}, 16, "fp8 from nf4, a copy for products and one for"),
     ],
 )
-def test_weights_suit_the_gpu(
-    make_planner, gpu_of_t4_size, monkeypatch, capability, changes, rows, text
-):
-    """An old GPU gains by a dequantised base even where that takes smaller micro-batches."""
+def test_weights_suit_the_gpu(plan_for, monkeypatch, capability, changes, rows, text):
+    """A T4 gains by a dequantised base even where that takes smaller micro-batches."""
+    monkeypatch.setattr(util, "choose_precision", lambda *_: ("fp16", "no bf16"))
+    monkeypatch.setattr(util, "choose_attention", lambda *_: util.PACKED_EFFICIENT)
     monkeypatch.setattr(util, "gpu_capability", lambda: capability)
-    plan = make_planner(compile="on", lora_dropout=0.0, **changes).plan()
+    plan = plan_for(14 * 2**30, compile="on", lora_dropout=0.0, **changes)
     assert plan.micro_batch == rows
     assert plan.base_weights.startswith(text)
-    assert plan.fast_path.fp8 == (changes.get("base_weights") == "fp8")
+    assert plan.fp8 == (changes.get("base_weights") == "fp8")
     assert plan.dequantised == (not text.startswith("nf4"))
     assert not plan.checkpointing
 
 
-def test_memory_estimate_of_a_large_model(large_base):
-    """32 rows of Llama-3.2-3B took 17.2 GiB; sizes of that kind need 64-bit integers."""
-    lengths = row_lengths(Dataset.from_dict({"input_ids": [[0] * 128] * 2}))
-    recipe = app.RECIPES["lite"]
-    targets = util.find_targets(large_base, recipe.targets)
-    estimate = util.MemoryEstimate(
-        large_base, recipe, targets, lengths, "bf16", packed=False, storage="nf4"
-    )
-    peak = estimate.peak(util.Placement(32, checkpointing=False, compiled=False))
-    assert 16 < peak / 2**30 < 32
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((16, False), (8, False)),
+        ((8, False), (4, False)),
+        ((4, False), (4, True)),
+        ((4, True), (2, True)),
+        ((1, False), (1, True)),
+        ((1, True), None),
+    ],
+)
+def test_smaller_plans_need_less_memory(before, after):
+    """Smaller micro-batches; below four rows activation checkpointing comes first."""
+    plan = util.Plan("fp32", (), micro_batch=before[0], accumulation=32 // before[0])
+    plan = replace(plan, checkpointing=before[1]).without(torch.OutOfMemoryError())
+    if after is None:
+        assert plan is None
+        return
+    assert (plan.micro_batch, plan.checkpointing) == after
+    assert plan.micro_batch * plan.accumulation == 32
+    assert f"{after[0]}, × {plan.accumulation} accumulated" in plan.reasons["Micro-batch"]
 
 
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        ("--micro-batch 5 --batch-size 12", "--micro-batch 5: 12 rows a step can't be divided"),
+        ("--micro-batch 5 --batch-size 12", "`micro_batch` 5: 12 rows a step can't be divided"),
+        ("--price-loss 2.5", "`price_loss` 2.5: needs a base whose tokenizer spells each number"),
         pytest.param(
             "--precision fp16",
-            "--precision fp16: needs a GPU",
+            "`precision` fp16: needs a GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
     ],
@@ -632,16 +674,15 @@ def test_impossible_settings_are_one_line(call, shared, project, flags, problem)
     assert f"app.py train: {problem}" in said
 
 
+def test_rows_longer_than_the_base_reads(plan_for, large_base, monkeypatch):
+    monkeypatch.setattr(large_base.config, "max_position_embeddings", 127)
+    with pytest.raises(items.UserError, match="reads at most 127 tokens, and the longest row has"):
+        plan_for(2**40)
+
+
 def test_precision_can_be_forced(build):
     """Adapters stay in 32 bits."""
     trainer = build(precision="bf16", max_steps=2)
     assert trainer.args.bf16
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
-
-
-def test_history_has_no_timings(whole):
-    history = read(whole / RUN / "run.json")["history"]
-    text = json.dumps(history)
-    assert "runtime" not in text
-    assert "per_second" not in text

@@ -240,12 +240,12 @@ def test_price_loss_of_zero_changes_nothing(build):
     assert losses[0] == losses[1]
 
 
-def test_price_loss_trains_the_distribution(build):
+def test_price_loss_trains_the_distribution(build, number_base):
     """More of the score of the prices that it is for than cross-entropy alone, in equal steps."""
     scores = []
     for weight in (0.0, 20.0):
         settings = {"max_steps": 10, "learning_rate": 1e-2, "lora_dropout": 0.0, "batch_size": 4}
-        trainer = build(price_loss=weight, **settings)
+        trainer = build(price_loss=weight, base=number_base, **settings)
         trainer.train()
         rows = trainer.val_rows
         reading = trainer.reader.read(rows)
