@@ -854,7 +854,7 @@ def export_model(
 COLUMN_ROLES = ("title", "price", "text", "category")  # of --columns
 PACKAGES = (  # of requirements.txt
     *("torch", "transformers", "peft", "trl", "bitsandbytes"),
-    *("datasets", "huggingface_hub", "wandb", "matplotlib"),
+    *("datasets", "huggingface_hub", "wandb", "matplotlib", "sklearn"),
 )
 FLAGS_OF_ARGUMENTS = {  # where the names in Python differ
     "earlier": "compare",

@@ -35,7 +35,6 @@ import statistics
 import sys
 import textwrap
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -3835,11 +3834,8 @@ def score_distributions(estimates, truths, scale=items.COURSE_SCALE):
 
 SHOWN_ITEMS = 20  # of the user's own, on the screen
 SHOWN_TITLE = 80  # characters of their titles
-WORD_ROWS = 50_000  # that a WordRegression reads, at most
-WORD_COLUMNS = 2**18
+WORD_ROWS = 50_000  # that word_guesses reads, at most
 WORD_PENALTIES = (10, 3, 1, 0.3, 0.1, 0.03)
-WORD_STEPS = 50  # of conjugate gradients, at most
-WORD_TOLERANCE = 1e-3  # of the residual
 EXPORT_ROWS = 20  # on which an exported model is compared with its run
 MOST_MOVED = 0.25  # of a distribution's probability, between a run and its export
 
@@ -3978,115 +3974,28 @@ def first_rows(test, size):
     return list(test.select(range(count)))
 
 
-class WordRegression:
-    """What words alone tell of prices: the yardstick that a language model has to beat.
+def word_guesses(splits, rows):
+    """What words alone tell of the prices of rows: the yardstick that a model has to beat.
 
-    Ridge regression of the log price on words and pairs of neighbouring words, weighted by TF-IDF
-    with logarithmic counts. Words are hashed into WORD_COLUMNS. The penalty is the one with the
-    least error on the validation rows.
+    A list of money. By ridge regression of the log price on words and pairs of neighbouring words,
+    weighted by TF-IDF with logarithmic counts; its penalty is the one with the least error on the
+    validation rows.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer  # takes seconds to import
+    from sklearn.linear_model import Ridge
 
-    def __init__(self, train, val):
-        """From two Datasets of prompts, of which the first WORD_ROWS are read."""
-        train = first_rows(train, WORD_ROWS)
-        val = first_rows(val, WORD_ROWS)
-        self.hashes = {}
-        counts = self.count_words(train)
-        frequency = numpy.bincount(counts.columns, minlength=WORD_COLUMNS)
-        self.weights = numpy.log((1 + len(train)) / (1 + frequency)) + 1
-        self.weights[frequency == 0] = 0  # words that no training row has tell nothing
-        features = self.weigh(counts)
-        least = scale_of_rows(train).amount(0.5)  # half a unit: 0 has no logarithm
-        targets = numpy.log([max(truth_of(row), least) for row in train])
-        self.mean = targets.mean()
-
-        truths = numpy.array([truth_of(row) for row in val])
-        val_features = self.weigh(self.count_words(val))
-        found = []
-        coefficients = numpy.zeros(WORD_COLUMNS)
-        for penalty in WORD_PENALTIES:  # from the strongest, whose solution begins the next search
-            coefficients = solve_ridge(features, targets - self.mean, penalty, coefficients)
-            errors = abs(self.prices(val_features, coefficients) - truths)
-            found.append((errors.mean(), penalty, coefficients))
-        _, self.penalty, self.coefficients = min(found, key=lambda one: one[:2])
-
-    def guess(self, rows):
-        """The guesses for rows, an array of money."""
-        return self.prices(self.weigh(self.count_words(rows)), self.coefficients)
-
-    def prices(self, features, coefficients):
-        return numpy.exp(self.mean + features.times(coefficients))
-
-    def count_words(self, rows):
-        """The SparseRows of how often words and pairs are in the rows' descriptions."""
-        words = [self.hash_words(items.description_in(row["prompt"])) for row in rows]
-        lengths = [len(one) for one in words]
-        hashes = numpy.concatenate([numpy.array(one, dtype=numpy.uint64) for one in words])
-        in_row = numpy.repeat(numpy.arange(len(rows)), lengths)
-        is_pair = in_row[1:] == in_row[:-1]
-        pairs = (hashes[:-1] * numpy.uint64(0x9E3779B1) + hashes[1:])[is_pair]
-        columns = numpy.concatenate([hashes, pairs]) % numpy.uint64(WORD_COLUMNS)
-        all_rows = numpy.concatenate([in_row, in_row[1:][is_pair]])
-        places = all_rows * WORD_COLUMNS + columns.astype(numpy.int64)
-        places, counts = numpy.unique(places, return_counts=True)
-        return SparseRows(len(rows), places // WORD_COLUMNS, places % WORD_COLUMNS, counts)
-
-    def hash_words(self, text):
-        """A hash of each word of a text, a list."""
-        words = re.findall(r"\w+", text.casefold())
-        for word in words:
-            if word not in self.hashes:
-                self.hashes[word] = zlib.crc32(word.encode())
-        return [self.hashes[word] for word in words]
-
-    def weigh(self, counts):
-        """The TF-IDF of counted words, each row of length 1."""
-        values = (1 + numpy.log(counts.values)) * self.weights[counts.columns]
-        squares = numpy.bincount(counts.rows, values**2, minlength=counts.height)
-        lengths = numpy.sqrt(squares).clip(1e-12)
-        return replace(counts, values=values / lengths[counts.rows])
-
-
-@dataclass(frozen=True)
-class SparseRows:
-    """A matrix of `height` rows and WORD_COLUMNS columns, most of them zero."""
-
-    height: int
-    rows: numpy.ndarray  # of each value that isn't zero
-    columns: numpy.ndarray
-    values: numpy.ndarray
-
-    def times(self, vector):
-        """The product with a vector of columns: one of rows."""
-        return numpy.bincount(self.rows, self.values * vector[self.columns], minlength=self.height)
-
-    def transposed_times(self, vector):
-        """The product of the transposed matrix with a vector of rows: one of columns."""
-        return numpy.bincount(self.columns, self.values * vector[self.rows], WORD_COLUMNS)
-
-
-def solve_ridge(features, targets, penalty, start):
-    """The coefficients w that minimise |Xw − y|² + penalty · |w|², by conjugate gradients."""
-
-    def apply(vector):
-        return features.transposed_times(features.times(vector)) + penalty * vector
-
-    solution = start.copy()
-    residual = features.transposed_times(targets) - apply(solution)
-    direction = residual.copy()
-    size = residual @ residual
-    enough = WORD_TOLERANCE**2 * size
-    for _ in range(WORD_STEPS):
-        if size <= enough:
-            break
-        applied = apply(direction)
-        step = size / (direction @ applied)
-        solution += step * direction
-        residual -= step * applied
-        new_size = residual @ residual
-        direction = residual + new_size / size * direction
-        size = new_size
-    return solution
+    train, val = (first_rows(splits[name], WORD_ROWS) for name in ("train", "val"))
+    # A text without any word is one itself, or there may be none at all
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|^\W*$")
+    texts = [[items.description_in(row["prompt"]) for row in part] for part in (train, val, rows)]
+    features = vectorizer.fit_transform(texts[0])
+    val_features, row_features = map(vectorizer.transform, texts[1:])
+    least = scale_of_rows(train).amount(0.5)  # half a unit: 0 has no logarithm
+    logs = numpy.log([max(truth_of(row), least) for row in train])
+    truths = [truth_of(row) for row in val]
+    fits = [Ridge(alpha, solver="sparse_cg").fit(features, logs) for alpha in WORD_PENALTIES]
+    errors = [abs(numpy.exp(fit.predict(val_features)) - truths).mean() for fit in fits]
+    return numpy.exp(fits[numpy.argmin(errors)].predict(row_features)).tolist()
 
 
 @dataclass(frozen=True)
@@ -4311,7 +4220,7 @@ def score_run(run, config, subject, rows, answers, earlier, folder):
     }
     of_run = [estimate.guess for estimate in answers.of_run]
     compare = partial(compare_guesses, of_run=of_run, truths=truths, seed=config.seed)
-    results["words"] = compare(guesses_by_words(prompts.splits, rows))
+    results["words"] = compare(word_guesses(prompts.splits, rows))
     results["earlier"] = {name: compare(guesses) for name, guesses in earlier.items()}
     for name, estimates in answers.of_pooled.items():
         guesses = [estimate.guess for estimate in estimates]
@@ -4334,11 +4243,6 @@ def compare_guesses(guesses, of_run, truths, seed):
 def score_base(rows, estimates):
     """The figures of the untouched base's Estimates of rows."""
     return score(rows, estimates, "the untouched base model", with_charts=False)
-
-
-def guesses_by_words(splits, rows):
-    """What words alone tell of the prices of rows, by the splits' training rows; in money."""
-    return WordRegression(splits["train"], splits["val"]).guess(rows).tolist()
 
 
 def score_constants(constants, truths):
@@ -4455,7 +4359,7 @@ def score_own_rows(run, config, answers, rows, source):
     if splits:
         results["trained_on"] = count_trained_on(splits, priced_rows)
         guesses = [estimate.guess for estimate in of_run]
-        words = guesses_by_words(splits, priced_rows)
+        words = word_guesses(splits, priced_rows)
         results["words"] = compare_guesses(words, guesses, truths, config.seed)
     return results
 

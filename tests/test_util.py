@@ -10,13 +10,11 @@ import numpy
 import pytest
 import torch
 from datasets import Dataset
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import Ridge
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 
 import util
 from app import RunConfig
-from items import COURSE_SCALE, UserError, demo_items, description_in, write_json
+from items import COURSE_SCALE, UserError, demo_items, write_json
 from util import color, evaluate, headline, metrics, paired_difference, parse_price
 
 
@@ -413,43 +411,22 @@ def test_reliable_intervals_lie_on_the_line():
     assert list(line.get_ydata()) == pytest.approx(list(line.get_xdata()), abs=0.2)
 
 
-@pytest.fixture(scope="module")
-def word_rows():
-    """Rows of the demo's items: train, validation, test."""
+def test_words_tell_much_of_the_demo():
     rows = []
     for item in demo_items(600, seed=3):
         prompt = COURSE_SCALE.prompt(item.summary)
         rows.append({"prompt": prompt, "completion": f"{round(item.price)}.00"})
-    return rows[:500], rows[500:550], rows[550:]
-
-
-def test_words_equal_scikit_learn(word_rows):
-    """Ridge on TF-IDF of words and pairs, but for the words whose hashes are the same."""
-    train, val, test = word_rows
-    words = util.WordRegression(Dataset.from_list(train), Dataset.from_list(val))
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+")
-    texts = [[description_in(row["prompt"]) for row in rows] for rows in (train, test)]
-    features = vectorizer.fit_transform(texts[0])
-    logs = numpy.log([max(util.truth_of(row), 0.5) for row in train])
-    ridge = Ridge(words.penalty, fit_intercept=False).fit(features, logs - logs.mean())
-    expected = numpy.exp(logs.mean() + ridge.predict(vectorizer.transform(texts[1])))
-    assert words.guess(test) == pytest.approx(expected, rel=0.05)
-
-
-def test_words_tell_much_of_the_demo(word_rows):
-    train, val, test = word_rows
-    words = util.WordRegression(Dataset.from_list(train), Dataset.from_list(val))
-    truths = [util.truth_of(row) for row in test]
-    error = util.metrics(words.guess(test).tolist(), truths)["mae"]
-    median = util.metrics([float(numpy.median(truths))] * len(truths), truths)["mae"]
-    assert error < 0.6 * median
+    splits = {"train": Dataset.from_list(rows[:500]), "val": Dataset.from_list(rows[500:550])}
+    truths = [util.truth_of(row) for row in rows[550:]]
+    error = metrics(util.word_guesses(splits, rows[550:]), truths)["mae"]
+    assert error < 0.6 * metrics([float(numpy.median(truths))] * 50, truths)["mae"]
 
 
 @pytest.mark.parametrize("text", ["", "!", "x"])
 def test_words_may_be_few(text):
     row = {"prompt": COURSE_SCALE.prompt(text), "completion": "0.00"}
     data = Dataset.from_list([row])
-    assert util.WordRegression(data, data).guess([row]) == pytest.approx([0.5])
+    assert util.word_guesses({"train": data, "val": data}, [row]) == pytest.approx([0.5])
 
 
 def test_calibration_by_hand():
