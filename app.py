@@ -692,14 +692,12 @@ def evaluate_model(
     compare_base: bool = False,
     decode: str = "median",
     earlier=(),
-    pooled_names=(),
 ) -> dict:
     """Evaluates a run on the first `size` rows of its test split (None: all).
 
     Compares it with constant guesses, what words alone tell, runs evaluated `earlier` and, if asked
-    for, the untouched base. The price distributions of runs in `pooled_names` are averaged with its
-    own. `decode` selects how the distribution becomes one answer: median, mean, greedy. Mode and,
-    unless the config names others, base model and data are the run's. Writes results.json,
+    for, the untouched base. `decode` selects how the distribution becomes one answer: median, mean,
+    greedy. Mode and, unless the config names others, base model and data are the run's. Writes results.json,
     predictions.csv, report.html and charts to `{run's folder}/eval` and publishes them or, if
     they aren't the run's own (see util.Subject), to a folder beside it. Returns the content of
     results.json.
@@ -710,25 +708,19 @@ def evaluate_model(
     # 1) Find the run, its test rows and what it is compared with
     items.check_writable(config.output_dir)
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
-    pooled = [util.find_run(config, name, Recipe, hf_user) for name in pooled_names]
-    util.check_pool(run, pooled, decode)
-    pooled_bases = [util.open_base(config.for_run(one), one) for one in pooled]
     config = config.for_run(run)
     compare_base = compare_base or config.demo_mode
     prompts = items.find_prompts(config, run.data.get("hub"))
     base = util.open_base(config, run)
     rows = util.first_rows(prompts.splits["test"], size)
-    subject = util.make_subject(run, config, base, prompts, pooled)
+    subject = util.make_subject(run, config, base, prompts)
     earlier_guesses = util.read_earlier(config, earlier, rows, decode, subject.data)
     folder = subject.folder(run)
     if subject.differences:
         print(subject.describe_differences(folder))
 
     # 2) Read its answers and the untouched base's
-    answers = open_reader(run, base).answer(run, rows, decode, compare_base, keep=bool(pooled))
-    if pooled:
-        readers = map(open_reader, pooled, pooled_bases)
-        answers = util.pool_with(answers, run, pooled, readers, rows)
+    answers = open_reader(run, base).answer(run, rows, decode, compare_base)
 
     # 3) Write figures, charts and the report, replacing an older evaluation
     with items.replacing(folder) as new:
@@ -831,7 +823,7 @@ def export_model(
     expected = in_tree = None
     if rows:
         reader = run_reader.open(run.adapter, rows)
-        expected, _ = reader.answer(rows, keep=True)
+        expected = util.read_shares(reader, rows)
         in_tree = reader.in_tree
         reader = None
         util.release_memory()
@@ -858,7 +850,6 @@ PACKAGES = (  # of requirements.txt
 )
 FLAGS_OF_ARGUMENTS = {  # where the names in Python differ
     "earlier": "compare",
-    "pooled_names": "run_name",
     "folder": "export",
     "source": "input",
 }
@@ -1072,11 +1063,9 @@ def add_eval_flags(parser):
     )
     parser.add_argument(
         "--run-name",
-        nargs="+",
         type=plain_name,
         metavar="RUN",
-        help="the run to evaluate, `base` for the untouched base; of several runs of the same data "
-        "the price distributions are averaged (default: the newest local run)",
+        help="the run to evaluate, `base` for the untouched base (default: the newest local run)",
     )
     parser.add_argument("--revision", help="the adapter's commit on the Hub (default: the newest)")
     parser.add_argument(
@@ -1237,7 +1226,7 @@ def check_value(flag, name, value, project_name):
     """A value from Python as the command line would read it. Raises argparse.ArgumentTypeError."""
     if name == "columns":
         return check_columns(value)
-    if name in ("earlier", "pooled_names"):
+    if name == "earlier":
         names = as_list(value)
         return [check_value(flag, "run_name", one, project_name) for one in names]
     if name == "targets" and isinstance(value, tuple):
@@ -1308,12 +1297,7 @@ def parse_arguments(argv):
         args.resume = args.resume and without_project(args.resume, args.project_name)
     if args.stage == "eval":
         args.compare = [without_project(name, args.project_name) for name in args.compare]
-        names = [without_project(name, args.project_name) for name in args.run_name or ()]
-        args.run_name, args.pooled_names = names[0] if names else None, names[1:]
-        if args.pooled_names and (args.input or args.text is not None or args.export):
-            parser.error("--run-name: --input, --text and --export take one run")
-        if args.pooled_names and args.revision:
-            parser.error("--run-name: --revision is a commit of one run")
+        args.run_name = args.run_name and without_project(args.run_name, args.project_name)
     if args.lite and args.demo:  # one before, one after the subcommand
         parser.error("--lite and --demo exclude each other")
     if args.stage != "train" and args.columns:
@@ -1469,7 +1453,6 @@ def run_stage(args):
             compare_base=args.compare_base,
             decode=args.decode,
             earlier=args.compare,
-            pooled_names=args.pooled_names,
             **chosen,
         )
 

@@ -3262,26 +3262,35 @@ def rows_to_check(config, run):
     return first_rows(prompts.splits["val"], EXPORT_ROWS)
 
 
+def read_shares(reader, rows):
+    """The price distributions that a PriceReader reads of rows, an array of rows × NUMBERS."""
+
+    def read(batch):
+        return list(reader.read(batch).probabilities)
+
+    probabilities, _ = predict(read, rows, reader.batch_size, name=None)
+    return numpy.stack(probabilities) / numpy.sum(probabilities, 1, keepdims=True)
+
+
 def check_export(folder, rows, expected, in_tree):
     """Compares a written model, loaded by transformers alone, with the run; returns a line on it.
 
-    `expected` are the run's Estimates, with their probabilities. What is compared is the total
-    variation between two price distributions: how much of the one is elsewhere in the other. Raises
-    UserError if it is above MOST_MOVED, which 16 bits don't explain.
+    `expected` are the run's shares by read_shares. What is compared is the total variation between
+    two price distributions: how much of the one is elsewhere in the other. Raises UserError if it
+    is above MOST_MOVED, which 16 bits don't explain.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
-    reader = PriceReader(model, load_tokenizer(str(folder)), in_tree, scale_of_rows(rows).prefix)
-    found, _ = reader.answer(rows, keep=True)
-    shares = [kept_probabilities(one) for one in (found, expected)]
-    shares = [one / one.sum(1, keepdims=True) for one in shares]
-    moved = float(abs(shares[0] - shares[1]).sum(1).max() / 2)
-    pairs = zip(found, expected, strict=True)
-    difference = max(abs(one.median - other.median) for one, other in pairs)
+    scale = scale_of_rows(rows)
+    reader = PriceReader(model, load_tokenizer(str(folder)), in_tree, scale.prefix)
+    found = read_shares(reader, rows)
+    moved = float(abs(found - expected).sum(1).max() / 2)
+    medians = [(one.cumsum(1) >= 0.5).argmax(1) for one in (found, expected)]
+    difference = scale.amount(abs(medians[0] - medians[1]).max())
     text = (
         f"on {len(rows)} validation rows its price distributions differ from the run's by at most "
         f"{moved:.1%} of the probability (allowed are {MOST_MOVED:.0%}), its median prices by at "
-        f"most {scale_of_rows(rows).format(difference)}"
+        f"most {scale.format(difference)}"
     )
     if not moved <= MOST_MOVED:
         raise items.UserError(
@@ -3406,15 +3415,14 @@ class Estimate:
     nll: float
     crps: float
     rank: float
-    probabilities: object = None  # of NUMBERS, an array, if they are kept: see pool_answers
 
 
-def estimate_prices(probabilities, greedy, rows, decode="median", width=0.8, keep=False):
+def estimate_prices(probabilities, greedy, rows, decode="median", width=0.8):
     """The Estimates of rows from their probabilities of NUMBERS, an array of rows × 1,000.
 
     What a number means in money is the rows' PriceScale. `decode` names the answer, `width` is the
     share of a distribution that the 80 % interval has: see `calibrate`. Probability outside the
-    prices counts in `outside` and `nll` only. `keep` keeps the probabilities.
+    prices counts in `outside` and `nll` only.
     """
     scale = scale_of_rows(rows)
     inside = probabilities.sum(1, keepdims=True)
@@ -3451,16 +3459,7 @@ def estimate_prices(probabilities, greedy, rows, decode="median", width=0.8, kee
         columns[name] = scale.amount(numpy.asarray(columns[name]))
     columns["guess"] = columns[decode]
     values = numpy.stack(list(columns.values()), axis=1).astype(float).tolist()
-    kept = probabilities if keep else [None] * len(rows)
-    return [
-        Estimate(**dict(zip(columns, row, strict=True)), probabilities=one)
-        for row, one in zip(values, kept, strict=True)
-    ]
-
-
-def kept_probabilities(estimates):
-    """The probabilities that Estimates keep, an array of rows × 1,000."""
-    return numpy.stack([estimate.probabilities for estimate in estimates])
+    return [Estimate(**dict(zip(columns, row, strict=True))) for row in values]
 
 
 def calibrate(ranks):
@@ -3863,34 +3862,6 @@ class Answers:
     of_base: list | None
     seconds: float  # the run's
     decode: str  # which decoding is the answer
-    of_pooled: dict = field(default_factory=dict)  # {run: Estimates} of which of_run is the average
-
-
-def pool_with(answers, run, others, readers, rows):
-    """The Answers of a run and others together; `answers` are its own, `readers` RunReaders."""
-    members = {run.name: answers}
-    for other, reader in zip(others, readers, strict=True):
-        members[other.name] = reader.answer(other, rows, answers.decode, keep=True)
-    return pool_answers(members, rows)
-
-
-def pool_answers(answers, rows):
-    """The Answers of several runs together, from {run: its Answers, with kept probabilities}.
-
-    The average of their price distributions. Intervals are as read: each run's calibration is its
-    own.
-    """
-    first = next(iter(answers.values()))
-    members = {name: one.of_run for name, one in answers.items()}
-    probabilities = numpy.mean([kept_probabilities(one) for one in members.values()], axis=0)
-    likeliest = probabilities.argmax(1)
-    return Answers(
-        of_run=estimate_prices(probabilities, likeliest, rows, first.decode),
-        of_base=first.of_base,
-        seconds=sum(one.seconds for one in answers.values()),
-        decode=first.decode,
-        of_pooled=members,
-    )
 
 
 class RunReader:
@@ -3951,16 +3922,13 @@ class RunReader:
         """(the Estimates of rows, the seconds they took); `options` as of estimate_prices."""
         return self.open(adapter, rows).answer(rows, name, **options)
 
-    def answer(self, run, rows, decode="median", compare_base=False, keep=False):
-        """The Answers of a Run, which may be the untouched base.
-
-        `keep` keeps the probabilities of its Estimates.
-        """
+    def answer(self, run, rows, decode="median", compare_base=False):
+        """The Answers of a Run, which may be the untouched base."""
         of_base = None
         if run.adapter and compare_base:
             of_base, _ = self.estimate_rows(None, rows, "the base", decode=decode)
         name = "the run" if run.adapter else "the base"
-        options = {"decode": decode, "width": run.interval_width, "keep": keep}
+        options = {"decode": decode, "width": run.interval_width}
         of_run, seconds = self.estimate_rows(run.adapter, rows, name, **options)
         if len(rows) > 1:
             rate = len(rows) / seconds
@@ -4022,8 +3990,8 @@ class Subject:
         return f"Not the run's own evaluation, so it stays in {folder}, unpublished: {reasons}"
 
 
-def make_subject(run, config, base, prompts, pooled=()):
-    """The Subject of an evaluation of the run, with others `pooled`, on those prompts.
+def make_subject(run, config, base, prompts):
+    """The Subject of an evaluation of the run on those prompts.
 
     The untouched base has no data, base or card of its own. Of a run without run.json it isn't
     known what it was trained on.
@@ -4055,31 +4023,7 @@ def make_subject(run, config, base, prompts, pooled=()):
             "these are not the data that the run was trained on; "
             "test items may have been in training"
         )
-    if pooled:
-        names = [one.name for one in pooled]
-        differences["-".join(["pool", *map(short_name, names)])] = (
-            f"the price distributions of {', '.join([run.name, *names])} are averaged"
-        )
     return Subject(prompts, data, config.base_name, identity, run.revision, differences)
-
-
-def check_pool(run, pooled, decode):
-    """Raises UserError unless the runs can answer together."""
-    if not pooled:
-        return
-    if decode == "greedy":
-        raise items.UserError(
-            "--decode greedy: several runs together generate no answer. Take median or mean."
-        )
-    names = [run.name, *(one.name for one in pooled)]
-    if len(set(names)) < len(names):
-        raise items.UserError(f"--run-name {' '.join(names)}: names a run twice. Name each once.")
-    for one in pooled:
-        if one.data.get("fingerprint") != run.data.get("fingerprint"):
-            raise items.UserError(
-                f"--run-name {one.name}: was trained on other data than {run.name}. Pool runs of "
-                "the same data: other rows of it may be test items of the one."
-            )
 
 
 def is_own_base(run, config, base):
@@ -4197,10 +4141,9 @@ def score_run(run, config, subject, rows, answers, earlier, folder):
     prompts = subject.prompts
     truths = [truth_of(row) for row in rows]
     title = f"{run.folder.name} on {public_source(prompts.source)}"
-    calibration = {} if answers.of_pooled else run.calibration
-    results = score(rows, answers.of_run, title, folder, calibration)
+    results = score(rows, answers.of_run, title, folder, run.calibration)
     results |= {
-        "run": " + ".join(answers.of_pooled or [run.name]),
+        "run": run.name,
         "title": title,
         "decode": answers.decode,
         "items_per_s": len(rows) / answers.seconds,
@@ -4222,9 +4165,6 @@ def score_run(run, config, subject, rows, answers, earlier, folder):
     compare = partial(compare_guesses, of_run=of_run, truths=truths, seed=config.seed)
     results["words"] = compare(word_guesses(prompts.splits, rows))
     results["earlier"] = {name: compare(guesses) for name, guesses in earlier.items()}
-    for name, estimates in answers.of_pooled.items():
-        guesses = [estimate.guess for estimate in estimates]
-        results.setdefault("pooled", {})[name] = compare(guesses)
     if answers.of_base:
         results["base"] = score_base(rows, answers.of_base)
     if "implied_prices" in prompts.about:
@@ -4684,12 +4624,8 @@ def table_rows(results):
     }
     for name, figures in results.get("earlier", {}).items():
         rows[f"earlier {name}"] = figures
-    pooled = results.get("pooled", {})
-    for name, figures in pooled.items():
-        rows[f"{name} alone, {DECODINGS[results['decode']]}"] = figures
     for how, figures in reversed(results["decodings"].items()):
-        if how != "greedy" or not pooled:  # several runs together generate nothing
-            rows[f"run {results['run']}, {DECODINGS[how]}"] = figures
+        rows[f"run {results['run']}, {DECODINGS[how]}"] = figures
     rows["best reachable: the catalogue's own noise"] = results.get("best_reachable")
     if results.get("course"):
         for name, mae in LADDER.items():
@@ -4711,9 +4647,6 @@ def footnotes(results):
     for name, figures in results.get("earlier", {}).items():
         difference = format_difference(name, figures, scale)
         lines.append(f"This run's error less that of {name}, on the same items: {difference}")
-    for name, figures in results.get("pooled", {}).items():
-        difference = format_difference(f"{name} alone", figures, scale)
-        lines.append(f"The runs' error together less that of {name}: {difference}")
     if results.get("words"):
         difference = format_difference("words alone", results["words"], scale)
         lines.append(f"This run's error less that of words alone, on the same items: {difference}")
