@@ -26,6 +26,7 @@ import inspect
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -353,25 +354,6 @@ class RunConfig:
         """What a user types to resume a run, or to push what its folder has."""
         return self.command("train", resume=run_name)
 
-    def eval_command(self, run_name, size, decode, is_untouched=False):
-        """What a user types to evaluate a run on the first `size` rows of the same data.
-
-        The untouched base has no record that knows its mode and name.
-        """
-        options = {"run_name": run_name, "size": size}
-        if decode != DEFAULT_DECODE:
-            options["decode"] = decode
-        flags = ""
-        if is_untouched and self.mode != "full":
-            flags += f" --{self.mode}"
-        if is_untouched and self.local and not self.demo_mode:
-            flags += " --local"
-        if is_untouched and self.base_name not in (DEFAULT_BASE_MODEL, DEMO_BASE_MODEL):
-            flags += f" --base-model {shlex.quote(self.base_name)}"
-        if self.data_user:
-            flags += f" --data-user {self.data_user}"
-        return self.command("eval", flags, **options)
-
     @property
     def place_flags(self):
         """The flags that say where runs are, for commands; '' for the defaults."""
@@ -697,9 +679,9 @@ def evaluate_model(
 
     Compares it with constant guesses, what words alone tell, runs evaluated `earlier` and, if asked
     for, the untouched base. `decode` selects how the distribution becomes one answer: median, mean,
-    greedy. Mode and, unless the config names others, base model and data are the run's. Writes results.json,
-    predictions.csv, report.html and charts to `{run's folder}/eval` and publishes them or, if
-    they aren't the run's own (see util.Subject), to a folder beside it. Returns the content of
+    greedy. Mode and, unless the config names others, base model and data are the run's. Writes
+    results.json, predictions.csv, report.html and charts to `{run's folder}/eval` and publishes
+    them or, if they aren't the run's own, to a folder beside it. Returns the content of
     results.json.
     """
     import items
@@ -709,36 +691,77 @@ def evaluate_model(
     items.check_writable(config.output_dir)
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
     config = config.for_run(run)
-    compare_base = compare_base or config.demo_mode
     prompts = items.find_prompts(config, run.data.get("hub"))
     base = util.open_base(config, run)
+    util.check_tokenizer(base.path, base.tokenizer, prompts.scale)
     rows = util.first_rows(prompts.splits["test"], size)
-    subject = util.make_subject(run, config, base, prompts)
-    earlier_guesses = util.read_earlier(config, earlier, rows, decode, subject.data)
-    folder = subject.folder(run)
-    if subject.differences:
-        print(subject.describe_differences(folder))
+    data = util.describe_data(prompts)
+    is_foreign = bool(run.owner or run.revision)
+    folder, differences = util.evaluation_folder(run, data, base, is_foreign)
+    earlier_guesses = read_earlier(config, earlier, rows, decode, base)
+    if differences:
+        reasons = "; ".join(differences)
+        print(f"Not the run's own evaluation, so it stays in {folder}, unpublished: {reasons}")
 
     # 2) Read its answers and the untouched base's
-    answers = open_reader(run, base).answer(run, rows, decode, compare_base)
+    compare_base = compare_base or config.demo_mode
+    answers = util.read_answers(open_reader(run, base, rows), run, rows, decode, compare_base)
 
     # 3) Write figures, charts and the report, replacing an older evaluation
     with items.replacing(folder) as new:
-        results = util.score_run(run, config, subject, rows, answers, earlier_guesses, new)
-        util.write_evaluation(new, results, run)
-        replaced = util.replaced_evaluation(folder, results)
+        results, table = util.score_run(
+            run, base, prompts, data, rows, answers, earlier_guesses, config.seed, new
+        )
+        results |= {"revision": run.revision, "differences": differences}
+        util.write_evaluation(new, results, run, table)
     print(util.format_table(results))
-    if replaced:
-        print(replaced)
     print(f"Saved: {folder}; {folder / 'report.html'} shows it all")
 
-    # 4) Publish them: the run's card, the Hub, Weights & Biases
-    util.publish_evaluation(run, folder, results)
+    # 4) Publish them, if they are its own: the run's card, the Hub, Weights & Biases
+    if not differences:
+        if run.data:
+            util.write_card(run.folder, run, results)
+        util.push_run(run)
+        if run.wandb:
+            util.log_evaluation(run, folder, results)
     return results
 
 
-def open_reader(run, base):
-    """The util.RunReader that reads prices from a base, with or without the run's adapter."""
+def read_earlier(config, names, rows, decode, base):
+    """{run: its guesses} of earlier evaluations on the same rows, of the untouched base by `base`.
+
+    Raises one UserError that names all that can't be compared.
+    """
+    import items
+    import util
+
+    records = util.read_records(config)
+    guesses = {}
+    problems = items.Problems()
+    for name in names:
+        folder = config.run_folder(name)
+        with problems:
+            if name != util.UNTOUCHED and not util.has_adapter(folder):
+                raise items.UserError(
+                    f"--compare {name}: no such finished run in {config.output_dir}. "
+                    f"There are: {', '.join(records)}."
+                )
+            identity = base.identity
+            if name != util.UNTOUCHED:
+                identity = records.get(name, {}).get("base_identity")
+            folders = sorted(folder.glob("eval*"))
+            guesses[name] = util.earlier_guesses(name, folders, rows, decode, identity)
+    problems.report()
+    return guesses
+
+
+def open_reader(run, base, rows):
+    """A function from an adapter's folder, or None, to a PriceReader of the base for rows."""
+    return partial(run_reader(run, base).open, rows=rows)
+
+
+def run_reader(run, base):
+    """The util.RunReader that loads a base, with or without the run's adapter."""
     import util
 
     use_bf16 = detect_bf16_support()
@@ -781,7 +804,7 @@ def price_items(
     if catalogue:
         print(items.format_own_rows(rows, catalogue))
 
-    answers = open_reader(run, base).answer(run, rows, decode, compare_base)
+    answers = util.read_answers(open_reader(run, base, rows), run, rows, decode, compare_base)
     table = util.price_table(rows, answers)
     print(util.format_prices(table, run.scale))
     if len(table) > util.SHOWN_ITEMS and not output:
@@ -789,10 +812,25 @@ def price_items(
     if output:
         items.write_table(output, table)
         print(f"Saved: {output}")
-    results = util.score_own_rows(run, config.for_run(run), answers, rows, source)
+    splits = local_training_data(config.for_run(run), run)
+    results = util.score_own_rows(run, answers, rows, source, splits, config.seed)
     if results:
         print(util.format_table(results))
     return table
+
+
+def local_training_data(config, run):
+    """The splits that a run was trained on, or None if they aren't on this machine."""
+    import items
+
+    folder = config.dataset_folder
+    if not folder.exists():
+        return None
+    try:
+        splits = items.load_prompts(folder)
+    except items.UserError:  # corrupt
+        return None
+    return splits if items.fingerprint(splits) == run.data.get("fingerprint") else None
 
 
 @stage_function
@@ -819,10 +857,10 @@ def export_model(
     config = config.for_run(run)
     base = util.open_base(config, run)
     rows = util.rows_to_check(config, run)
-    run_reader = open_reader(run, base)
+    loader = run_reader(run, base)
     expected = in_tree = None
     if rows:
-        reader = run_reader.open(run.adapter, rows)
+        reader = loader.open(run.adapter, rows)
         expected = util.read_shares(reader, rows)
         in_tree = reader.in_tree
         reader = None
@@ -830,7 +868,7 @@ def export_model(
 
     # 2) Write it merged, unless the check fails
     with items.replacing(folder) as new:
-        model = run_reader.load(run.adapter, out_precision="bf16")
+        model = loader.load(run.adapter, out_precision="bf16")
         util.save_merged(model, base, new, run)
         model = None
         util.release_memory()
@@ -1466,6 +1504,11 @@ def written_folders(args):
     return folders
 
 
+def as_flag(argument):
+    """The flag of an argument that a text names, as matched."""
+    return f"--{argument[1].replace('_', '-')}"
+
+
 def main(argv=None) -> None:
     """Parses the command line and calls the stage that it names."""
     set_up_streams()
@@ -1487,7 +1530,7 @@ def main(argv=None) -> None:
         print(stopped, flush=True)
         sys.exit(stopped.code)
     except UserError as error:
-        for line in str(error).splitlines():
+        for line in re.sub(r"`([a-z_]+)`", as_flag, str(error)).splitlines():
             print(f"app.py {args.stage}: {line}", file=sys.stderr)
         sys.exit(error.code)
 

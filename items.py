@@ -95,6 +95,7 @@ SHOWN_EXAMPLE = 40  # characters of a cell that shows why rows are dropped
 TOKEN_CHARACTERS = 5  # most texts have fewer of them a token
 MERGE_MARGIN = 8  # tokens before a text's end that what follows can change; in fact one or two
 MAX_COUNTED = 20_000  # training rows whose tokens `prepare` counts
+COURSE_USER = "ed-donner"  # publishes the course's datasets
 COURSE_SIZES = (20_000, 800_000)  # training rows of lite and full; a few may be dropped
 MANIFEST = "manifest.json"
 

@@ -29,12 +29,12 @@ import math
 import os
 import re
 import resource
-import shlex
 import signal
 import statistics
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -49,6 +49,7 @@ from pathlib import Path
 import bitsandbytes
 import jinja2
 import numpy
+import pandas
 import psutil
 import torch
 from accelerate import PartialState
@@ -380,6 +381,7 @@ def open_base(config, run=None):
         with items.hub_errors(name):
             revision = Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
     base = Base(path, revision)
+    base.name, base.title = name, base_title(name, config)
     base.check()
     return base
 
@@ -2087,7 +2089,7 @@ class PriceTrainer(SFTTrainer):
         answers = self.read_validation()
         self.validated = (self.state.global_step, [estimate for _, estimate in answers])
         losses = [loss for losses_of_row, _ in answers for loss in losses_of_row]
-        guesses = [estimate.median for _, estimate in answers]
+        guesses = [estimate.guess for _, estimate in answers]
         truths = [truth_of(row) for row in self.val_rows]
         figures = {
             "eval_loss": sum(losses) / len(losses),
@@ -2869,20 +2871,6 @@ def auto_fields(run, changes, prompts):
     return [name for name in AUTO_FIELDS if getattr(run.recipe, name) == AUTO]
 
 
-def describe_data(prompts):
-    """What run.json records of the data."""
-    return {
-        "place": prompts.place,
-        "source": prompts.source,
-        "hub": prompts.about.get("hub"),
-        "cutoff": prompts.about.get("cutoff"),
-        **prompts.scale.record(),
-        "columns": prompts.about.get("columns"),
-        "fingerprint": items.fingerprint(prompts.splits),
-        "constants": items.constant_guesses(prompts.splits["train"]),
-    }
-
-
 def refuse_changes(run, changes, data, base):
     """Raises UserError if data, base or settings are not those that the run began with."""
     pairs = changed_settings(run, changes)
@@ -3142,7 +3130,7 @@ def save_run(run, trainer):
 
 
 def push_run(run):
-    """Pushes a run without its checkpoints and the evaluations that are not its own (see Subject).
+    """Pushes a run without its checkpoints and the evaluations that are not its own.
 
     Unless it is local. Returns its folder.
 
@@ -3285,8 +3273,7 @@ def check_export(folder, rows, expected, in_tree):
     reader = PriceReader(model, load_tokenizer(str(folder)), in_tree, scale.prefix)
     found = read_shares(reader, rows)
     moved = float(abs(found - expected).sum(1).max() / 2)
-    medians = [(one.cumsum(1) >= 0.5).argmax(1) for one in (found, expected)]
-    difference = scale.amount(abs(medians[0] - medians[1]).max())
+    difference = scale.amount(abs(quantile(found, 0.5) - quantile(expected, 0.5)).max())
     text = (
         f"on {len(rows)} validation rows its price distributions differ from the run's by at most "
         f"{moved:.1%} of the probability (allowed are {MOST_MOVED:.0%}), its median prices by at "
@@ -3384,14 +3371,31 @@ def log_evaluation(run, folder, results):
 # ------------------------------------------------------------------------------------------------
 # 8. Figures
 
-DECODINGS = {
-    "median": "the median price",
-    "mean": "the mean price",
-    "greedy": "what generation answers",  # token by token; not always the likeliest number
-}
 BAND_STARTS = (0, 20, 50, 100, 250)  # units, of the bands that errors are grouped by
 BAND_END = 1000
 WORST_ITEMS = 100  # of an evaluation, in results.json and the report
+
+
+def quantile(shares, level):
+    """The smallest numbers that have at least `level` of the distributions at or below them."""
+    return (shares.cumsum(1) >= level - 1e-12).argmax(1)  # the first one
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A way in which price distributions become answers."""
+
+    words: str
+    numbers: Callable  # from shares, rows × NUMBERS, and the greedy numbers to one number a row
+
+
+DECODINGS = {
+    # It minimises the expected absolute error
+    "median": Decoding("the median price", lambda shares, greedy: quantile(shares, 0.5)),
+    "mean": Decoding("the mean price", lambda shares, greedy: shares @ numpy.array(NUMBERS)),
+    # Token by token, which is not always the likeliest number
+    "greedy": Decoding("what generation answers", lambda shares, greedy: greedy),
+}
 
 
 @dataclass(frozen=True)
@@ -3404,10 +3408,8 @@ class Estimate:
     distribution below the truth, half of the truth's own share included.
     """
 
-    guess: float  # the answer: one of the next three
-    median: float  # minimises the expected absolute error
-    mean: float
-    greedy: float  # the number that greedy generation would spell
+    guess: float  # one of the answers
+    answers: dict  # {one of DECODINGS: its answer}
     low: float  # ends of the 80 % interval, which is central
     high: float
     mass: float  # share of the distribution in it, both ends included
@@ -3429,37 +3431,32 @@ def estimate_prices(probabilities, greedy, rows, decode="median", width=0.8):
     prices = numpy.arange(probabilities.shape[1])
     shares = probabilities / inside
     reached = shares.cumsum(1)
-
-    def quantile(share):
-        return (reached >= share - 1e-12).argmax(1)
-
-    low, high = quantile((1 - width) / 2), quantile((1 + width) / 2)
-    row_numbers = numpy.arange(len(rows))
-    below_low = reached[row_numbers, low] - shares[row_numbers, low]
+    low, high = quantile(shares, (1 - width) / 2), quantile(shares, (1 + width) / 2)
+    each_row = numpy.arange(len(rows))
+    below_low = reached[each_row, low] - shares[each_row, low]
     truths = numpy.array([float(row.get("completion") or math.nan) for row in rows])
-    nearest = numpy.nan_to_num(truths).round().clip(0, prices[-1]).astype(int)
-    at_truth = row_numbers, nearest
     is_known = numpy.where(numpy.isnan(truths), math.nan, 1)
+    at_truth = each_row, numpy.nan_to_num(truths).round().clip(0, prices[-1]).astype(int)
     distance = (shares * abs(prices - truths[:, None])).sum(1)
     spread = (reached * (1 - reached)).sum(1)
-
-    columns = {
-        "median": quantile(0.5),
-        "mean": shares @ prices,
-        "greedy": greedy,
-        "low": low,
-        "high": high,
-        "mass": reached[row_numbers, high] - below_low,
-        "outside": 1 - inside[:, 0],
-        "nll": -numpy.log(probabilities[at_truth].clip(1e-12)) * is_known,
-        "crps": distance - spread,
-        "rank": (reached[at_truth] - shares[at_truth] / 2) * is_known,
-    }
-    for name in ("median", "mean", "greedy", "low", "high", "crps"):
-        columns[name] = scale.amount(numpy.asarray(columns[name]))
-    columns["guess"] = columns[decode]
-    values = numpy.stack(list(columns.values()), axis=1).astype(float).tolist()
-    return [Estimate(**dict(zip(columns, row, strict=True))) for row in values]
+    answers = {}
+    for how, decoding in DECODINGS.items():
+        numbers = numpy.asarray(decoding.numbers(shares, greedy), dtype=float)
+        answers[how] = scale.amount(numbers).tolist()
+    of_rows = [dict(zip(answers, one, strict=True)) for one in zip(*answers.values(), strict=True)]
+    others = [
+        scale.amount(low),
+        scale.amount(high),
+        reached[each_row, high] - below_low,  # mass
+        1 - inside[:, 0],  # outside
+        -numpy.log(probabilities[at_truth].clip(1e-12)) * is_known,  # nll
+        scale.amount(distance - spread),  # crps
+        (reached[at_truth] - shares[at_truth] / 2) * is_known,  # rank
+    ]
+    columns = numpy.stack(others, axis=1).astype(float).tolist()
+    return [
+        Estimate(one[decode], one, *values) for one, values in zip(of_rows, columns, strict=True)
+    ]
 
 
 def calibrate(ranks):
@@ -3475,8 +3472,7 @@ def calibrate(ranks):
         return {}
     distances = [0.0, *sorted(abs(2 * rank - 1) for rank in ranks), 1.0]
     places = [math.ceil((count + 1) * promise / 100) for promise in INTERVAL_WIDTHS]
-    widths = [distances[place] for place in places]
-    return {"rows": count, "widths": widths}
+    return {"rows": count, "widths": [distances[place] for place in places]}
 
 
 def interval_width(calibration, promise=80):
@@ -3539,19 +3535,21 @@ def metrics(guesses, truths):
     }
 
 
-def paired_difference(errors, others, seed, draws=2000):
-    """How much larger the mean of `errors` is than that of `others`, on the same items.
+def compare_guesses(guesses, of_run, truths, seed, draws=2000):
+    """The `metrics` of guesses, and how much larger the mean error of a run's guesses is.
 
-    {difference, low, high}, with the 95 % interval of the bootstrap over items (Efron 1979), which
-    is NaN for a single item.
+    {…, difference, low, high}: with the 95 % interval of the bootstrap over items (Efron 1979),
+    which is NaN for a single item.
     """
-    differences = numpy.subtract(errors, others)
-    if len(differences) < 2:
-        return {"difference": float(differences.mean()), "low": math.nan, "high": math.nan}
-    rng = numpy.random.default_rng(seed)
-    means = [rng.choice(differences, len(differences)).mean() for _ in range(draws)]
-    low, high = numpy.quantile(means, (0.025, 0.975))
-    return {"difference": float(differences.mean()), "low": float(low), "high": float(high)}
+    others, errors = (abs(numpy.subtract(one, truths)) for one in (guesses, of_run))
+    differences = errors - others
+    low = high = math.nan
+    if len(differences) > 1:
+        rng = numpy.random.default_rng(seed)
+        means = [rng.choice(differences, len(differences)).mean() for _ in range(draws)]
+        low, high = numpy.quantile(means, (0.025, 0.975)).tolist()
+    paired = {"difference": float(differences.mean()), "low": low, "high": high}
+    return metrics(guesses, truths) | paired
 
 
 def truth_of(row):
@@ -3572,9 +3570,8 @@ def field_of(prompt, name):
 
 def title_of(prompt):
     """The product's title; for a description without a title line, its first line."""
-    body = prompt.split("\n\n", 1)[-1].strip()
-    first_line = body.splitlines()[0] if body else ""
-    return field_of(prompt, "Title") or first_line
+    lines = prompt.split("\n\n", 1)[-1].strip().splitlines()
+    return field_of(prompt, "Title") or "".join(lines[:1])
 
 
 def category_of(prompt):
@@ -3609,35 +3606,29 @@ def evaluate(function, data, size=200, workers=1, batch_size=None, folder=None, 
     `data` are rows of prompt and completion, Items or whatever else has a price, in a list, a
     Dataset or a slice of one, a DataFrame or any iterable. `size=None` takes all, as do fewer than
     `size`. `workers` calls run at the same time. See `predict` for `batch_size` and `score` for
-    what is printed, written and returned. Raises ValueError without items, or for one without a
-    price.
+    what is printed and returned; charts and predictions.csv are written to `folder`, if given, the
+    charts shown in a notebook. Raises ValueError without items, or for one without a price.
     """
-    rows = [row_to_judge(item) for item in islice(items_of(data), size)]
+    if isinstance(data, dict):  # a slice of a Dataset
+        data = pandas.DataFrame(data)
+    if isinstance(data, pandas.DataFrame):
+        data = data.to_dict("records")
+    rows = [row_to_judge(item) for item in islice(data, size)]
     if not rows:
         raise ValueError("evaluate needs at least one row of prompt and completion, or Item")
 
-    def ask(row):
-        return function(row["item"])
+    def ask(batch):
+        given = [row["item"] for row in batch]
+        return function(given) if batch_size else [function(item) for item in given]
 
-    def ask_all(batch):
-        return function([row["item"] for row in batch])
-
-    answers, seconds = predict(ask_all if batch_size else ask, rows, batch_size, threads=workers)
+    answers, seconds = predict(ask, rows, batch_size or 1, threads=workers)
     title = title or getattr(function, "__name__", "model").replace("__", ".").replace("_", " ")
-    return score(rows, answers, title, folder) | {
-        "items_per_s": len(rows) / seconds,
-        "seconds": seconds,
-    }
-
-
-def items_of(data):
-    """The items of what `evaluate` gets, one by one."""
-    if hasattr(data, "to_dict") and hasattr(data, "columns"):  # a DataFrame
-        return iter(data.to_dict("records"))
-    if isinstance(data, dict):  # a slice of a Dataset: {column: values}
-        columns = zip(*data.values(), strict=True)
-        return (dict(zip(data, values, strict=True)) for values in columns)
-    return iter(data)
+    figures, table = score(rows, answers, title)
+    if folder or in_notebook():
+        draw_figures(figures, table, title, folder)
+    if folder:
+        items.write_table(Path(folder) / "predictions.csv", table)
+    return figures | {"items_per_s": len(rows) / seconds, "seconds": seconds}
 
 
 def row_to_judge(item):
@@ -3645,51 +3636,47 @@ def row_to_judge(item):
 
     Raises ValueError if it has neither a completion nor a price.
     """
-
-    def value_of(name):
-        return item.get(name) if isinstance(item, dict) else getattr(item, name, None)
-
-    is_row = isinstance(item, dict) and value_of("completion") is not None
-    if is_row:
-        return item | {"prompt": value_of("prompt") or "", "item": item}
-    price = parse_price(value_of("price"))
+    if isinstance(item, dict) and item.get("completion") is not None:
+        return item | {"prompt": item.get("prompt") or "", "item": item}
+    get = item.get if isinstance(item, dict) else partial(getattr, item)
+    price = parse_price(get("price", None))
     if price is None:
         raise ValueError(f"evaluate needs a completion or a price, which {item!r:.80} has not")
-    scale = items.scale_of(value_of("prompt") or "")
-    description = f"Title: {value_of('title')}"
-    if value_of("category"):
-        description += f"\nCategory: {value_of('category')}"
+    scale = items.scale_of(get("prompt", None) or "")
+    category = get("category", None)
+    description = f"Title: {get('title', None)}" + (f"\nCategory: {category}" if category else "")
     completion = scale.completion(price, do_round=False)
     return {"prompt": scale.prompt(description), "completion": completion, "item": item}
 
 
-def predict(function, rows, batch_size=None, name="the model", threads=1):
-    """(the answers of `function` to `rows`, in their order; the seconds they took).
+def predict(function, rows, batch_size, name="the model", threads=1):
+    """(the answers to `rows`, in their order; the seconds they took).
 
-    Without `batch_size` the function gets one row and returns one answer; with it, it gets a list
-    of at most so many rows of similar length, the longest first, and returns a list of answers.
-    `threads` calls run at the same time. Without a `name` there is no progress bar.
+    The function gets lists of at most so many rows of similar length, the longest first, and
+    returns a list of answers. `threads` calls run at the same time. Without a `name` there is no
+    progress bar.
     """
     order = list(range(len(rows)))
-    if batch_size:  # rows of similar length together need less padding
+    if batch_size > 1:  # rows of similar length together need less padding
         order.sort(key=lambda i: len(rows[i]["prompt"]), reverse=True)
-    step = batch_size or 1
-    batches = [order[first : first + step] for first in range(0, len(rows), step)]
-
-    def answer(batch):
-        chosen = [rows[i] for i in batch]
-        return answer_in_memory(function, chosen) if batch_size else [function(chosen[0])]
-
-    answers = [None] * len(rows)
-    bar = ErrorBar(rows, name)
+    batches = [order[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    chosen = [[rows[i] for i in batch] for batch in batches]
+    answers, errors = [None] * len(rows), []
     pool = ThreadPoolExecutor(threads)
     answer_all = pool.map if threads > 1 else map
     start = time.perf_counter()
+    bar = tqdm(total=len(rows), desc=f"asking {name}", unit="item", disable=name is None)
     try:
-        for batch, found in zip(batches, answer_all(answer, batches), strict=True):
+        ask = partial(answer_in_memory, function)
+        for batch, found in zip(batches, answer_all(ask, chosen), strict=True):
             for i, one in zip(batch, found, strict=True):
                 answers[i] = one
-            bar.update([rows[i] for i in batch], found)
+                if name and rows[i].get("completion"):
+                    errors.append(abs((parse_price(one) or 0.0) - truth_of(rows[i])))
+            if errors:
+                error = scale_of_rows(rows).format(statistics.fmean(errors))
+                bar.set_postfix_str(f"mean error {error}", refresh=False)
+            bar.update(len(batch))
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
@@ -3707,52 +3694,39 @@ def answer_in_memory(function, rows):
         if len(rows) == 1:
             raise items.UserError(
                 f"Out of memory with one row of {len(rows[0]['prompt']):,} characters. Free the "
-                "GPU, or take a smaller --base-model."
+                "GPU, or take a smaller `base_model`."
             ) from error
     torch.cuda.empty_cache()
-    middle = len(rows) // 2
-    halves = (rows[:middle], rows[middle:])
+    halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     return [answer for half in halves for answer in answer_in_memory(function, half)]
 
 
-class ErrorBar:
-    """A progress bar that shows the mean error so far; nothing without a `name`."""
+def score(rows, answers, title, calibration=None):
+    """(the figures of the answers to rows of prompt and completion, a table of the predictions).
 
-    def __init__(self, rows, name):
-        self.bar = tqdm(total=len(rows), desc=f"asking {name}", unit="item", disable=name is None)
-        self.scale = scale_of_rows(rows)
-        self.error = 0.0
-        self.count = 0
-
-    def update(self, rows, answers):
-        self.bar.update(len(rows))
-        if self.bar.disable:
-            return
-        for row, answer in zip(rows, answers, strict=True):
-            if row.get("completion"):
-                self.error += abs((parse_price(answer) or 0.0) - truth_of(row))
-                self.count += 1
-        if self.count:
-            self.bar.set_postfix_str(f"mean error {self.scale.format(self.error / self.count)}")
-
-    def close(self):
-        self.bar.close()
-
-
-def score(rows, answers, title, folder=None, calibration=None, with_charts=True):
-    """The figures of the answers to rows of prompt and completion.
-
-    {n, mae, mae_ci95, mse, r2, unit, currency, parse_failures, by_category, by_price, worst}, and
-    for Estimates `decodings`, `distribution` and `intervals`. An answer without a number counts
-    as 0 and as one of the `parse_failures`. Prints the figures; writes charts and predictions.csv
-    to `folder`, if given; shows the charts in a notebook, unless `with_charts` is False.
-    `calibration` is what the answers' intervals were made by: see `calibrate`.
+    Figures are n, mae, mae_ci95, mse, r2, unit, currency, parse_failures, by_category, by_price,
+    worst, and for Estimates decodings, distribution and intervals. An answer without a number
+    counts as 0 and as one of the `parse_failures`. The table has a dict a row, with Estimates also
+    `low` and `high`. Prints the figures. `calibration` is what the answers' intervals were made by.
     """
     prices = [parse_price(answer) for answer in answers]
-    guesses = [price or 0.0 for price in prices]
     truths = [truth_of(row) for row in rows]
     scale = scale_of_rows(rows)
-    figures = metrics(guesses, truths) | scale.record()
+    table = []
+    for row, answer, price, truth in zip(rows, answers, prices, truths, strict=True):
+        entry = {
+            "index": len(table),
+            "title": title_of(row["prompt"]),
+            "category": category_of(row["prompt"]),
+            "truth": truth,
+            "guess": price or 0.0,
+            "error": round(abs((price or 0.0) - truth), 2),
+        }
+        if isinstance(answer, Estimate):
+            entry |= {"low": answer.low, "high": answer.high}
+        table.append(entry)
+
+    figures = metrics([row["guess"] for row in table], truths) | scale.record()
     figures["parse_failures"] = prices.count(None)
     interval = format_number(figures["mae_ci95"])
     print(f"{title}: {headline(figures)} (± {interval}, n = {figures['n']:,})")
@@ -3761,71 +3735,48 @@ def score(rows, answers, title, folder=None, calibration=None, with_charts=True)
     if figures["parse_failures"]:
         zero = f"{scale.currency}0"
         print(f"{figures['parse_failures']:,} answers named no price and count as {zero}")
-    draws = with_charts and (folder or in_notebook())
-    if draws:
-        save_figure(scatter(guesses, truths, figures, title), folder, "scatter.png")
-        save_figure(running_error(guesses, truths, figures, title), folder, "running_error.png")
-
-    table = prediction_table(rows, answers, guesses)
     figures["by_category"] = errors_by(table, lambda row: row["category"])
     figures["by_price"] = errors_by(table, lambda row: band_of(row["truth"], scale))
     figures["worst"] = sorted(table, key=lambda row: -row["error"])[:WORST_ITEMS]
     if all(isinstance(answer, Estimate) for answer in answers):
-        figures |= score_distributions(answers, truths, scale)
-        ranks = [answer.rank for answer in answers]
-        figures["intervals"] = {"as read": shares_within(ranks)}
-        if calibration:
-            figures["distribution"]["calibrated_on"] = calibration["rows"]
-            figures["intervals"]["calibrated"] = shares_within(ranks, calibration)
-        if draws:
-            chart = reliability(figures["intervals"], len(rows), title, figures["distribution"])
-            save_figure(chart, folder, "reliability.png")
-    if folder:
-        items.write_table(Path(folder) / "predictions.csv", table)
-    return figures
+        figures |= score_distributions(answers, truths, scale, calibration)
+    return figures, table
 
 
-def prediction_table(rows, answers, guesses):
-    """What predictions.csv holds, one dict a row; with Estimates also `low` and `high`."""
-    table = []
-    for i, (row, answer, guess) in enumerate(zip(rows, answers, guesses, strict=True)):
-        truth = truth_of(row)
-        entry = {
-            "index": i,
-            "title": title_of(row["prompt"]),
-            "category": category_of(row["prompt"]),
-            "truth": truth,
-            "guess": guess,
-            "error": round(abs(guess - truth), 2),
-        }
-        if isinstance(answer, Estimate):
-            entry |= {"low": answer.low, "high": answer.high}
-        table.append(entry)
-    return table
-
-
-def score_distributions(estimates, truths, scale=items.COURSE_SCALE):
-    """`decodings`, the figures by each way to answer, and scores of the `distribution`.
+def score_distributions(estimates, truths, scale=items.COURSE_SCALE, calibration=None):
+    """`decodings`, the figures by each way to answer; `distribution`, its scores; `intervals`.
 
     `coverage_80` is the share of true prices in the 80 % intervals, `promised_80` what these
     intervals hold of the distributions: more than 0.8 if they aren't calibrated, since they end at
     whole units.
     """
-    decodings = {}
-    for how in DECODINGS:
-        decodings[how] = metrics([getattr(estimate, how) for estimate in estimates], truths)
-    pairs = zip(estimates, truths, strict=True)
-    covered = [
-        estimate.low <= scale.amount(round(scale.number(truth))) <= estimate.high
-        for estimate, truth in pairs
-    ]
+    decodings = {
+        how: metrics([estimate.answers[how] for estimate in estimates], truths) for how in DECODINGS
+    }
+    whole = [scale.amount(round(scale.number(truth))) for truth in truths]
+    pairs = zip(estimates, whole, strict=True)
     distribution = {
-        "coverage_80": statistics.fmean(covered),
+        "coverage_80": statistics.fmean(one.low <= truth <= one.high for one, truth in pairs),
         "promised_80": statistics.fmean(estimate.mass for estimate in estimates),
     }
     for name in ("nll", "crps", "outside"):
         distribution[name] = statistics.fmean(getattr(estimate, name) for estimate in estimates)
-    return {"decodings": decodings, "distribution": distribution}
+    ranks = [estimate.rank for estimate in estimates]
+    intervals = {"as read": shares_within(ranks)}
+    if calibration:
+        distribution["calibrated_on"] = calibration["rows"]
+        intervals["calibrated"] = shares_within(ranks, calibration)
+    return {"decodings": decodings, "distribution": distribution, "intervals": intervals}
+
+
+def draw_figures(figures, table, title, folder=None):
+    """The charts of what `score` returns: into `folder`, if given, and in a notebook."""
+    guesses, truths = ([row[name] for row in table] for name in ("guess", "truth"))
+    save_figure(scatter(guesses, truths, figures, title), folder, "scatter.png")
+    save_figure(running_error(guesses, truths, figures, title), folder, "running_error.png")
+    if "intervals" in figures:
+        chart = reliability(figures["intervals"], len(table), title, figures["distribution"])
+        save_figure(chart, folder, "reliability.png")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3852,16 +3803,6 @@ def linear_parameters(model):
     """The number of weights of all linear layers."""
     layers = [module for module in model.modules() if hasattr(module, "in_features")]
     return sum(layer.in_features * layer.out_features for layer in layers)
-
-
-@dataclass
-class Answers:
-    """The Estimates of rows by a run and, if asked for, by the untouched base."""
-
-    of_run: list
-    of_base: list | None
-    seconds: float  # the run's
-    decode: str  # which decoding is the answer
 
 
 class RunReader:
@@ -3918,28 +3859,37 @@ class RunReader:
         prefix = scale_of_rows(rows).prefix
         return PriceReader(model, self.base.tokenizer, checked.in_tree, prefix)
 
-    def estimate_rows(self, adapter, rows, name, **options):
-        """(the Estimates of rows, the seconds they took); `options` as of estimate_prices."""
-        return self.open(adapter, rows).answer(rows, name, **options)
 
-    def answer(self, run, rows, decode="median", compare_base=False):
-        """The Answers of a Run, which may be the untouched base."""
-        of_base = None
-        if run.adapter and compare_base:
-            of_base, _ = self.estimate_rows(None, rows, "the base", decode=decode)
-        name = "the run" if run.adapter else "the base"
-        options = {"decode": decode, "width": run.interval_width}
-        of_run, seconds = self.estimate_rows(run.adapter, rows, name, **options)
-        if len(rows) > 1:
-            rate = len(rows) / seconds
-            print(f"Answers to {len(rows):,} items in {seconds:,.1f} s, {rate:,.1f} a second")
-        return Answers(of_run, of_base, seconds, decode)
+@dataclass
+class Answers:
+    """The Estimates of rows by a run and, if asked for, by the untouched base."""
+
+    of_run: list
+    of_base: list | None
+    seconds: float  # the run's
+    decode: str  # which decoding is the answer
+
+
+def read_answers(open_reader, run, rows, decode="median", compare_base=False):
+    """The Answers of a Run, which may be the untouched base, to rows.
+
+    `open_reader` takes the folder of an adapter, or None, and returns a PriceReader.
+    """
+    of_base = None
+    if run.adapter and compare_base:
+        of_base, _ = open_reader(None).answer(rows, "the base", decode=decode)
+    name = "the run" if run.adapter else "the base"
+    width = run.interval_width
+    of_run, seconds = open_reader(run.adapter).answer(rows, name, decode=decode, width=width)
+    if len(rows) > 1:
+        rate = len(rows) / seconds
+        print(f"Answers to {len(rows):,} items in {seconds:,.1f} s, {rate:,.1f} a second")
+    return Answers(of_run, of_base, seconds, decode)
 
 
 def first_rows(test, size):
     """The first `size` rows of a test split, all without one; a list."""
-    count = min(size or len(test), len(test))
-    return list(test.select(range(count)))
+    return list(test.select(range(min(size or len(test), len(test)))))
 
 
 def word_guesses(splits, rows):
@@ -3966,341 +3916,201 @@ def word_guesses(splits, rows):
     return numpy.exp(fits[numpy.argmin(errors)].predict(row_features)).tolist()
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What a run is evaluated on and by, and how this differs from the run's own.
+def describe_data(prompts):
+    """What run.json and results.json record of the data."""
+    return {
+        "place": prompts.place,
+        "source": prompts.source,
+        "hub": prompts.about.get("hub"),
+        "cutoff": prompts.about.get("cutoff"),
+        **prompts.scale.record(),
+        "columns": prompts.about.get("columns"),
+        "fingerprint": items.fingerprint(prompts.splits),
+        "constants": items.constant_guesses(prompts.splits["train"]),
+    }
 
-    An evaluation that differs is not the run's: it has a folder of its own, and isn't published.
+
+def evaluation_folder(run, data, base, is_foreign=False):
+    """(the folder of an evaluation, how it differs from the run's own in words, a list).
+
+    The run's own is in `eval`, and is published. `data` are as by describe_data; `is_foreign` says
+    that the adapter isn't the user's newest. Raises UserError for data in another unit.
     """
-
-    prompts: object  # items.Prompts
-    data: dict  # as in run.json
-    base_model: str
-    base_identity: str
-    revision: str | None
-    differences: dict  # {short name, for the folder: what differs, in words}
-
-    def folder(self, run):
-        """Where the evaluation is written: `eval`, with the differences' names if it has any."""
-        return run.folder / "-".join(["eval", *self.differences])
-
-    def describe_differences(self, folder):
-        """Why the evaluation in that folder isn't published, a line."""
-        reasons = "; ".join(self.differences.values())
-        return f"Not the run's own evaluation, so it stays in {folder}, unpublished: {reasons}"
-
-
-def make_subject(run, config, base, prompts):
-    """The Subject of an evaluation of the run on those prompts.
-
-    The untouched base has no data, base or card of its own. Of a run without run.json it isn't
-    known what it was trained on.
-    """
-    data = describe_data(prompts)
-    if run.data and run.scale != prompts.scale:
+    scale = items.PriceScale.from_record(data)
+    if run.data and run.scale != scale:
         raise items.UserError(
-            f"{run.name}: its prices are in steps of {run.scale.step}, those of {prompts.place} in "
-            f"steps of {prompts.scale.step}. Prepare these data as the run's were, with --unit "
-            f"{items.format_unit(run.scale.unit)} --currency {shlex.quote(run.scale.currency)}."
+            f"{run.name}: its prices are in steps of {run.scale.step}, those of {data['place']} in "
+            f"steps of {scale.step}. Prepare what it was trained on again: {run.data['source']}."
         )
-    check_tokenizer(base.path, base.tokenizer, prompts.scale)
-    identity = base.identity
-    differences = {}
-    if run.owner:
-        differences[f"of-{run.owner}"] = f"the run is {run.owner}'s"
-    if run.revision:
-        differences[f"revision-{short_name(run.revision)}"] = (
-            f"the adapter is that of revision {run.revision}"
-        )
-    if run.adapter and not is_own_base(run, config, base):
-        name = short_name(Path(config.base_name).name)
-        differences[f"base-{name}-{identity[:8]}"] = (
-            f"the base model is {config.base_name} ({identity[:8]}), not what the run was trained "
+    differences = []
+    if is_foreign:
+        differences.append("the adapter is another account's, or not the newest commit")
+    is_own_base = base.name == run.base_model
+    if run.base_identity:  # its files decide, under whichever name
+        is_own_base = base.identity == run.base_identity
+    if run.adapter and not is_own_base:
+        differences.append(
+            f"the base model is {base.name} ({base.identity[:8]}), not what the run was trained "
             f"on, {run.base_model}"
         )
     if run.data and run.data["fingerprint"] != data["fingerprint"]:
-        differences[data_name(data)] = (
+        differences.append(
             "these are not the data that the run was trained on; "
             "test items may have been in training"
         )
-    return Subject(prompts, data, config.base_name, identity, run.revision, differences)
+    name = f"eval-{data['fingerprint'][:8]}-{base.identity[:8]}" if differences else "eval"
+    return run.folder / name, differences
 
 
-def is_own_base(run, config, base):
-    """Whether a base is the one that the run was trained on, under whichever name.
+def earlier_guesses(name, folders, rows, decode, base_identity=None):
+    """The guesses, in money, of the run `name` for rows, from one of its evaluations in `folders`.
 
-    Its files decide, where they are known. A name on the Hub stays the same base when its
-    repository gets another commit.
+    It must be by the same decoding and, if given, with that base. Raises UserError if none is.
     """
-    has_same_name = config.base_name == run.base_model
-    is_on_hub = not Path(base.path).exists()
-    if not run.base_identity or (has_same_name and is_on_hub):
-        return has_same_name
-    return base.identity == run.base_identity
-
-
-def short_name(text):
-    """A text as part of a folder's name: at most 40 characters, of a commit 8."""
-    if re.fullmatch("[0-9a-f]{40}", text):
-        return text[:8]
-    return re.sub(r"[^\w.-]+", "-", text)[:40]
-
-
-def data_name(data):
-    """How the folder of an evaluation on other data than the run's names them."""
-    return f"data-{data['fingerprint'][:8]}"
-
-
-def read_earlier(config, names, rows, decode, data):
-    """{run: its guesses} of earlier evaluations on the same rows, by the same decoding.
-
-    `data` is what describe_data says of them. Raises one UserError that names all that can't be
-    compared.
-    """
-    guesses = {}
-    problems = items.Problems()
-    for name in names:
-        with problems:
-            if not is_finished(config, name) and name != UNTOUCHED:
-                there = ", ".join(read_records(config))
-                raise items.UserError(
-                    f"--compare {name}: no such finished run in {config.output_dir}. "
-                    f"There are: {there}."
-                )
-            guesses[name] = read_guesses(config, name, rows, decode, data)
-    problems.report()
-    return guesses
-
-
-def read_guesses(config, name, rows, decode, data):
-    """The guesses, in money, of the earlier evaluation of the run `name`.
-
-    That is its own or, where its own data are others, the one on these. Raises UserError unless
-    it was on the same rows, by the same decoding.
-    """
-    run_folder = config.run_folder(name)
-    command = config.eval_command(name, len(rows), decode, is_untouched=name == UNTOUCHED)
-    folders = [run_folder / f"eval-{data_name(data)}", run_folder / "eval"]
-    folders = [folder for folder in folders if (folder / "predictions.csv").exists()]
-    if not folders:
-        raise items.UserError(f"--compare {name}: not evaluated yet. Run {command} first.")
-    for folder in folders:
-        guesses = guesses_for(rows, folder / "predictions.csv")
-        if guesses:
-            break
-    else:
-        raise items.UserError(
-            f"--compare {name}: was evaluated on other items or fewer. "
-            f"Run {command} on the same data first."
-        )
-    other = read_results(folder).get("decode")
-    if other != decode:
-        raise items.UserError(
-            f"--compare {name}: its answers were {DECODINGS.get(other, other)}, this evaluation's "
-            f"are {DECODINGS[decode]}. Run {command} first, or give --decode {other}."
-        )
-    return guesses
-
-
-def guesses_for(rows, file):
-    """The guesses in a predictions.csv, in money; None if they are for other rows or fewer."""
-    try:
-        with open(file, encoding="utf-8", newline="") as lines:
-            table = list(csv.DictReader(lines))[: len(rows)]
-        found = [(row["title"], float(row["truth"])) for row in table]
-        guesses = [float(row["guess"]) for row in table]
-    except (KeyError, TypeError, ValueError):  # the file is damaged
-        return None
     expected = [(title_of(row["prompt"]), truth_of(row)) for row in rows]
-    return guesses if found == expected else None
+    problem = "not evaluated yet"
+    for folder in folders:
+        try:
+            results = items.read_json(folder / "results.json")
+            other, identity = results["decode"], results["base_identity"]
+            with open(folder / "predictions.csv", encoding="utf-8", newline="") as lines:
+                table = list(islice(csv.DictReader(lines), len(rows)))
+            found = [(row["title"], float(row["truth"])) for row in table]
+            guesses = [float(row["guess"]) for row in table]
+            damage = items.damage(folder)
+        except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+            damage = f"can't be read ({error})"
+        if damage:
+            problem = f"its {folder.name}: {damage}"
+        elif found != expected:
+            problem = "was evaluated on other items or fewer"
+        elif other != decode:
+            problem = f"was evaluated with `decode` {other}"
+        elif base_identity not in (None, identity):
+            problem = f"was evaluated with another base model, {results.get('base_model')}"
+        else:
+            return guesses
+    raise items.UserError(
+        f"`compare` {name}: {problem}. Evaluate it on the same data first, with `size` "
+        f"{len(rows)} and `decode` {decode}."
+    )
 
 
-def read_results(folder):
-    """The content of an evaluation's results.json, {} if it is missing or damaged."""
-    try:
-        return items.read_json(folder / "results.json")
-    except ValueError:
-        return {}
+def score_run(run, base, prompts, data, rows, answers, earlier, seed, folder):
+    """(the content of results.json of an evaluation, the table of its predictions).
 
-
-def replaced_evaluation(folder, results):
-    """A line on the evaluation in `folder` that is replaced, '' if there is none or one like it."""
-    older = read_results(folder)
-    if not older:
-        return ""
-    old, new = [
-        f"{one['n']:,} items of {one['data']['source']}, {DECODINGS[one['decode']]}, "
-        f"base model {one['base_model']}"
-        for one in (older, results)
-    ]
-    return "" if old == new else f"Replacing: the evaluation on {old}"
-
-
-def score_run(run, config, subject, rows, answers, earlier, folder):
-    """The content of results.json of an evaluation; its charts go into `folder`."""
-    prompts = subject.prompts
-    truths = [truth_of(row) for row in rows]
+    `earlier` is {run: its guesses}. Charts and predictions.csv are written to `folder`.
+    """
     title = f"{run.folder.name} on {public_source(prompts.source)}"
-    results = score(rows, answers.of_run, title, folder, run.calibration)
+    results, table = score(rows, answers.of_run, title, run.calibration)
+    draw_figures(results, table, title, folder)
+    items.write_table(folder / "predictions.csv", table)
     results |= {
         "run": run.name,
         "title": title,
         "decode": answers.decode,
         "items_per_s": len(rows) / answers.seconds,
         "seconds": answers.seconds,
-        "base_model": subject.base_model,
-        "base_title": base_title(subject.base_model, config),
-        "base_identity": subject.base_identity,
-        "revision": subject.revision,
-        "seed": config.seed,
-        "data": subject.data | {"split": "test", "rows": len(prompts.splits["test"])},
-        "differences": list(subject.differences.values()),
-        "course": prompts.source.startswith(f"{config.course_user}/items_"),
+        "base_model": base.name,
+        "base_title": base.title,
+        "base_identity": base.identity,
+        "seed": seed,
+        "data": data | {"split": "test", "rows": len(prompts.splits["test"])},
+        "course": prompts.source.startswith(f"{items.COURSE_USER}/"),
         "device": describe_device(),
         "versions": versions(),
         "date": datetime.now().isoformat(timespec="seconds"),
-        "baselines": score_constants(subject.data["constants"], truths),
     }
-    of_run = [estimate.guess for estimate in answers.of_run]
-    compare = partial(compare_guesses, of_run=of_run, truths=truths, seed=config.seed)
-    results["words"] = compare(word_guesses(prompts.splits, rows))
-    results["earlier"] = {name: compare(guesses) for name, guesses in earlier.items()}
-    if answers.of_base:
-        results["base"] = score_base(rows, answers.of_base)
+    results |= score_others(rows, answers, data["constants"], prompts.splits, earlier, seed)
     if "implied_prices" in prompts.about:
         implied = prompts.about["implied_prices"][: len(rows)]
-        results["best_reachable"] = metrics(implied, truths)
-    return results
+        results["best_reachable"] = metrics(implied, [row["truth"] for row in table])
+    return results, table
 
 
-def compare_guesses(guesses, of_run, truths, seed):
-    """The figures of guesses, and how much larger the errors of the guesses `of_run` are."""
-    errors = [abs(guess - truth) for guess, truth in zip(of_run, truths, strict=True)]
-    others = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
-    return metrics(guesses, truths) | paired_difference(errors, others, seed)
+def score_others(rows, answers, constants, splits, earlier, seed):
+    """The figures of what a run's Answers are compared with.
+
+    `constants` are {name: guess}, `earlier` {run: guesses}, `splits` what words learn from or None.
+    """
+    truths = [truth_of(row) for row in rows]
+    of_run = [estimate.guess for estimate in answers.of_run]
+    compare = partial(compare_guesses, of_run=of_run, truths=truths, seed=seed)
+    found = {"baselines": {}, "earlier": {name: compare(earlier[name]) for name in earlier}}
+    for name, guess in constants.items():
+        found["baselines"][name] = metrics([guess] * len(rows), truths)
+    if splits:
+        found["words"] = compare(word_guesses(splits, rows))
+    if answers.of_base:
+        found["base"], _ = score(rows, answers.of_base, "the untouched base model")
+    return found
 
 
-def score_base(rows, estimates):
-    """The figures of the untouched base's Estimates of rows."""
-    return score(rows, estimates, "the untouched base model", with_charts=False)
-
-
-def score_constants(constants, truths):
-    """{name: figures} of always giving the same answer."""
-    return {name: metrics([guess] * len(truths), truths) for name, guess in constants.items()}
-
-
-def write_evaluation(folder, results, run):
-    """Writes results.json, the comparison chart and the report of an evaluation of the Run."""
+def write_evaluation(folder, results, run, table):
+    """Writes results.json, the comparison chart, the report and at last the manifest."""
     save_figure(comparison(results), folder, "comparison.png")
     items.write_json(folder / "results.json", results)
-    write_report(folder, results, run)
-
-
-def publish_evaluation(run, folder, results):
-    """Adds an evaluation to the run's card, and to the Hub and W&B if the run is there.
-
-    One that differs from the run's own is not published.
-    """
-    if results["differences"]:
-        return
-    if run.data:
-        write_card(run.folder, run, results)
-    push_run(run)
-    if run.wandb:
-        log_evaluation(run, folder, results)
+    write_report(folder, results, run, table)
+    items.write_manifest(folder)
 
 
 def price_table(rows, answers):
-    """What `--output` holds, one dict per item; in money, None for an unknown price.
+    """What `output` holds, one dict per item; in money, None for an unknown price.
 
     With `base_guess` if the Answers are the untouched base's, too.
     """
     table = []
-    for row, estimate in zip(rows, answers.of_run, strict=True):
-        table.append(
-            {
-                "line": row["line"],
-                "title": row["title"],
-                "guess": round(estimate.guess, 2),
-                "low": estimate.low,
-                "high": estimate.high,
-                "price": truth_of(row) if row["completion"] else None,
-            }
-        )
-    for entry, estimate in zip(table, answers.of_base or (), strict=False):
-        entry["base_guess"] = round(estimate.guess, 2)
+    for i, (row, estimate) in enumerate(zip(rows, answers.of_run, strict=True)):
+        entry = {
+            "line": row["line"],
+            "title": row["title"],
+            "guess": round(estimate.guess, 2),
+            "low": estimate.low,
+            "high": estimate.high,
+            "price": truth_of(row) if row["completion"] else None,
+        }
+        if answers.of_base:
+            entry["base_guess"] = round(answers.of_base[i].guess, 2)
+        table.append(entry)
     return table
 
 
 def format_prices(table, scale=items.COURSE_SCALE):
     """The first items of a price_table with their 80 % intervals, a line each; a text."""
-    guesses, intervals, titles = [], [], []
+    cells = []
     for row in table[:SHOWN_ITEMS]:
+        base = f"; untouched base: {scale.format(row['base_guess'])}" if "base_guess" in row else ""
         low, high = scale.format_whole(row["low"]), scale.format_whole(row["high"])
-        interval = f"(80 %: {low} to {high}"
-        if "base_guess" in row:
-            interval += f"; untouched base: {scale.format(row['base_guess'])}"
-        guesses.append(scale.format(row["guess"]))
-        intervals.append(f"{interval})")
-        titles.append(items.shorten(" ".join(row["title"].split()), SHOWN_TITLE))
-    guess_width = max(map(len, guesses), default=0)
-    interval_width = max(map(len, intervals), default=0)
-    lines = [
-        f"{guess:>{guess_width}}  {interval:<{interval_width}}  {title}"
-        for guess, interval, title in zip(guesses, intervals, titles, strict=True)
-    ]
+        title = items.shorten(" ".join(row["title"].split()), SHOWN_TITLE)
+        cells.append((scale.format(row["guess"]), f"(80 %: {low} to {high}{base})", title))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [f"{one[0]:>{widths[0]}}  {one[1]:<{widths[1]}}  {one[2]}" for one in cells]
     if len(table) > SHOWN_ITEMS:
         lines.append(f"… and {len(table) - SHOWN_ITEMS:,} more")
     return "\n".join(lines)
 
 
-def local_training_data(config, run):
-    """The DatasetDict of prompts that a run was trained on, or None if it isn't on this machine."""
-    folder = config.dataset_folder
-    if not folder.exists():
-        return None
-    try:
-        splits = items.load_prompts(folder)
-    except items.UserError:  # corrupt
-        return None
-    return splits if items.fingerprint(splits) == run.data.get("fingerprint") else None
-
-
-def count_trained_on(splits, rows):
-    """How many rows have the prompt of a training row."""
-    prompts = {row["prompt"] for row in rows}
-    found = set()
-    for batch in splits["train"].select_columns(["prompt"]).iter(1000):  # not all in memory
-        found |= prompts.intersection(batch["prompt"])
-    return sum(row["prompt"] in found for row in rows)
-
-
-def score_own_rows(run, config, answers, rows, source):
+def score_own_rows(run, answers, rows, source, splits, seed):
     """The figures of those of the user's own rows that have a price; {} if none has.
 
-    If the run's training rows are on this machine, with how many of the rows are among them, and
-    with the figures of words alone.
+    With the run's training data, `splits`, also how many of the rows are among them, and the
+    figures of words alone.
     """
     priced = [i for i, row in enumerate(rows) if row["completion"]]
     if not priced:
         return {}
-    priced_rows = [rows[i] for i in priced]
-    truths = [truth_of(row) for row in priced_rows]
+    rows = [rows[i] for i in priced]
+    of_base = answers.of_base and [answers.of_base[i] for i in priced]
+    answers = replace(answers, of_run=[answers.of_run[i] for i in priced], of_base=of_base)
     title = f"{run.folder.name} on {items.readable(Path(source).name)}"
-    of_run = [answers.of_run[i] for i in priced]
-    results = score(priced_rows, of_run, title, calibration=run.calibration)
+    results, _ = score(rows, answers.of_run, title, run.calibration)
     results["run"] = run.name
-    results["baselines"] = score_constants(run.data.get("constants", {}), truths)
-    if answers.of_base:
-        of_base = [answers.of_base[i] for i in priced]
-        results["base"] = score_base(priced_rows, of_base)
-    splits = local_training_data(config, run)
+    results |= score_others(rows, answers, run.data.get("constants", {}), splits, {}, seed)
     if splits:
-        results["trained_on"] = count_trained_on(splits, priced_rows)
-        guesses = [estimate.guess for estimate in of_run]
-        words = word_guesses(splits, priced_rows)
-        results["words"] = compare_guesses(words, guesses, truths, config.seed)
+        prompts, trained_on = {row["prompt"] for row in rows}, set()
+        for batch in splits["train"].iter(1000):  # not all in memory
+            trained_on |= prompts.intersection(batch["prompt"])
+        results["trained_on"] = sum(row["prompt"] in trained_on for row in rows)
     return results
 
 
@@ -4625,7 +4435,7 @@ def table_rows(results):
     for name, figures in results.get("earlier", {}).items():
         rows[f"earlier {name}"] = figures
     for how, figures in reversed(results["decodings"].items()):
-        rows[f"run {results['run']}, {DECODINGS[how]}"] = figures
+        rows[f"run {results['run']}, {DECODINGS[how].words}"] = figures
     rows["best reachable: the catalogue's own noise"] = results.get("best_reachable")
     if results.get("course"):
         for name, mae in LADDER.items():
@@ -4888,24 +4698,13 @@ def comparison_bars(rows):
     return [tuple(axis.percent(value) for value in span) for span in spans]
 
 
-def read_predictions(folder):
-    """The rows of an evaluation's predictions.csv, as prediction_table made them."""
-    with open(Path(folder, "predictions.csv"), encoding="utf-8", newline="") as lines:
-        table = list(csv.DictReader(lines))
-    for row in table:
-        for name in row.keys() - {"title", "category"}:
-            row[name] = float(row[name])
-    return table
-
-
-def write_report(folder, results, run):
+def write_report(folder, results, run, table):
     """Writes report.html: an evaluation and its Run in one file that needs nothing beside it.
 
-    The items are those of predictions.csv in the same folder.
+    `table` are its predictions, as by `score`.
     """
     scale = items.PriceScale.from_record(results)
     currency = scale.currency
-    table = read_predictions(folder)
     scatter_of_items = scatter_chart(table, scale)
     charts = [running_error_chart(table, currency)]
     if results.get("intervals"):
@@ -4929,7 +4728,7 @@ def write_report(folder, results, run):
         training_charts=training_charts(run, currency),
         settings=training_settings(run),
         source=public_source(results["data"]["source"]),
-        decoding=DECODINGS[results["decode"]],
+        decoding=DECODINGS[results["decode"]].words,
         currency=currency,
         format_money=scale.format,
         unit_digits=scale.digits,

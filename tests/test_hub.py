@@ -247,8 +247,7 @@ def test_published_adapter_loads_at_revision(online, hub, prepared, trained):
     (apart,) = run.iterdir()
     results = read(apart / "results.json")
     identity = results["base_identity"][:8]
-    expected = f"eval-of-ed-donner-revision-{revision[:8]}-base-tiny-{identity}"
-    assert apart.name == expected
+    assert apart.name == f"eval-{results['data']['fingerprint'][:8]}-{identity}"
     assert results["revision"] == revision
     assert f"revision {revision}" in (apart / "report.html").read_text("utf-8")
     assert len(hub.commits("models", name)) == 2
@@ -262,8 +261,9 @@ def test_others_run_is_evaluated_apart(online, hub, data, trained):
     hub.put("models", "bob/price-first", files | {"run.json": json.dumps(record).encode()})
     hub.requests.clear()
     said = online("eval", "--hf-user", "bob", "--run-name", "first", "--size", "2")
-    assert "so it stays in outputs/price-first/eval-of-bob, unpublished: the run is bob's" in said
-    assert [path.name for path in RUN.iterdir()] == ["eval-of-bob"]
+    (apart,) = RUN.iterdir()
+    reason = "the adapter is another account's, or not the newest commit"
+    assert f"so it stays in {apart}, unpublished: {reason}" in said
     assert {method for method, _ in hub.requests} <= {"GET", "HEAD"}
 
 
@@ -275,7 +275,7 @@ def test_other_data_are_not_published(online, hub, data, trained):
     put_dataset(hub, "carol/items_prompts_lite", dict(splits, val=splits["val"].select([0])))
     card = (RUN / "README.md").read_bytes()
     online("eval", "--size", "2", "--data-user", "carol")
-    assert list(RUN.glob("eval-data-*"))
+    assert list(RUN.glob("eval-*"))
     assert (RUN / "README.md").read_bytes() == card
     assert ("models", name) not in hub.repos
 

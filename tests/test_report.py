@@ -11,7 +11,6 @@ import pytest
 
 import util
 from app import RECIPES
-from items import write_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
@@ -88,8 +87,8 @@ def make_run(folder):
     )
 
 
-def make_results(folder, count):
-    """The results of an evaluation of `count` items with long titles; its files are in `folder`."""
+def make_results(count):
+    """The predictions and results of an evaluation of `count` items with long titles."""
     rng = numpy.random.default_rng(0)
     rows = []
     for i in range(count):
@@ -101,8 +100,8 @@ def make_results(folder, count):
     greedy = probabilities.argmax(1)
     answers = util.estimate_prices(probabilities, greedy, rows)
     title = f"price-{RUN_NAME} on {util.public_source(SOURCE)}"
-    results = util.score(rows, answers, title, folder)
-    return results | {
+    results, table = util.score(rows, answers, title)
+    return table, results | {
         "run": RUN_NAME,
         "title": title,
         "decode": "median",
@@ -120,8 +119,8 @@ def make_results(folder, count):
 
 def write_page(folder, count):
     """report.html of an evaluation of `count` items, as text."""
-    results = make_results(folder, count)
-    util.write_report(folder, results, make_run(folder))
+    table, results = make_results(count)
+    util.write_report(folder, results, make_run(folder), table)
     return (folder / "report.html").read_text("utf-8")
 
 
@@ -176,13 +175,11 @@ def test_report_fits_any_screen(browse, page, width):
 @in_browser
 def test_prices_of_any_size_fit(browse, tmp_path):
     """A phone shows amounts of ten millions, in charts and tables."""
-    results = make_results(tmp_path, 30)
-    table = util.read_predictions(tmp_path)
+    table, results = make_results(30)
     for row in table:
         for name in ("truth", "guess", "error", "low", "high"):
             row[name] *= 100_000
-    write_table(tmp_path / "predictions.csv", table)
-    util.write_report(tmp_path, results | {"worst": table}, make_run(tmp_path))
+    util.write_report(tmp_path, results | {"worst": table}, make_run(tmp_path), table)
     page = (tmp_path / "report.html").read_text("utf-8")
     assert ",000,000</text>" in page
     found = browse(page, MEASURE, 400)
@@ -351,9 +348,9 @@ def test_report_has_losses_and_settings(page):
 
 def test_base_without_training_has_a_report(tmp_path):
     """Neither the untouched base nor the course's runs have history and recipe."""
-    results = make_results(tmp_path, 1)
+    table, results = make_results(1)
     run = util.Run(tmp_path, "base", "price", "lite", None, None, 1)
-    util.write_report(tmp_path, results, run)
+    util.write_report(tmp_path, results, run, table)
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "How it was trained" not in page
     assert "nan" not in text_of(page).split()

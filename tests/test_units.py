@@ -347,7 +347,7 @@ def test_other_scale_is_refused(call, shared, tens, project):
     before = contents(project)
     said = call("eval", "--local", "--run-name", "run", cwd=project, code=1)
     assert "run: its prices are in steps of €10, those of" in said
-    assert "--unit 10 --currency '€'" in said
+    assert "Prepare what it was trained on again: " in said
     after = contents(project)
     after.pop("said.txt")
     assert after == before
