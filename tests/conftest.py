@@ -124,10 +124,16 @@ def flip(file):
     file.write_bytes(content)
 
 
-def open_run_reader(base, precision="fp32", fast=True):
-    """A RunReader of a Base on a CPU."""
+def load_quantised(base, precision="fp32"):
+    """The quantised model of a Base on a CPU."""
     quant_config = build_quant_config(True, False, util.DTYPES[precision])
-    return util.RunReader(base, quant_config, precision, use_bf16=False, fast=fast)
+    return util.load_quantised(base, quant_config, precision)
+
+
+def load_merged(base, adapter=None, precision="fp32", **options):
+    """The model of a Base with an adapter on a CPU, as `eval` loads it."""
+    quant_config = build_quant_config(True, False, util.DTYPES[precision])
+    return util.load_merged(base, adapter, quant_config, precision, **options)
 
 
 def package(name):
@@ -341,7 +347,7 @@ def build(tiny_base, prepared, tmp_path):
         folders.append(tmp_path / f"built-{len(folders) + 1}")
         config = RunConfig(base_model=base, local=True, output_dir=str(folders[-1]))
         run = util.new_run(config, mode, RECIPES[mode], True, changes | {"seed": seed})
-        base = util.open_base(config)
+        base = config.open_base()
         data = util.make_training_data(splits, base.tokenizer, run.recipe.val_size)
         plan = util.make_plan(base, run, data, False, micro_batch, fast)
         model = util.load_base(base, plan, build_quant_config(True, False, plan.dtype))

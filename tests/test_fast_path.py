@@ -119,10 +119,10 @@ def test_attention_suits_the_gpu(monkeypatch, flash, use_bf16, precision, expect
 def test_efficient_attention_refuses_windows():
     """Its gradient would ignore them; one that no row reaches does no harm."""
     query = torch.randn(1, 2, 8, 16)
-    ends = torch.tensor([0, 8], dtype=torch.int32)
-    arguments = {"cu_seq_lens_q": ends, "max_length_q": 8, "sliding_window": 4}
+    options = {"cu_seq_lens_q": torch.tensor([0, 8]).int(), "max_length_q": 8, "sliding_window": 4}
+    attend = util.ALL_ATTENTION_FUNCTIONS[util.PACKED_EFFICIENT]
     with pytest.raises(NotImplementedError, match="sliding window"):
-        util.efficient_packed_attention(None, query, query, query, **arguments)
+        attend(None, query, query, query, **options)
 
 
 def test_failed_compiling_goes_on_without(capsys):

