@@ -33,6 +33,7 @@ import statistics
 import sys
 import textwrap
 import time
+from base64 import b64encode
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -62,6 +63,7 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.errors import HFValidationError
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
@@ -3768,12 +3770,6 @@ def score_own_rows(run, answers, rows, source, splits, seed):
 # ------------------------------------------------------------------------------------------------
 # 9. Charts and reports
 
-COLORS = {"green": "#2e8b57", "orange": "#e69f00", "red": "#c0392b"}
-MARKERS = {"green": "o", "orange": "s", "red": "^"}  # legible in black and white, too
-COLOR_LIMITS = {"green": "error < {} or 20 %", "orange": "error < {} or 40 %", "red": "larger"}
-COLOR_UNITS = {"green": 40, "orange": 80, "red": 0}  # of the limits, see `color`
-TITLE_WIDTHS = (85, 70, 55, 40, 30)  # characters on a line: the first that fits into the figure
-LABEL_WIDTH = 45  # characters on a line beside a bar
 WORDS = "words alone: ridge regression"
 LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
 LADDER = {  # mean absolute error in dollars
@@ -3793,30 +3789,26 @@ LADDER = {  # mean absolute error in dollars
 }
 INTERVAL_WIDTHS = range(0, 101, 5)  # %, of the central intervals that are calibrated and charted
 FEWEST_TO_CALIBRATE = 20  # validation rows: with fewer the levels are mostly chance
-INTERVALS = {  # what the curves of the reliability chart are called
-    "as read": "as the model says",
-    "calibrated": "calibrated on validation rows",
+INTERVALS = {  # {intervals: (what the reliability chart calls them, colour)}
+    "as read": ("as the model says", "tab:orange"),
+    "calibrated": ("calibrated on validation rows", "black"),
 }
-RUNNING_POINTS = 400  # of the running error in the report, at most: more than it has pixels
-
-
-def color_label(shade, scale):
-    """What a colour means."""
-    limit = scale.format_whole(scale.amount(COLOR_UNITS[shade]))
-    return COLOR_LIMITS[shade].format(limit)
-
-
-def escape_math(text):
-    """A text for a chart, in which `$` would begin a formula."""
-    return text.replace("$", "\\$")
+SHADES = {  # of `color`: (colour, marker, limit in units, what it means)
+    "green": ("#2e8b57", "o", 40, "error < {} or 20 %"),
+    "orange": ("#e69f00", "s", 80, "error < {} or 40 %"),
+    "red": ("#c0392b", "^", 0, "larger"),
+}
+BARS = {"yardstick": "0.8", "run": "0.5", "published": "white"}  # colours, by kind of table row
+CHART_STYLE = {"font.size": 9, "text.parse_math": False}  # `$` is a currency
+TITLE_WIDTH = 40  # characters on a line: as many capital W as fit
 
 
 def headline(figures):
     """The course's line of figures: `Error: $39.85 MSE: 5,555 r²: 70.1%`, with a true minus."""
-    error = items.PriceScale.from_record(figures).format(figures["mae"])
-    digits = 0 if figures.get("unit", 1) >= 1 else 2
-    text = f"Error: {error} MSE: {figures['mse']:,.{digits}f} r²: {figures['r2']:.1f}%"
-    return text.replace("nan%", "–").replace(": -", ": −")
+    scale = items.PriceScale.from_record(figures)
+    mse = format_number(figures["mse"], 0 if scale.unit >= 1 else 2)
+    r2 = f"{format_number(figures['r2'], 1)}%".replace("–%", "–")
+    return f"Error: {scale.format(figures['mae'])} MSE: {mse} r²: {r2}"
 
 
 def format_number(value, digits=2):
@@ -3828,48 +3820,57 @@ def format_number(value, digits=2):
 
 def format_intervals(distribution, scale=items.COURSE_SCALE):
     """How many true prices the 80 % intervals hold, and how many they promise to hold."""
-    held = f"{100 * distribution['coverage_80']:.0f} %"
+    text = f"The 80 % intervals hold {100 * distribution['coverage_80']:.0f} %"
     if scale.unit > 1:
-        held += f" (to the nearest {scale.step})"
+        text += f" (to the nearest {scale.step})"
     if "calibrated_on" in distribution:
         rows = f"{distribution['calibrated_on']:,} validation rows"
-        return f"The 80 % intervals hold {held} of the true prices; {rows} set their width"
-    promised = f"{100 * distribution['promised_80']:.0f} %"
-    return f"The 80 % intervals hold {held} of the true prices and promise {promised}"
+        return f"{text} of the true prices; {rows} set their width"
+    return f"{text} of the true prices and promise {100 * distribution['promised_80']:.0f} %"
 
 
 def format_difference(name, figures, scale=items.COURSE_SCALE):
     """What a `paired_difference` to the earlier run `name` says, in words."""
-    difference = figures["difference"]
-    sign = "−" if difference < 0 else "+"
-    text = f"{sign}{scale.format(abs(difference))}"
-    has_interval = not math.isnan(figures["low"])
-    if has_interval:
-        text += f" ({format_number(figures['low'])} to {format_number(figures['high'])})"
+    difference, low, high = figures["difference"], figures["low"], figures["high"]
+    text = ("−" if difference < 0 else "+") + scale.format(abs(difference))
+    if not math.isnan(low):
+        text += f" ({format_number(low)} to {format_number(high)})"
     if difference == 0:
         return f"{text}, equal to {name}"
     text += f", {'better' if difference < 0 else 'worse'} than {name}"
-    if has_interval and figures["low"] <= 0 <= figures["high"]:
-        text += ", but within the noise"
-    return text
+    return text + (", but within the noise" if low <= 0 <= high else "")
 
 
-def new_figure(columns=1, width=7.5, height=6.0):
-    """(Figure, its axes), without pyplot: no screen, no global state. Sizes in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
-    return figure, figure.subplots(1, columns)
+def public_source(source):
+    """A dataset's source for titles: of a local file or folder the name, not where it is."""
+    is_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
+    return re.sub(r"^.*/(?!\d+[/ ])", "", source) if is_local else source  # keeps `90/5/5`
+
+
+def new_figure(title, height=4.0, rows=1):
+    """(Figure, its axes), without pyplot: no screen, no global state. Legible on a phone."""
+    figure = Figure(figsize=(5, height), layout="constrained", dpi=200)
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, TITLE_WIDTH)]
+    figure.suptitle("\n".join(lines), fontsize=9)
+    return figure, figure.subplots(rows)
+
+
+@rc_context(CHART_STYLE)
+def draw(figure):
+    """A figure as PNG."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
 
 
 def save_figure(figure, folder=None, name=None):
     """Writes a chart to `folder`, if given, and shows it in a notebook."""
     if folder:
-        figure.savefig(Path(folder) / name)
+        Path(folder, name).write_bytes(draw(figure))
     if in_notebook():
         from IPython.display import Image, display
 
-        image = io.BytesIO()
-        figure.savefig(image, format="png")  # a Figure itself is shown by pyplot's backend only
-        display(Image(image.getvalue()))
+        display(Image(draw(figure), width=550))  # pyplot's backend alone shows a Figure itself
 
 
 def in_notebook():
@@ -3877,89 +3878,54 @@ def in_notebook():
     return "ipykernel" in sys.modules
 
 
-def public_source(source):
-    """A dataset's source for titles: of a local file or folder the name, not where it is."""
-    path, comma, split = source.rpartition(", split ")
-    if comma:
-        return f"{Path(path).name}, split {split}"
-    is_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
-    return Path(source).name if is_local else source
+def group_by_color(guesses, truths, scale):
+    """[(colour, marker, label, numbers of the items)] of the shades of `color` that occur."""
+    pairs = zip(guesses, truths, strict=True)
+    shades = [color(abs(guess - truth), truth, scale.unit) for guess, truth in pairs]
+    groups = []
+    for shade, (fill, marker, limit, meaning) in SHADES.items():
+        chosen = [number for number, one in enumerate(shades) if one == shade]
+        if chosen:
+            meaning = meaning.format(scale.format_whole(scale.amount(limit)))
+            label = f"{meaning}: {len(chosen):,} of {len(shades):,}"
+            groups.append((fill, marker, label, chosen))
+    return groups
 
 
-def set_title(figure, title, last_line=""):
-    """Gives a figure its title, in lines so short that nothing of it is cut off."""
-    for width in TITLE_WIDTHS:
-        lines = textwrap.wrap(title, width)
-        if last_line:
-            lines.append(last_line)
-        text = figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)
-        figure.draw_without_rendering()
-        if text.get_window_extent().width < figure.bbox.width:
-            return
-
-
+@rc_context(CHART_STYLE)
 def scatter(guesses, truths, figures, title):
     """Each item's guess over its true price, with the line of perfect guesses."""
     scale = items.PriceScale.from_record(figures)
-    figure, axes = new_figure()
-    color_scale = items.finer_scale(scale, truths) or scale
-    points = {shade: ([], []) for shade in COLORS}
-    for guess, truth in zip(guesses, truths, strict=True):
-        across, up = points[color(abs(guess - truth), truth, color_scale.unit)]
-        across.append(truth)
-        up.append(guess)
-    for shade, (across, up) in points.items():
-        if across:
-            meaning = color_label(shade, color_scale)
-            label = escape_math(f"{meaning}: {len(across):,} of {len(truths):,}")
-            style = {
-                "c": COLORS[shade],
-                "marker": MARKERS[shade],
-                "s": 22,
-                "alpha": 0.7,
-                "linewidths": 0,
-            }
-            axes.scatter(across, up, clip_on=False, label=label, **style)
-    limit = 1.03 * max(scale.unit, *truths, *guesses)
-    axes.plot(
-        [0, limit], [0, limit], color="black", linewidth=1, linestyle="--", label="guess = truth"
-    )
-    currency = escape_math(scale.currency)
-    axes.set(
-        xlim=(0, limit),
-        ylim=(0, limit),
-        xlabel=f"true price ({currency})",
-        ylabel=f"guess ({currency})",
-    )
-    set_title(figure, title, headline(figures))
+    figure, axes = new_figure(f"{title}\n{headline(figures)}", height=5)
+    guesses, truths = numpy.array(guesses), numpy.array(truths)
+    for fill, marker, label, chosen in group_by_color(guesses, truths, scale):
+        style = {"color": fill, "marker": marker, "s": 14, "alpha": 0.7, "linewidths": 0}
+        axes.scatter(truths[chosen], guesses[chosen], label=label, clip_on=False, **style)
+    limit = 1.03 * max(scale.unit, truths.max(), guesses.max())
+    axes.plot([0, limit], [0, limit], "k--", linewidth=1, label="guess = truth")
+    axes.set(xlabel=f"true price ({scale.currency})", ylabel=f"guess ({scale.currency})")
+    axes.set(xlim=(0, limit), ylim=(0, limit))
     axes.legend(loc="upper left")
     return figure
 
 
-def running_means(guesses, truths):
-    """(mean absolute error of the first 1, 2, … items, half its 95 % interval), two arrays."""
-    errors = abs(numpy.subtract(guesses, truths))
-    count = numpy.arange(1, len(truths) + 1)
-    means = errors.cumsum() / count
-    variances = (errors**2).cumsum() / count - means**2
-    return means, 1.96 * numpy.sqrt(variances.clip(0) / count)
-
-
+@rc_context(CHART_STYLE)
 def running_error(guesses, truths, figures, title):
     """The mean absolute error of the first n items over n, with its 95 % band."""
-    figure, axes = new_figure(height=4.5)
-    count = numpy.arange(1, len(truths) + 1)
-    means, bands = running_means(guesses, truths)
-    axes.fill_between(count, means - bands, means + bands, color="0.85", label="95 % interval")
-    bands[0] = math.nan  # a single item has no interval
     scale = items.PriceScale.from_record(figures)
-    last_band = format_number(bands[-1])
-    label = f"{scale.format(means[-1])} ± {last_band} after {len(means):,} items"
-    axes.plot(count, means, color="black", label=escape_math(label))
+    figure, axes = new_figure(f"{title}\n{headline(figures)}")
+    errors = abs(numpy.subtract(guesses, truths))
+    count = numpy.arange(1, len(errors) + 1)
+    means = errors.cumsum() / count
+    variances = (errors**2).cumsum() / count - means**2
+    bands = 1.96 * numpy.sqrt(variances.clip(0) / count)  # as half_interval
+    bands[0] = math.nan  # a single item has no interval
+    axes.fill_between(count, means - bands, means + bands, color="0.85", label="95 % interval")
+    end = f"{scale.format(means[-1])} ± {format_number(bands[-1])} after {len(means):,} items"
+    axes.plot(count, means, "k.-", markevery=[-1], label=end)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    error = f"mean absolute error ({escape_math(scale.currency)})"
-    axes.set(xlabel="items evaluated", ylabel=error, ylim=(0, None))
-    set_title(figure, title, headline(figures))
+    axes.set(xlabel="items evaluated", ylabel=f"mean absolute error ({scale.currency})")
+    axes.set_ylim(bottom=0)
     axes.legend()
     return figure
 
@@ -3974,124 +3940,115 @@ def shares_within(ranks, calibration=None):
     return shares
 
 
+@rc_context(CHART_STYLE)
 def reliability(intervals, count, title, distribution=None):
     """The share of true prices within the central intervals, over their promised share.
 
     `intervals` is {one of INTERVALS: shares_within}, `count` the number of items. The
     `distribution` of score_distributions adds a line on the 80 % intervals.
     """
-    figure, axes = new_figure(height=5)
-    axes.plot([0, 100], [0, 100], color="black", linewidth=1, linestyle="--", label="as promised")
-    styles = {"as read": {"color": "0.6"}, "calibrated": {"color": "0.1"}}
+    last_line = format_intervals(distribution) if distribution else ""
+    figure, axes = new_figure(f"{title}\n{last_line}", height=4.5)
+    axes.plot([0, 100], [0, 100], "k--", linewidth=1, label="as promised")
     for name, shares in intervals.items():
+        label, shade = INTERVALS[name]
         found = [100 * share for share in shares]
-        label = INTERVALS[name]
-        axes.plot(INTERVAL_WIDTHS, found, marker="o", markersize=4, label=label, **styles[name])
-    axes.set(
-        xlabel="promised: width of the interval (% of the probability)",
-        ylabel="found: true prices within it (%)",
-        xlim=(0, 100),
-        ylim=(0, 100),
-    )
-    set_title(figure, title, format_intervals(distribution) if distribution else "")
-    title = f"{count:,} items; above the line: too cautious"
-    axes.legend(loc="lower right", title=title)
+        axes.plot(INTERVAL_WIDTHS, found, ".-", color=shade, label=label)
+    axes.set(xlabel="promised: width of the interval (% of the probability)")
+    axes.set(ylabel="found: true prices within it (%)", xlim=(0, 100), ylim=(0, 100))
+    axes.legend(loc="lower right", title=f"{count:,} items; above the line: too cautious")
     return figure
 
 
+@rc_context(CHART_STYLE)
 def comparison(results):
     """The mean absolute errors of `table_rows`, with their 95 % intervals."""
-    rows = table_rows(results)[::-1]
+    rows = table_rows(results)
     scale = items.PriceScale.from_record(results)
-    figure, axes = new_figure(width=9, height=1.6 + 0.36 * len(rows))
-    for place, (name, row) in enumerate(rows):
-        shade = "0.75" if "mae_ci95" in row else "white"
+    title = f"white: {LADDER_SOURCE}" if results.get("course") else ""
+    figure, axes = new_figure(title, height=1 + 0.36 * len(rows))
+    names = []
+    for place, (name, row) in enumerate(reversed(rows.items())):
         interval = row.get("mae_ci95", math.nan)
-        interval = None if math.isnan(interval) else interval
-        if name.startswith("run "):
-            shade = "0.5"
-        outline = {"edgecolor": "black", "linewidth": 0.6}
-        axes.barh(place, row["mae"], xerr=interval, color=shade, capsize=3, **outline)
-        text = "  " + escape_math(scale.format(row["mae"]))
-        axes.text(row["mae"] + (interval or 0), place, text, va="center", fontsize=8)
-    labels = [escape_math(textwrap.fill(name, LABEL_WIDTH)) for name, _ in rows]
-    axes.set_yticks(range(len(rows)), labels)
-    axes.margins(x=0.2)
-    error = f"mean absolute error ({escape_math(scale.currency)})"
-    axes.set(xlabel=f"{error} with its 95 % interval, n = {results['n']:,}")
-    if results.get("course"):
-        axes.set_title(f"white: {LADDER_SOURCE}", fontsize=8)
+        axes.barh(place, row["mae"], color=BARS[row["kind"]], edgecolor="black", linewidth=0.6)
+        if not math.isnan(interval):
+            axes.errorbar(row["mae"], place, xerr=interval, color="black", capsize=2, linewidth=1)
+        end = row["mae"] + numpy.nan_to_num(interval)
+        axes.text(end, place, "  " + scale.format(row["mae"]), va="center", fontsize=8)
+        names.append("\n".join(textwrap.wrap(name, 30, max_lines=3, placeholder="…")))
+    axes.set_yticks(range(len(rows)), names, fontsize=7.5)
+    axes.margins(x=0.25, y=0.02)
+    axes.set_xlim(left=0)
+    axes.set(xlabel=f"mean absolute error ({scale.currency}), n = {results['n']:,}")
     return figure
 
 
+@rc_context(CHART_STYLE)
 def loss_chart(history, title, val_size, currency="$"):
     """Training and validation loss, and the validation error in money, over the steps.
 
     `history` is the trainer's log history.
     """
-    figure, (left, right) = new_figure(columns=2, width=10, height=4)
-
-    def plot(axes, key, label, style):
+    figure, (top, bottom) = new_figure(title, height=5, rows=2)
+    validation = f"validation, n = {val_size:,}"
+    lines = [
+        (top, "loss", "0.6", "training"),
+        (top, "eval_loss", "black", validation),
+        (bottom, "eval_mae", "black", f"{validation}, by the median price"),
+    ]
+    for axes, key, shade, label in lines:
         points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
         if points:
-            steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, color=style, marker="o", markersize=3, label=label)
+            axes.plot(*zip(*points, strict=True), ".-", color=shade, label=label)
             axes.legend()
-
-    plot(left, "loss", "training", "0.5")
-    plot(left, "eval_loss", f"validation, n = {val_size:,}", "black")
-    plot(right, "eval_mae", f"validation, by the median price, n = {val_size:,}", "black")
-    left.set(xlabel="step", ylabel="loss per completion token")
-    right.set(
-        xlabel="step", ylabel=f"mean absolute error ({escape_math(currency)})", ylim=(0, None)
-    )
-    set_title(figure, title)
+    top.sharex(bottom)
+    top.set(ylabel="cross-entropy\nper completion token")
+    bottom.set(xlabel="step", ylabel=f"mean absolute error ({currency})")
+    bottom.set_ylim(bottom=0)
     return figure
 
 
+@rc_context(CHART_STYLE)
 def data_chart(train, about):
     """How prices and lengths of the training rows are spread.
 
     `train` are their columns as build_prompts counts them, `about` is the content of prepare.json.
     """
-    figure, (left, right) = new_figure(columns=2, width=10, height=4)
-    left.hist(train["price"], bins=50, color="0.45")
-    currency = escape_math(items.PriceScale.from_record(about).currency)
-    title = f"{len(train['price']):,} training items"
-    left.set(xlabel=f"price ({currency})", ylabel="items", title=title)
-    tokens = train["tokens"]
-    right.hist(tokens, bins=range(min(tokens), max(tokens) + 2), color="0.45")
-    counted = "items"
-    if len(tokens) < len(train["price"]):
-        counted = f"items of the first {len(tokens):,}"
-    title = f"descriptions cut at {about['cutoff']} tokens"
-    right.set(xlabel="tokens of prompt and completion", ylabel=counted, title=title)
-    set_title(figure, public_source(about["source"]))
+    figure, (top, bottom) = new_figure(public_source(about["source"]), height=5, rows=2)
+    prices, tokens = train["price"], train["tokens"]
+    top.hist(prices, bins=50, color="0.45")
+    currency = items.PriceScale.from_record(about).currency
+    top.set(xlabel=f"price ({currency})", ylabel=f"of {len(prices):,} training items")
+    bottom.hist(tokens, bins=range(min(tokens), max(tokens) + 2), color="0.45")
+    length = f"tokens of prompt and completion; descriptions cut at {about['cutoff']}"
+    bottom.set(xlabel=length, ylabel=f"of {len(tokens):,} training items")
     return figure
 
 
 def table_rows(results):
-    """[(name, figures)] of all that a results.json compares.
+    """{name: figures} of all that a results.json compares, each with its `kind`.
 
-    Constants, base, earlier runs, this run by each decoding, what can be reached; on the course's
-    own data also what it published, which has `n` and `mae` only.
+    The kinds are those of BARS: yardsticks, this run by each decoding and, on the course's own
+    data, what it published, which has `n` and `mae` only.
     """
     baselines = results.get("baselines", {})
-    rows = {
+    yardsticks = {
         "constant: training mean": baselines.get("constant_mean"),
         "constant: training median": baselines.get("constant_median"),
         WORDS: results.get("words"),
         "the untouched base model": results.get("base"),
     }
-    for name, figures in results.get("earlier", {}).items():
-        rows[f"earlier {name}"] = figures
-    for how, figures in reversed(results["decodings"].items()):
-        rows[f"run {results['run']}, {DECODINGS[how].words}"] = figures
-    rows["best reachable: the catalogue's own noise"] = results.get("best_reachable")
+    yardsticks |= {f"earlier {name}": row for name, row in results.get("earlier", {}).items()}
+    rows = {name: row | {"kind": "yardstick"} for name, row in yardsticks.items() if row}
+    for how, row in reversed(results["decodings"].items()):
+        rows[f"run {results['run']}, {DECODINGS[how].words}"] = row | {"kind": "run"}
+    if results.get("best_reachable"):
+        best = results["best_reachable"] | {"kind": "yardstick"}
+        rows["best reachable: the catalogue's own noise"] = best
     if results.get("course"):
         for name, mae in LADDER.items():
-            rows[f"published: {name}"] = {"n": 200, "mae": mae}
-    return [(name, figures) for name, figures in rows.items() if figures]
+            rows[f"published: {name}"] = {"n": 200, "mae": mae, "kind": "published"}
+    return rows
 
 
 def footnotes(results):
@@ -4105,12 +4062,11 @@ def footnotes(results):
             f"Note: {results['trained_on']:,} of these rows were trained on; their error says "
             "nothing about other items"
         )
-    for name, figures in results.get("earlier", {}).items():
-        difference = format_difference(name, figures, scale)
-        lines.append(f"This run's error less that of {name}, on the same items: {difference}")
-    if results.get("words"):
-        difference = format_difference("words alone", results["words"], scale)
-        lines.append(f"This run's error less that of words alone, on the same items: {difference}")
+    others = results.get("earlier", {}) | {"words alone": results.get("words")}
+    for name, figures in others.items():
+        if figures:
+            difference = format_difference(name, figures, scale)
+            lines.append(f"This run's error less that of {name}, on the same items: {difference}")
     scores = results.get("distribution")
     if scores:
         outside = f"{100 * max(0, scores['outside']):.2f} %"  # rounding makes it negative
@@ -4120,10 +4076,9 @@ def footnotes(results):
             f"probability of no price {outside}"
         )
     if results["parse_failures"]:
-        lines.append(
-            f"{results['parse_failures']:,} answers of the run named no price and count as "
-            f"{scale.currency}0"
-        )
+        zero = f"{scale.currency}0"
+        failures = f"{results['parse_failures']:,} answers of the run"
+        lines.append(f"{failures} named no price and count as {zero}")
     if results.get("course"):
         lines.append(f"Published: {LADDER_SOURCE}")
     return lines
@@ -4131,259 +4086,70 @@ def footnotes(results):
 
 def format_table(results):
     """`table_rows` as text, each figure with its 95 % interval, and the footnotes."""
-    rows = table_rows(results)
-    width = max(len(name) for name, _ in rows)
     currency = items.PriceScale.from_record(results).currency
-    lines = [f"{'mean absolute error':<{width}}{'n':>8}{currency:>9}{'± 95 %':>9}{'r² %':>9}"]
-    for name, row in rows:
-        line = f"{name:<{width}}{row['n']:>8,}{row['mae']:>9,.2f}"
-        if "mae_ci95" in row:
-            line += f"{format_number(row['mae_ci95']):>9}{format_number(row['r2'], 1):>9}"
-        lines.append(line)
-    return "\n".join(lines + footnotes(results))
+    lines = [("mean absolute error", "n", currency, "± 95 %", "r² %")]
+    for name, row in table_rows(results).items():
+        errors = format_number(row["mae"]), format_number(row.get("mae_ci95"))
+        lines.append((name, f"{row['n']:,}", *errors, format_number(row.get("r2"), 1)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for name, *figures in lines:
+        cells = [cell.rjust(width) for cell, width in zip(figures, widths[1:], strict=True)]
+        text.append("  ".join([name.ljust(widths[0]), *cells]))
+    return "\n".join(text + footnotes(results))
 
 
-@dataclass(frozen=True)
-class Axis:
-    """An axis of a chart in the report, from 0 to `end`."""
+def report_settings(results, run):
+    """{heading: {name: value}} of how a Run was trained, if it was, and how it was measured."""
 
-    label: str
-    end: float
-    is_count: bool = False  # has whole numbers only
+    def describe(data):
+        return f"{public_source(data.get('source', ''))} (fingerprint {data.get('fingerprint')})"
 
-    def percent(self, value):
-        """Where on the axis a value is; beyond its end, at its end."""
-        return round(100 * min(value / self.end, 1), 2)
-
-    @cached_property
-    def ticks(self):
-        """[(where, text)] of some round numbers, of fewer if they are long."""
-        count = 6 if self.end < 10_000 else 4
-        locator = MaxNLocator(count, steps=[1, 2, 5, 10], integer=self.is_count)
-        values = locator.tick_values(0, self.end)
-        step = values[1] - values[0]
-        digits = max(0, -math.floor(math.log10(step) + 1e-9))
-        return [
-            (self.percent(value), format_number(value, digits))
-            for value in values
-            if 0 <= value <= self.end * (1 + 1e-9)
-        ]
-
-    @property
-    def characters(self):
-        """How long the longest text beside a tick is."""
-        return max(len(text) for _, text in self.ticks)
-
-
-@dataclass
-class Chart:
-    """A chart of the report: what its template draws. Points are in percent of both axes."""
-
-    caption: str
-    across: Axis
-    up: Axis
-    lines: list = field(default_factory=list)  # (style, label, points)
-    band: list = field(default_factory=list)  # the corners of a shaded area
-    marks: list = field(default_factory=list)  # (kind of mark, x, y)
-    legend: dict = field(default_factory=dict)  # {kind of mark: label}
-
-    def at(self, x, y):
-        return self.across.percent(x), self.up.percent(y)
-
-    def add_line(self, style, label, points, mark=""):
-        """Adds a line through `points`, in the axes' units, with a mark at each if given."""
-        places = [self.at(x, y) for x, y in points]
-        self.lines.append((style, label, places))
-        if mark:
-            self.marks += [(mark, x, y) for x, y in places]
-
-
-def scatter_chart(table, scale):
-    """The Chart of guesses over true prices, from the rows of predictions.csv."""
-    limit = 1.03 * max(scale.unit, *(max(row["truth"], row["guess"]) for row in table))
-    chart = Chart(
-        caption="Each item's guess over its true price",
-        across=Axis(f"true price ({scale.currency})", limit),
-        up=Axis(f"guess ({scale.currency})", limit),
-    )
-    chart.add_line("dashed", "guess = truth", [(0, 0), (limit, limit)])
-    color_scale = items.finer_scale(scale, [row["truth"] for row in table]) or scale
-    for row in table:
-        shade = color(row["error"], row["truth"], color_scale.unit)
-        chart.marks.append((shade, *chart.at(row["truth"], row["guess"])))
-    shades = [mark[0] for mark in chart.marks]
-    for shade in COLOR_LIMITS:
-        if shade in shades:
-            label = color_label(shade, color_scale)
-            chart.legend[shade] = f"{label}: {shades.count(shade):,} of {len(table):,}"
-    return chart
-
-
-def scatter_points(table, chart, scale):
-    """What the scatter's script shows of each item, in the order of the chart's marks."""
-    points = []
-    for row, (_, x, y) in zip(table, chart.marks, strict=True):
-        text = (
-            f"price {scale.format(row['truth'])}, "
-            f"guess {scale.format(row['guess'])}, "
-            f"off by {scale.format(row['error'])}"
-        )
-        point = {"title": row["title"], "x": x, "y": y}
-        if "low" in row:
-            low, high = scale.format_whole(row["low"]), scale.format_whole(row["high"])
-            text += f"; 80 % interval {low} to {high}"
-            point["low"] = chart.up.percent(row["low"])
-            point["high"] = chart.up.percent(row["high"])
-        points.append(point | {"text": text})
-    return points
-
-
-def running_error_chart(table, currency):
-    """The Chart of the mean absolute error of the first n items over n, with its 95 % band."""
-    means, bands = running_means([row["guess"] for row in table], [row["truth"] for row in table])
-    count = len(table)
-    chosen = numpy.unique(numpy.linspace(1, count, min(count, RUNNING_POINTS)).astype(int))
-    lows = [(int(n), float(means[n - 1] - bands[n - 1])) for n in chosen]
-    highs = [(int(n), float(means[n - 1] + bands[n - 1])) for n in chosen]
-    chart = Chart(
-        caption="The error as items are added",
-        across=Axis("items evaluated", count, is_count=True),
-        up=Axis(f"mean absolute error ({currency})", 1.03 * max(high for _, high in highs) or 1.0),
-    )
-    chart.band = [chart.at(n, max(0.0, value)) for n, value in lows + highs[::-1]]
-    chart.legend["band"] = "95 % interval"
-    points = [(int(n), float(means[n - 1])) for n in chosen]
-    mark = "dot" if count == 1 else ""  # which is no line
-    chart.add_line("strong", "mean absolute error so far", points, mark)
-    return chart
-
-
-def calibration_chart(intervals, count):
-    """The Chart of the intervals' calibration, as `reliability` has it."""
-    chart = Chart(
-        caption=f"Calibration of the intervals, {count:,} items",
-        across=Axis("promised: width of the interval (% of the probability)", 100),
-        up=Axis("found: true prices within it (%)", 100),
-    )
-    chart.add_line("dashed", "as promised; above: too cautious", [(0, 0), (100, 100)])
-    styles = {"as read": ("weak", "pale-dot"), "calibrated": ("strong", "dot")}
-    for name, shares in intervals.items():
-        style, mark = styles[name if len(intervals) > 1 else "calibrated"]
-        found = [100 * share for share in shares]
-        points = zip(INTERVAL_WIDTHS, found, strict=True)
-        chart.add_line(style, INTERVALS[name], points, mark=mark)
-    return chart
-
-
-def training_charts(run, currency):
-    """The Charts of a run's losses and of its validation error; none without a history."""
-    series = {}
-    for name in ("loss", "eval_loss", "eval_mae"):
-        points = [(entry["step"], entry[name]) for entry in run.history if name in entry]
-        series[name] = [(step, value) for step, value in points if value is not None]
-    validation = f"validation, n = {run.val_rows or run.recipe.val_size:,}" if run.recipe else ""
-    last_step = max([run.steps, *(entry["step"] for entry in run.history)])
-    steps = Axis("step", last_step, is_count=True)
-    charts = []
-    losses = series["loss"] + series["eval_loss"]
-    if losses:
-        end = 1.03 * max(value for _, value in losses)
-        up = Axis("loss per completion token", end)
-        chart = Chart("Loss in training and validation", steps, up)
-        chart.add_line("weak", "training", series["loss"], mark="pale-dot")
-        if series["eval_loss"]:
-            chart.add_line("strong", validation, series["eval_loss"], mark="dot")
-        charts.append(chart)
-    if series["eval_mae"]:
-        end = 1.03 * max(value for _, value in series["eval_mae"]) or 1.0
-        up = Axis(f"mean absolute error ({currency})", end)
-        chart = Chart("Validation error, by the median price", steps, up)
-        chart.add_line("strong", validation, series["eval_mae"], mark="dot")
-        charts.append(chart)
-    return charts
-
-
-def training_settings(run):
-    """[(name, text)] of what a run was trained with and how; none without a recipe."""
+    names = ("date", "base_title", "base_identity", "decode", "device", "seed")
+    measured = {name: results[name] for name in names}
+    measured["data"] = f"{describe(results['data'])}, {results['data']['rows']:,} test items"
+    measured["items a second"] = format_number(results["items_per_s"], 1)
+    measured["versions"] = ", ".join(" ".join(pair) for pair in results["versions"].items())
     if not run.recipe:
-        return []
-    settings = {"recipe": run.mode} | asdict(run.recipe) | {"seed": run.seed}
-    settings |= {"base quantised to": "4 bits" if run.use_4bit else "8 bits"}
-    settings |= run.plan
-    settings["steps trained"] = f"{run.steps:,}"
-    if "train" in run.seconds:
-        settings["training time"] = f"{run.seconds['train']:,.0f} s"
-    if run.peak_memory_bytes:
-        settings["peak memory"] = f"{run.peak_memory_bytes / 2**30:.1f} GiB"
-    source = public_source(run.data.get("source", ""))
-    settings["training data"] = f"{source} (fingerprint {run.data.get('fingerprint')})"
-    return [
-        (name.replace("_", " "), format_setting(value))
-        for name, value in settings.items()
-        if value is not None
-    ]
-
-
-def format_setting(value):
-    """A setting for people: no exponents, no brackets."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return numpy.format_float_positional(value, trim="-")
-    if isinstance(value, list | tuple):
-        return ", ".join(str(one) for one in value)
-    return str(value)
-
-
-def comparison_bars(rows):
-    """[(start of the interval, length of the bar, end of the interval)] of table_rows, in %.
-
-    Where there is no interval both its ends are that of the bar.
-    """
-    spans = []
-    for _, row in rows:
-        half = row.get("mae_ci95", math.nan)
-        half = 0.0 if math.isnan(half) else half
-        spans.append((max(0.0, row["mae"] - half), row["mae"], row["mae"] + half))
-    axis = Axis("", max(end for *_, end in spans) or 1.0)
-    return [tuple(axis.percent(value) for value in span) for span in spans]
+        return {"How it was measured": measured}
+    trained = {"recipe": run.mode} | asdict(run.recipe) | {"seed": run.seed} | run.plan
+    trained["base quantised to"] = "4 bits" if run.use_4bit else "8 bits"
+    trained["steps trained"] = run.steps
+    trained["training time"] = f"{run.seconds.get('train', 0):,.0f} s"
+    trained["peak memory"] = f"{run.peak_memory_bytes / 2**30:.1f} GiB"
+    trained["data"] = describe(run.data)
+    return {"How it was trained": trained, "How it was measured": measured}
 
 
 def write_report(folder, results, run, table):
     """Writes report.html: an evaluation and its Run in one file that needs nothing beside it.
 
-    `table` are its predictions, as by `score`.
+    `table` has all items, as prediction_table makes them; the charts are those in the folder.
     """
     scale = items.PriceScale.from_record(results)
-    currency = scale.currency
-    scatter_of_items = scatter_chart(table, scale)
-    charts = [running_error_chart(table, currency)]
-    if results.get("intervals"):
-        charts.append(calibration_chart(results["intervals"], results["n"]))
-    rows = table_rows(results)
-    environment = jinja2.Environment(
-        loader=jinja2.DictLoader(REPORT_FILES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    table = sorted(table, key=lambda row: -row["error"])
+    guesses, truths = [row["guess"] for row in table], [row["truth"] for row in table]
+    limit = 1.03 * max(scale.unit, *guesses, *truths)
+    ticks = MaxNLocator(4, steps=[1, 2, 5, 10], integer=True).tick_values(0, limit / scale.unit)
+    files = sorted(Path(folder).glob("*.png"))
+    charts = {file.stem: file.read_bytes() for file in files if file.stem != "scatter"}
+    if run.history:
+        chart = loss_chart(run.history, run.folder.name, run.val_rows, scale.currency)
+        charts["loss"] = draw(chart)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = format_number
-    page = environment.get_template("report.html").render(
+    environment.filters["money"] = partial(format_number, digits=2 if scale.unit < 100 else 0)
+    page = environment.from_string(REPORT).render(
         results=results,
-        rows=rows,
-        bars=comparison_bars(rows),
+        rows=table_rows(results),
         footnotes=footnotes(results),
-        scatter=scatter_of_items,
-        points=scatter_points(table, scatter_of_items, scale),
-        charts=charts,
-        training_charts=training_charts(run, currency),
-        settings=training_settings(run),
-        source=public_source(results["data"]["source"]),
-        decoding=DECODINGS[results["decode"]].words,
-        currency=currency,
-        format_money=scale.format,
-        unit_digits=scale.digits,
-        colors=COLORS,
+        table=table,
+        limit=limit,
+        ticks=[tick for tick in scale.amount(ticks) if 0 < tick <= limit],
+        groups=group_by_color(guesses, truths, scale),
+        charts={name: b64encode(image).decode() for name, image in charts.items()},
+        settings=report_settings(results, run),
+        scale=scale,
     )
     Path(folder, "report.html").write_text(page, encoding="utf-8")
 
@@ -4474,419 +4240,184 @@ one, and less accurate than the median of the model's price distribution.
 """
 
 REPORT = """\
-{% from "charts.html" import marks, plot %}
-{% macro errors(head, rows) %}
-<table class="figures">
-<thead><tr><th>{{ head }}</th><th>n</th><th>{{ currency }}</th><th>± 95 %</th></tr></thead>
-{% for name, row in rows %}
-<tr><td>{{ name or "(none)" }}</td><td>{{ "{:,}".format(row.n) }}</td>
-<td>{{ row.mae | number }}</td><td>{{ row.mae_ci95 | number }}</td></tr>
+{% macro figures(head, rows, last="") %}
+<table class="grid">
+<thead><tr><th>{{ head }}<th>n<th>{{ scale.currency }}<th>± 95 %<th>{{ last }}</thead>
+{% for name, row in rows.items() %}
+<tr class="{{ row.kind }}"><td>{{ name or "(none)" }}<td>{{ "{:,}".format(row.n) }}
+<td>{{ row.mae | money }}<td>{{ row.get("mae_ci95") | money }}
+<td>{{ row.get("r2") | number(1) if last }}
 {% endfor %}
 </table>
 {% endmacro %}
+{% macro across(money) %}{{ (100 * money / limit) | round(2) }}%{% endmacro %}
+{% macro down(money) %}{{ (100 - 100 * money / limit) | round(2) }}%{% endmacro %}
 <!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>{{ results.title }}</title>
 <style>
-{% include "report.css" %}
+:root { color-scheme: light dark; --figures: repeat(3, minmax(0, 1fr)) minmax(0, 1.4fr) }
+body { font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+h1, .summary { font-size: 1.3rem; line-height: 1.3 }
+h2 { font-size: 1.2rem; margin-top: 2.5rem }
+table { border-collapse: collapse; width: 100% }
+tr { border-bottom: 1px solid #8886 }
+td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
+table:not(.grid) td:first-child { white-space: nowrap }
+.grid, .grid thead, .grid tbody { display: block }
+.grid tr { display: grid; grid-template-columns: minmax(0, 3.5fr) var(--figures) }
+.grid :is(td, th):not(:first-child) { text-align: right; font-variant-numeric: tabular-nums }
+.run, dt { font-weight: bold }
+#plot { display: block; width: 100%; height: min(34rem, 90vw); margin-bottom: 2rem }
+#plot { overflow: visible; font-size: 13px; fill: currentColor; touch-action: pan-y }
+#plot line { stroke: #8886 }
+#plot .end { text-anchor: end }
+#plot .equal { stroke: currentColor; stroke-dasharray: 5 4 }
+#plot g { fill-opacity: .7 }
+#plot .chosen { fill-opacity: 1; stroke: currentColor; stroke-width: 2; r: 7px }
+#near { display: block; min-height: 4.5rem }
+.key { display: inline-block; margin-right: 1.5rem }
+#items { max-height: 40rem; overflow-y: auto }
+#items thead { position: sticky; top: 0; background: Canvas }
+#items tbody tr { content-visibility: auto; contain-intrinsic-size: auto 2rem }
+#items [hidden] { display: none }
+th button { all: unset; cursor: pointer; text-decoration: underline dotted }
+th button:focus-visible { outline: auto }
+[aria-sort=ascending]::after { content: " ▲" }
+[aria-sort=descending]::after { content: " ▼" }
+input { font: inherit; max-width: 100% }
+.charts { display: grid; gap: 1rem; align-items: start }
+.charts { grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }
+img { width: 100%; background: white }
+@media (max-width: 40rem) {
+  .grid tr { grid-template-columns: var(--figures) }
+  .grid :is(td, th):first-child { grid-column: 1 / -1 }
+  .grid :is(td, th):not(:first-child) { font-size: 13px; padding-right: .3rem }
+}
+@media print { #items { max-height: none } }
 </style>
-{{ marks(colors) }}
 <h1>{{ results.title }}</h1>
-<p class="summary">off by <b>{{ format_money(results.mae) }}</b> ±
-{{ results.mae_ci95 | number }} on average, {{ "{:,}".format(results.n) }} items,
+<p class="summary">off by <b>{{ scale.format(results.mae) }}</b> ±
+{{ results.mae_ci95 | money }} on average, {{ "{:,}".format(results.n) }} items,
 r² {{ results.r2 | number(1) }} %; base model {{ results.base_title }}</p>
-<table class="figures stacked">
-<thead><tr><th>mean absolute error</th><th>n</th><th>{{ currency }}</th><th>± 95 %</th>
-<th>r² %</th></tr></thead>
-{% for name, row in rows %}
-{% set low, end, high = bars[loop.index0] %}
-{% set is_measured = "mae_ci95" in row %}
-<tr><td>{{ name }}
-<svg class="bar{{ " own" if name.startswith("run ") }}{{ " published" if not is_measured }}"
-aria-hidden="true"><rect width="{{ end }}%" height="8" y="2"/>
-<line x1="{{ low }}%" x2="{{ high }}%" y1="6" y2="6"/></svg></td>
-<td>{{ "{:,}".format(row.n) }}</td><td>{{ row.mae | number }}</td>
-<td>{{ row.mae_ci95 | number if is_measured else "–" }}</td>
-<td>{{ row.r2 | number(1) if is_measured else "–" }}</td></tr>
-{% endfor %}
-</table>
+{{ figures("mean absolute error", rows, "r² %") }}
 {% for line in footnotes %}
 <p>{{ line }}</p>
 {% endfor %}
 
-<h2>All items</h2>
-<p class="hint" hidden>Point at an item or tap it, or move from one to the next by the arrow
-keys.</p>
-{{ plot(scatter, "scatter") }}
+<h2>Each item's guess over its true price, in {{ scale.currency }}</h2>
+<output id="near">Point at an item or tap it.</output>
+<svg id="plot" role="img" aria-label="guesses over true prices; the table below has all items">
+<rect width="100%" height="100%" fill="#8881"/>
+<line class="equal" y1="100%" x2="100%" y2="0"/>
+{% for tick in ticks %}
+<line x1="{{ across(tick) }}" x2="{{ across(tick) }}" y2="100%"/>
+<line x2="100%" y1="{{ down(tick) }}" y2="{{ down(tick) }}"/>
+<text x="{{ across(tick) }}" y="100%" dy="18" class="end">{{ scale.format_whole(tick) }}</text>
+<text x="4" y="{{ down(tick) }}" dy="-4">{{ scale.format_whole(tick) }}</text>
+{% endfor %}
+{% for fill, marker, label, numbers in groups %}
+<g fill="{{ fill }}">
+{% for number in numbers %}
+{% set row = table[number] %}
+<circle r="4" cx="{{ across(row.truth) }}" cy="{{ down(row.guess) }}"><title>
+{{- row.title }}: price {{ scale.format(row.truth) }}, guess {{ scale.format(row.guess) }}, off by
+{{ scale.format(row.error) }}
+{%- if "low" in row %}; 80 % interval {{ scale.format_whole(row.low) }} to
+{{ scale.format_whole(row.high) }}{% endif %}</title></circle>
+{% endfor %}
+</g>
+{% endfor %}
+</svg>
+{% for fill, marker, label, numbers in groups %}
+<span class="key"><b style="color: {{ fill }}">●</b> {{ label }}</span>
+{% endfor %}
 
-<h2>{{ "The %d worst" | format(results.worst | length) if results.worst | length < results.n
-else "All items, the worst first" }}</h2>
-<p class="controls" hidden><label>Search <input type="search" id="search"></label>
-<output id="found" for="search"></output></p>
-<table class="figures stacked" id="worst">
-<thead><tr>
-<th><button type="button">item</button></th>
-<th><button type="button">price, {{ currency }}</button></th>
-<th><button type="button">guess, {{ currency }}</button></th>
-<th aria-sort="descending"><button type="button">error, {{ currency }}</button></th>
-<th><button type="button">80 % interval, {{ currency }}</button></th>
-</tr></thead>
+<h2>All items</h2>
+<label>Search <input type="search" id="search"></label> <output id="found"></output>
+<table class="grid" id="items">
+<thead><tr><th><button>item</button><th><button>price</button><th><button>guess</button>
+<th aria-sort="descending"><button>error</button><th><button>80 % interval</button></thead>
 <tbody>
-{% for row in results.worst %}
-<tr><td>{{ row.title }}{% if row.category %} <small>{{ row.category }}</small>{% endif %}</td>
-<td data-value="{{ row.truth }}">{{ row.truth | number }}</td>
-<td data-value="{{ row.guess }}">{{ row.guess | number }}</td>
-<td data-value="{{ row.error }}">{{ row.error | number }}</td>
-{% if "low" in row %}
-<td data-value="{{ row.high - row.low }}">{{ row.low | number(unit_digits) }} to
-{{ row.high | number(unit_digits) }}</td></tr>
-{% else %}
-<td data-value="0">–</td></tr>
-{% endif %}
+{% for row in table %}
+<tr><td>{{ row.title }} <small>{{ row.category }}</small><td>{{ row.truth | money }}
+<td>{{ row.guess | money }}<td>{{ row.error | money }}
+<td>{{ row.get("low") | number(scale.digits) }} to {{ row.get("high") | number(scale.digits) }}
 {% endfor %}
 </tbody>
 </table>
-
-{% if results.by_category %}
-<h2>Mean absolute error by category</h2>
-{{ errors("category", results.by_category.items()) }}
+{% for name, bands in (("category", results.by_category), ("true price", results.by_price)) %}
+{% if bands %}
+<h2>By {{ name }}</h2>
+{{ figures("mean absolute error", bands) }}
 {% endif %}
-{% if results.by_price %}
-<h2>Mean absolute error by true price</h2>
-{{ errors("true price", results.by_price.items()) }}
-{% endif %}
+{% endfor %}
 
-<h2>How far to trust it</h2>
-<div class="pair">
-{% for chart in charts %}
-{{ plot(chart) }}
+<h2>Charts</h2>
+<div class="charts">
+{% for name, image in charts.items() %}
+<img alt="{{ name | replace("_", " ") }}" src="data:image/png;base64,{{ image }}">
 {% endfor %}
 </div>
-
-{% if settings %}
-<h2>How it was trained</h2>
-<div class="pair">
-{% for chart in training_charts %}
-{{ plot(chart) }}
-{% endfor %}
-</div>
+{% for head, values in settings.items() %}
+<h2>{{ head }}</h2>
 <table>
-{% for name, text in settings %}
-<tr><td>{{ name }}</td><td>{{ text }}</td></tr>
+{% for name, value in values.items() if value is not none %}
+<tr><td>{{ name | replace("_", " ") }}<td>{{ value }}
 {% endfor %}
 </table>
-{% endif %}
-
-<h2>How it was measured</h2>
-<table>
-<tr><td>date</td><td>{{ results.date }}</td></tr>
-<tr><td>base model</td><td>{{ results.base_title }} ({{ results.base_identity }})</td></tr>
-{% if results.revision %}
-<tr><td>adapter</td><td>revision {{ results.revision }}</td></tr>
-{% endif %}
-<tr><td>answers</td><td>{{ results.decode }}: {{ decoding }}</td></tr>
-<tr><td>data</td><td>{{ source }}, the first {{ "{:,}".format(results.n) }} of
-{{ "{:,}".format(results.data.rows) }} test items
-(fingerprint {{ results.data.fingerprint }})</td></tr>
-<tr><td>device</td><td>{{ results.device }}</td></tr>
-<tr><td>items a second</td><td>{{ results.items_per_s | number(1) }}</td></tr>
-<tr><td>seed</td><td>{{ results.seed }}</td></tr>
-<tr><td>versions</td>
-<td>
-{% for name, version in results.versions.items() %}
-{{ name }} {{ version }}{{ ", " if not loop.last }}
 {% endfor %}
-</td></tr>
-</table>
-<script type="application/json" id="points">{{ points | tojson }}</script>
+
+<h2>What the words mean</h2>
+<dl>
+<dt>± 95 %<dd>The mean error of other such items is within this distance, 19 times of 20.
+<dt>r²<dd>The part of the prices' variance that the guesses explain. 100 % is perfect, 0 % as good
+as always naming the mean price, below 0 worse than that.
+<dt>Median, mean, what generation answers<dd>The model gives each price a probability. The median of
+all errs least on average; generation spells one number, token by token.
+<dt>80 % interval<dd>Four of five true prices should lie within.
+<dt>Log score<dd>Minus the logarithm of the probability given to the true price; smaller is better.
+<dt>CRPS<dd>How far all the probability lies from the true price, in money; of an answer without any
+doubt it is the absolute error. Smaller is better.
+<dt>Probability of no price<dd>What the model gives to answers that are no price.
+<dt>Words alone<dd>A regression on the words of the training items, without a language model.
+</dl>
 <script>
-{% include "report.js" %}
+"use strict";
+const plot = document.querySelector("#plot"), dots = [...plot.querySelectorAll("circle")];
+const places = dots.map(dot => ["cx", "cy"].map(name => parseFloat(dot.getAttribute(name)) / 100));
+function showNearest({clientX, clientY}) {
+  const box = plot.getBoundingClientRect();
+  const distances = places.map(
+    ([x, y]) => Math.hypot(box.x + x * box.width - clientX, box.y + y * box.height - clientY));
+  const nearest = distances.reduce((best, distance, i) => distance < distances[best] ? i : best, 0);
+  plot.querySelector(".chosen")?.classList.remove("chosen");
+  dots[nearest].classList.add("chosen");
+  document.querySelector("#near").textContent = dots[nearest].textContent;
+}
+for (const name of ["pointermove", "pointerdown"]) plot.addEventListener(name, showNearest);
+
+const body = document.querySelector("#items tbody"), rows = [...body.rows];
+const texts = rows.map(row => row.textContent.toLowerCase());
+document.querySelector("#search").addEventListener("input", event => {
+  const words = event.target.value.toLowerCase().split(/\\s+/);
+  rows.forEach((row, i) => { row.hidden = !words.every(word => texts[i].includes(word)); });
+  const count = rows.filter(row => !row.hidden).length;
+  document.querySelector("#found").textContent = `${count} of ${rows.length}`;
+});
+document.querySelector("#items thead").addEventListener("click", event => {
+  const head = event.target.closest("th"), column = head.cellIndex;
+  const up = head.ariaSort ? head.ariaSort === "descending" : column === 0;  // else large first
+  for (const other of head.parentNode.cells) other.ariaSort = null;
+  head.ariaSort = up ? "ascending" : "descending";
+  const keys = rows.map(row => row.cells[column].textContent.toLowerCase()).map(
+    text => column === 0 ? text : parseFloat(text.replaceAll(",", "")));
+  const order = [...rows.keys()].sort((a, b) => keys[a] < keys[b] ? -1 : keys[a] > keys[b]);
+  body.append(...(up ? order : order.reverse()).map(i => rows[i]));
+});
 </script>
 </html>
 """
-
-# An <svg> without a viewBox: places are percentages of its area, while text, marks and strokes keep
-# their sizes in pixels however narrow the page is. Lines, which know no percentages, are drawn in a
-# viewBox that is stretched, by strokes that are not.
-REPORT_CHARTS = """\
-{% macro marks(colors) %}
-<svg width="0" height="0" class="marks" aria-hidden="true">
-<circle id="green" r="4" fill="{{ colors.green }}"/>
-<rect id="orange" x="-3.5" y="-3.5" width="7" height="7" fill="{{ colors.orange }}"/>
-<path id="red" d="M0 -4.5 L4.5 3.5 H-4.5 Z" fill="{{ colors.red }}"/>
-<circle id="dot" r="3" fill="#222"/>
-<circle id="pale-dot" r="3" fill="#888"/>
-<rect id="band" x="-7" y="-5" width="14" height="10" fill="#ddd"/>
-</svg>
-{% endmacro %}
-{% macro plot(chart, id="") %}
-<figure>
-<figcaption>{{ chart.caption }}</figcaption>
-<p class="up-label">{{ chart.up.label }}</p>
-<div class="area" style="--up: {{ chart.up.characters }}; --across:
-{{- " %d" | format(chart.across.characters) }}">
-<svg class="plot"
-{% if id %}
-id="{{ id }}" tabindex="0" role="application"
-aria-label="{{ chart.caption }}: the arrow keys move from item to item"
-{% else %}
-role="img" aria-label="{{ chart.caption }}"
-{% endif %}
->
-<rect class="ground" width="100%" height="100%"/>
-{% for at, text in chart.up.ticks %}
-<line class="grid" x2="100%" y1="{{ 100 - at }}%" y2="{{ 100 - at }}%"/>
-<text class="up" x="-8" y="{{ 100 - at }}%" dy="4">{{ text }}</text>
-{% endfor %}
-{% for at, text in chart.across.ticks %}
-<line class="grid" x1="{{ at }}%" x2="{{ at }}%" y2="100%"/>
-<text class="across" x="{{ at }}%" y="100%" dy="18">{{ text }}</text>
-{% endfor %}
-<svg class="lines" viewBox="0 0 100 100" preserveAspectRatio="none">
-{% if chart.band %}
-<polygon class="band" points="
-{%- for x, y in chart.band %}{{ x }},{{ (100 - y) | round(2) }} {% endfor %}"/>
-{% endif %}
-{% for style, label, points in chart.lines %}
-<polyline class="{{ style }}" points="
-{%- for x, y in points %}{{ x }},{{ (100 - y) | round(2) }} {% endfor %}"/>
-{% endfor %}
-</svg>
-{% for mark, x, y in chart.marks %}
-<use href="#{{ mark }}" x="{{ x }}%" y="{{ (100 - y) | round(2) }}%"/>
-{% endfor %}
-{% if id %}
-<line id="interval" hidden/><circle id="chosen" r="7" hidden/>
-{% endif %}
-</svg>
-{% if id %}
-<div id="tip" role="status" hidden><b></b><span></span></div>
-{% endif %}
-</div>
-<p class="across-label">{{ chart.across.label }}</p>
-<ul class="legend">
-{% for mark, label in chart.legend.items() %}
-<li><svg width="16" height="16" aria-hidden="true"><use href="#{{ mark }}" x="8" y="8"/></svg>
-{{ label }}</li>
-{% endfor %}
-{% for style, label, _ in chart.lines %}
-<li><svg width="24" height="16" aria-hidden="true">
-<line class="{{ style }}" x2="24" y1="8" y2="8"/></svg>
-{{ label }}</li>
-{% endfor %}
-</ul>
-</figure>
-{% endmacro %}
-"""
-
-REPORT_STYLE = """\
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere }
-h1 { font-size: 1.5rem; line-height: 1.25 }
-h2 { margin-top: 2.5rem; font-size: 1.2rem }
-small, .hint { font-size: 13px; color: #555 }
-.summary { font-size: 1.3rem }
-[hidden] { display: none }
-table { border-collapse: collapse; margin: 1rem 0; max-width: 100% }
-td, th { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #ddd }
-td, th { text-align: left; vertical-align: top }
-.figures td:nth-child(n+2), .figures th:nth-child(n+2) { text-align: right }
-.figures td:nth-child(n+2) { font-variant-numeric: tabular-nums; overflow-wrap: normal }
-.figures td:nth-child(n+2), .figures th:nth-child(n+2) { padding-left: .4rem }
-table:not(.figures) td:first-child { white-space: nowrap }
-.bar { display: block; width: 100%; min-width: 8rem; height: 12px; overflow: visible }
-.bar rect { fill: #bbb; stroke: #222; stroke-width: .6 }
-.bar.own rect { fill: #777 }
-.bar.published rect { fill: #fff }
-.bar line { stroke: #222; stroke-width: 1.5 }
-
-figure { margin: 1.5rem 0; break-inside: avoid }
-figcaption { font-weight: 600 }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
-.pair { gap: 0 2rem }
-.marks { position: absolute }
-.area { position: relative; margin: .25rem calc(var(--across) * 4px) 1.75rem }
-.area { margin-left: calc(var(--up) * 8px + 12px) }
-.plot { display: block; width: 100%; height: 18rem; overflow: visible }
-#scatter { height: min(34rem, 90vw); touch-action: pan-y }
-.plot text, .up-label, .across-label, .legend { font-size: 13px }
-.plot text { fill: #444 }
-.plot .up { text-anchor: end }
-.plot .across { text-anchor: middle }
-.plot .ground { fill: #fff; stroke: #888 }
-.plot .grid { stroke: #e4e4e4 }
-.plot .lines { overflow: visible }
-.plot use { fill-opacity: .75 }
-.plot polyline, .legend line { fill: none; stroke: #222; stroke-width: 1.5 }
-.plot polyline { vector-effect: non-scaling-stroke }
-.plot .dashed, .legend .dashed { stroke-dasharray: 5 4 }
-.plot .weak, .legend .weak { stroke: #888 }
-.plot .band { fill: #ddd }
-.up-label { margin: .5rem 0 0 }
-.across-label { margin: 0 0 .5rem; text-align: center }
-.legend { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: 0 1.5rem }
-.legend svg { vertical-align: -3px }
-#chosen { fill: none; stroke: #222; stroke-width: 2 }
-#interval { stroke: #222; stroke-width: 2 }
-#tip { position: absolute; max-width: min(20rem, 100%); box-sizing: border-box; z-index: 1 }
-#tip { padding: .4rem .6rem; background: #222; color: #fff; border-radius: 4px }
-#tip { font-size: 14px; line-height: 1.35; pointer-events: none }
-#tip b, #tip span { display: block }
-
-.controls input { font: inherit; padding: .2rem .4rem; max-width: 100%; box-sizing: border-box }
-th button { font: inherit; padding: 0; border: 0; background: none; color: inherit }
-th button { text-align: inherit; cursor: pointer; text-decoration: underline dotted }
-th[aria-sort=ascending] button::after { content: " ▲" }
-th[aria-sort=descending] button::after { content: " ▼" }
-@media (min-width: 40.01rem) { #worst td:last-child { white-space: nowrap } }
-
-@media screen and (max-width: 40rem) {
-  body { margin-top: 1rem }
-  td, th { padding-right: .4rem }
-  .stacked, .stacked thead, .stacked tbody { display: block }
-  .stacked tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)) minmax(0, 1.3fr) }
-  .stacked tr[hidden] { display: none }
-  .stacked tr { border-bottom: 1px solid #ddd; padding: .25rem 0 }
-  .stacked td, .stacked th { border: 0; padding: .1rem 0 }
-  .stacked td:first-child, .stacked th:first-child { grid-column: 1 / -1 }
-  .stacked td:nth-child(2), .stacked th:nth-child(2) { text-align: left; padding-left: 0 }
-}
-@media print {
-  body { max-width: none; margin: 0; padding: 0; font-size: 11pt }
-  .controls, .hint, #tip, #chosen, #interval { display: none }
-  #worst tr[hidden] { display: table-row }
-  th button { text-decoration: none }
-  tr { break-inside: avoid }
-  h2 { break-after: avoid }
-}
-"""
-
-REPORT_SCRIPT = """\
-"use strict";
-for (const element of document.querySelectorAll(".controls, .hint")) element.hidden = false;
-
-// The scatter: one listener each for the whole chart, which looks for the nearest item
-const points = JSON.parse(document.getElementById("points").textContent);
-const byPrice = [...points.keys()].sort((a, b) => points[a].x - points[b].x);
-const chart = document.getElementById("scatter");
-const tip = document.getElementById("tip");
-const chosen = document.getElementById("chosen");
-const interval = document.getElementById("interval");
-const REACH = 24;  // pixels from an item in which it is meant
-let shown = null;
-
-function set(element, values) {
-  for (const [name, value] of Object.entries(values)) element.setAttribute(name, value);
-  element.removeAttribute("hidden");
-}
-
-function hide() {
-  for (const element of [tip, chosen, interval]) element.setAttribute("hidden", "");
-  shown = null;
-}
-
-function show(index) {
-  if (index === shown) return;
-  hide();
-  if (index === null) return;
-  shown = index;
-  const point = points[index];
-  const x = point.x + "%";
-  set(chosen, {cx: x, cy: 100 - point.y + "%"});
-  if ("low" in point) {
-    set(interval, {x1: x, x2: x, y1: 100 - point.low + "%", y2: 100 - point.high + "%"});
-  }
-  tip.children[0].textContent = point.title;
-  tip.children[1].textContent = point.text;
-  tip.hidden = false;
-  const width = chart.clientWidth;
-  const left = width * point.x / 100 - tip.offsetWidth / 2;
-  const up = chart.clientHeight * (100 - point.y) / 100;
-  const above = up - tip.offsetHeight - 14;
-  tip.style.left = Math.max(0, Math.min(left, width - tip.offsetWidth)) + "px";
-  tip.style.top = (above < 0 ? up + 14 : above) + "px";
-}
-
-function nearest(event) {
-  const box = chart.getBoundingClientRect();
-  const x = event.clientX - box.left;
-  const y = event.clientY - box.top;
-  let best = null;
-  let least = REACH ** 2;
-  points.forEach((point, index) => {
-    const dx = box.width * point.x / 100 - x;
-    const dy = box.height * (100 - point.y) / 100 - y;
-    const distance = dx * dx + dy * dy;
-    if (distance <= least) [best, least] = [index, distance];
-  });
-  return best;
-}
-
-function step(event) {
-  const moves = {ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1};
-  if (event.key === "Escape") hide();
-  if (!(event.key in moves)) return;
-  event.preventDefault();
-  const last = byPrice.length - 1;
-  const first = moves[event.key] > 0 ? -1 : last + 1;
-  const place = (shown === null ? first : byPrice.indexOf(shown)) + moves[event.key];
-  show(byPrice[Math.max(0, Math.min(place, last))]);
-}
-
-chart.addEventListener("pointermove", event => show(nearest(event)));
-chart.addEventListener("pointerdown", event => show(nearest(event)));
-chart.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") hide(); });
-chart.addEventListener("keydown", step);
-chart.addEventListener("blur", hide);
-addEventListener("resize", () => {  // phones send it whenever their address bar hides
-  const index = shown;
-  hide();
-  show(index);
-});
-
-// The table of the worst
-const table = document.getElementById("worst");
-const rows = [...table.tBodies[0].rows];
-
-function valueOf(row, column) {
-  const cell = row.cells[column];
-  return "value" in cell.dataset ? Number(cell.dataset.value) : cell.textContent;
-}
-
-function compare(a, b) {
-  return typeof a === "number" ? a - b : a.localeCompare(b);
-}
-
-table.tHead.addEventListener("click", event => {
-  const head = event.target.closest("th");
-  if (!head) return;
-  const column = head.cellIndex;
-  const isText = column === 0;
-  const before = head.getAttribute("aria-sort");
-  const down = before ? before === "ascending" : !isText;
-  for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
-  head.setAttribute("aria-sort", down ? "descending" : "ascending");
-  const sign = down ? -1 : 1;
-  rows.sort((a, b) => sign * compare(valueOf(a, column), valueOf(b, column)));
-  table.tBodies[0].append(...rows);
-});
-
-document.getElementById("search").addEventListener("input", event => {
-  const words = event.target.value.toLowerCase().split(/\\s+/);
-  for (const row of rows) {
-    const text = row.textContent.toLowerCase();
-    row.hidden = !words.every(word => text.includes(word));
-  }
-  const count = rows.filter(row => !row.hidden).length;
-  document.getElementById("found").textContent = `${count} of ${rows.length}`;
-});
-"""
-
-REPORT_FILES = {
-    "report.html": REPORT,
-    "charts.html": REPORT_CHARTS,
-    "report.css": REPORT_STYLE,
-    "report.js": REPORT_SCRIPT,
-}

@@ -171,16 +171,14 @@ def test_coarse_unit_is_noted():
     assert items.split_warnings(about | {"unit": 1}, {"train": {"price": prices}}) == []
 
 
-def test_colors_suit_most_prices():
-    """Where a few dear items need the unit, an error counts as small by a tenth of it."""
-    rows = [{"title": "T", "truth": 25.0, "guess": 75.0, "error": 50.0} for _ in range(9)]
-    rows.append({"title": "T", "truth": 2500.0, "guess": 2450.0, "error": 50.0})
-    scale = PriceScale(10, "€")
-    assert util.scatter_chart(rows, scale).legend == {
-        "green": "error < €40 or 20 %: 1 of 10",
-        "orange": "error < €80 or 40 %: 9 of 10",
-    }
-    assert util.scatter_chart(rows[9:], scale).legend == {"green": "error < €400 or 20 %: 1 of 1"}
+def test_colors_go_by_the_unit():
+    """What is $40 in the course is 40 units."""
+    groups = util.group_by_color([50, 400, 1500], [0, 0, 0], PriceScale(10, "€"))
+    assert [(label, list(numbers)) for _, _, label, numbers in groups] == [
+        ("error < €400 or 20 %: 1 of 3", [0]),
+        ("error < €800 or 40 %: 1 of 3", [1]),
+        ("larger: 1 of 3", [2]),
+    ]
 
 
 def test_foreign_currency_is_hinted(tmp_path):
@@ -316,10 +314,8 @@ def test_records_name_the_scale(tens):
 
 def test_figures_are_in_the_currency(tens):
     report = (tens / RUN / "eval/report.html").read_text("utf-8")
-    assert "guess (€)" in report
-    assert "$" not in report.partition("<h2>How it was measured")[0].partition("<h1>")[2].replace(
-        "${", ""
-    )
+    assert "guess over its true price, in €" in report
+    assert "$" not in report.partition("<h2>How it was measured")[0].partition("<h1>")[2]
 
 
 def test_own_items_are_priced_in_its_unit(call, tens):

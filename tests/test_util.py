@@ -236,9 +236,9 @@ def test_table_has_dashes_for_one_item(results):
     assert len(rows) == 2
     for row in rows:
         assert row.split()[-3:] == ["10.00", "–", "–"]
-    bars = util.comparison(results).axes[0]
-    assert [bar.get_width() for bar in bars.patches] == [10, 10]
-    assert not bars.collections  # the intervals
+    axes = util.comparison(results).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [10, 10]
+    assert not axes.collections  # the intervals
 
 
 @pytest.mark.parametrize(
@@ -257,12 +257,22 @@ def test_differences_say_which_is_better(difference, low, high, expected):
     assert util.format_difference("a", figures) == expected
 
 
+def test_columns_never_touch(results):
+    """However wide a number is; r² of three items can be anything."""
+    wide = {"n": 12_345_678, "mae": 5e9, "mae_ci95": 4e9, "r2": -3_775_657.51}
+    results["baselines"] = {"constant_mean": wide}
+    head, first, *_ = util.format_table(results).splitlines()
+    figures = ["12,345,678", "5,000,000,000.00", "4,000,000,000.00", "−3,775,657.5"]
+    assert first.split()[-4:] == figures
+    assert len(head) == len(first)
+
+
 def test_table_says_what_intervals_promise(results):
     scores = {"coverage_80": 0.95, "promised_80": 0.834, "nll": 5, "crps": 9, "outside": 0}
     table = util.format_table(results | {"distribution": scores})
     assert "The 80 % intervals hold 95 % of the true prices and promise 83 %;" in table
     chart = util.reliability({"as read": util.shares_within([0.5, 0.1])}, 2, "a", scores)
-    assert "hold 95 % of the true prices and promise 83 %" in chart.get_suptitle()
+    assert "prices and promise 83 %" in chart.get_suptitle()
     table = util.format_table(results | {"distribution": scores | {"calibrated_on": 500}})
     assert "hold 95 % of the true prices; 500 validation rows set their width;" in table
 
@@ -284,10 +294,10 @@ def test_ladder_stands_beside_course_data(results):
 def test_chart_has_a_bar_each(results):
     """A bar for each row of the table, as long as the row's error."""
     results["course"] = True
-    rows = util.table_rows(results)
+    rows = util.table_rows(results).values()
     bars = util.comparison(results).axes[0].patches
     assert len(rows) == 2 + len(util.LADDER)
-    assert [bar.get_width() for bar in reversed(bars)] == [figures["mae"] for _, figures in rows]
+    assert [bar.get_width() for bar in reversed(bars)] == [row["mae"] for row in rows]
 
 
 @pytest.mark.parametrize(
