@@ -245,35 +245,27 @@ def test_gradients_equal_the_dequantised_models(build):
     for layer in quantised_layers(model):
         assert not layer.support_avx512bf16_for_cpu
     batch = next(iter(trainer.get_train_dataloader()))
-    randomise_adapters(model)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # it starts at zero, and half of the gradients would be
+            torch.nn.init.normal_(parameter, std=0.02)
 
     found = gradients(model, batch)
     model.base_model.model.dequantize()
     assert not quantised_layers(model)
     expected = gradients(model, batch)
-
     assert len(expected) == 16
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def randomise_adapters(model):
-    """Half of the gradients would be zero else, since each B starts at zero."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02, generator=generator)
-
-
 def gradients(model, batch):
     """{name: gradient} of the adapters for the loss of a batch."""
     model.zero_grad()
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits = model(**inputs).logits.float()
-    targets = batch["labels"][:, 1:].flatten()
-    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets).backward()
+    model(
+        **{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    ).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if "lora_" in name}
 
 
@@ -395,17 +387,12 @@ def test_keep_best_ends_with_least_error(call, shared, project):
 
 
 def test_eight_bit_stays_reachable(call, shared, project):
+    """By default it is 4 bits, which compute in bf16 where the GPU does."""
     call("train", *shared, "--run-name", "eight", "--no-4bit", *SHORT, cwd=project)
     call("eval", "--local", "--run-name", "eight", "--size", "2", cwd=project)
     assert not read(project / "outputs/price-eight/run.json")["use_4bit"]
     assert build_quant_config(False, False).load_in_8bit
-
-
-def test_four_bits_are_those_of_qlora():
-    config = build_quant_config(True, True)
-    assert config.bnb_4bit_quant_type == "nf4"
-    assert config.bnb_4bit_use_double_quant
-    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+    assert build_quant_config(True, True).bnb_4bit_compute_dtype == torch.bfloat16
 
 
 # Eval
