@@ -3231,10 +3231,7 @@ def color(error, truth, unit=1):
 
 
 def half_interval(errors):
-    """Half the 95 % interval of the mean: 1.96 · population standard deviation / √n.
-
-    NaN for a single error, which has no spread.
-    """
+    """Half the 95 % interval of the mean; NaN for a single error, which has no spread."""
     if len(errors) < 2:
         return math.nan
     return 1.96 * statistics.pstdev(errors) / math.sqrt(len(errors))
@@ -3450,14 +3447,13 @@ def score(rows, answers, title, calibration=None):
         table.append(entry)
 
     figures = metrics([row["guess"] for row in table], truths) | scale.record()
-    figures["parse_failures"] = prices.count(None)
+    failures = figures["parse_failures"] = prices.count(None)
     interval = format_number(figures["mae_ci95"])
     print(f"{title}: {headline(figures)} (± {interval}, n = {figures['n']:,})")
     if 1 < len(rows) < 30:
         print("Fewer than 30 items: even the interval is a rough guess")
-    if figures["parse_failures"]:
-        zero = f"{scale.currency}0"
-        print(f"{figures['parse_failures']:,} answers named no price and count as {zero}")
+    if failures:
+        print(f"{failures:,} answers named no price and count as {scale.currency}0")
     figures["by_category"] = errors_by(table, lambda row: row["category"])
     figures["by_price"] = errors_by(table, lambda row: band_of(row["truth"], scale))
     figures["worst"] = sorted(table, key=lambda row: -row["error"])[:WORST_ITEMS]
