@@ -21,7 +21,6 @@ Environment: HF_TOKEN (to use the Hub), WANDB_API_KEY (optional, for --log-wandb
 
 import argparse
 import difflib
-import gc
 import importlib.util
 import inspect
 import logging
@@ -283,7 +282,7 @@ class RunConfig:
 
     base_model: str | None = None  # None: that of the run, or else the mode's default
     project_name: str = DEFAULT_PROJECT_NAME
-    data_user: str | None = None  # None: the nearest dataset, see items.find_prompts
+    data_user: str | None = None  # None: the nearest dataset, see util.find_prompts
     lite_mode: bool = False
     demo_mode: bool = False
     local: bool = False  # nothing is pushed
@@ -325,15 +324,6 @@ class RunConfig:
     def login(self, namespace=None, write=False):
         """login_huggingface, for items.py and util.py."""
         return login_huggingface(namespace, write)
-
-    def open_base(self, run=None):
-        """The util.Base of this config, at the commit that the run was trained on."""
-        import util
-
-        revision = None
-        if run and run.base_model == self.base_name and len(run.base_identity or "") == 40:
-            revision = run.base_identity  # a commit; those of folders are shorter
-        return util.open_base(self.base_name, revision, Path(self.output_dir, "base"))
 
     def run_folder(self, run_name):
         return Path(self.output_dir, f"{self.project_name}-{run_name}")
@@ -498,6 +488,7 @@ def set_up_libraries():
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Or `datasets` would report each file that it reads to a host of its own
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's, of each training
     # Warnings between the pinned libraries
     warnings.simplefilter("ignore", FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
@@ -519,6 +510,9 @@ def stage_function(stage):
         with warnings.catch_warnings():
             set_up_libraries()
             checked = check_call(stage.__name__, given)
+            import items
+
+            items.probe_hub.cache_clear()
             try:
                 return stage(**checked)
             except KeyboardInterrupt as error:
@@ -564,19 +558,18 @@ def prepare_prompts(
     with problems:
         account = None if config.local else login_huggingface(hf_dataset_user, write=True)
     with problems:
-        base = config.open_base()
-    with items.one_progress_bar() as bar:
-        with problems:
-            catalogue = items.find_items(config, source, columns, bar, unit, currency)
-        problems.report()
-        util.check_tokenizer(base.path, base.tokenizer, catalogue.scale)
+        base = util.open_base(config)
+    with problems:
+        catalogue = find_items(config, source, columns, unit, currency)
+    problems.report()
+    util.check_tokenizer(base.path, base.tokenizer, catalogue.scale)
 
-        # 2) Build the prompts and describe them
-        prompts, counts = items.build_prompts(
-            catalogue.splits, base.tokenizer, cutoff, bar, catalogue.scale
-        )
+    # 2) Build the prompts and describe them
+    prompts, counts = items.build_prompts(catalogue.splits, base.tokenizer, cutoff, catalogue.scale)
     print("\n".join([f"Items: {catalogue.about['source']}", *catalogue.notes]))
-    about = items.describe_prompts(config, cutoff, catalogue, counts, prompts)
+    settings = {"mode": config.mode, "cutoff": cutoff, "seed": config.seed}
+    settings["base_model"] = config.base_name
+    about = items.describe_prompts(prompts, counts, catalogue, **settings)
     print(items.format_prompts(about, counts))
 
     # 3) Write the folder, replacing an older one, then push
@@ -593,6 +586,19 @@ def prepare_prompts(
     if account:
         items.push_prompts(f"{account}/{config.dataset_name}", prompts, folder, about)
     return folder
+
+
+def find_items(config, source, columns, unit, currency):
+    """The items.Catalogue to prepare: the file's, the demo's, or the course's."""
+    import items
+
+    if source is not None:
+        return items.own_catalogue(source, config.seed, columns, unit, currency)
+    scale = items.PriceScale(unit or 1, currency)
+    if config.demo_mode:
+        return items.demo_catalogue(config.seed, scale)
+    name = f"{config.data_user or items.COURSE_USER}/items_{config.mode}"
+    return items.published_items(name, scale)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -701,8 +707,8 @@ def evaluate_model(
     items.check_writable(config.output_dir)
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
     config = config.for_run(run)
-    prompts = items.find_prompts(config, run.data.get("hub"))
-    base = config.open_base(run)
+    prompts = util.find_prompts(config, run.data.get("hub"))
+    base = util.open_base(config, run)
     util.check_tokenizer(base.path, base.tokenizer, prompts.scale)
     rows = util.first_rows(prompts.splits["test"], size)
     data = util.describe_data(prompts)
@@ -719,6 +725,7 @@ def evaluate_model(
 
     # 3) Write figures, charts and the report, replacing an older evaluation
     with items.replacing(folder) as new:
+        new.mkdir()
         results, table = util.score_run(
             run, base, prompts, data, rows, answers, earlier_guesses, config.seed, new
         )
@@ -767,20 +774,17 @@ def read_earlier(config, names, rows, decode, base):
 
 def open_reader(run, base, rows):
     """A function from an adapter's folder, or None, to a PriceReader of the base for rows."""
-    import util
-
-    options = {"use_bf16": detect_bf16_support(), **reading_options(run)}
-    return partial(util.open_reader, base, rows=rows, **options)
+    return partial(run_reader(run, base).open, rows=rows)
 
 
-def reading_options(run):
-    """How a base is loaded to read the run's prices."""
+def run_reader(run, base):
+    """The util.RunReader that loads a base, with or without the run's adapter."""
     import util
 
     use_bf16 = detect_bf16_support()
     precision = util.precision_for_reading(run, use_bf16)
     quant_config = build_quant_config(run.use_4bit, use_bf16, util.DTYPES[precision])
-    return {"quant_config": quant_config, "precision": precision}
+    return util.RunReader(base, quant_config, precision, use_bf16)
 
 
 @stage_function
@@ -806,9 +810,10 @@ def price_items(
     import items
     import util
 
-    items.check_output(output, source)
+    if output:
+        items.check_output(output, source)
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
-    base = config.for_run(run).open_base(run)
+    base = util.open_base(config.for_run(run), run)
     cutoff = run.data.get("cutoff") or DEFAULT_CUTOFF
     earlier = run.data.get("columns")
     rows, catalogue = items.own_rows(
@@ -868,23 +873,24 @@ def export_model(
         raise items.UserError(f"--export {folder}: exists already. Give a new folder.")
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
     config = config.for_run(run)
-    base = config.open_base(run)
+    base = util.open_base(config, run)
     rows = util.rows_to_check(config, run)
+    loader = run_reader(run, base)
     expected = in_tree = None
     if rows:
-        reader = open_reader(run, base, rows)(run.adapter)
+        reader = loader.open(run.adapter, rows)
         expected = util.read_shares(reader, rows)
         in_tree = reader.in_tree
         reader = None
-        gc.collect()  # models have reference cycles
+        util.release_memory()
 
     # 2) Write it merged, unless the check fails
     with items.replacing(folder) as new:
-        options = reading_options(run)
-        model = util.load_merged(base, run.adapter, out_precision="bf16", **options)
+        new.mkdir()
+        model = loader.load(run.adapter, out_precision="bf16")
         util.save_merged(model, base, new, run)
         model = None
-        gc.collect()  # models have reference cycles
+        util.release_memory()
         if rows:
             print(util.check_export(new, rows, expected, in_tree))
     print(f"Exported: {folder}, bf16")
@@ -1508,15 +1514,6 @@ def run_stage(args):
         )
 
 
-def written_folders(args):
-    """The folders that were named to write in."""
-    folders = [args.output_dir]
-    for name in ("output", "export"):
-        if getattr(args, name, None):
-            folders.append(Path(getattr(args, name)).parent)
-    return folders
-
-
 def as_flag(argument):
     """The flag of an argument that a text names, as matched."""
     return f"--{argument[1].replace('_', '-')}"
@@ -1533,12 +1530,10 @@ def main(argv=None) -> None:
             return
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
         os.environ["TQDM_DISABLE"] = "1"
-    from items import Stopped, UserError, explain_full_disk, use_hub_client
+    from items import Stopped, UserError, is_disk_full
 
-    use_hub_client()
     try:
-        with explain_full_disk(*written_folders(args)):
-            run_stage(args)
+        run_stage(args)
     except Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(stopped.code)
@@ -1546,6 +1541,15 @@ def main(argv=None) -> None:
         for line in re.sub(r"`([a-z_]+)`", as_flag, str(error)).splitlines():
             print(f"app.py {args.stage}: {line}", file=sys.stderr)
         sys.exit(error.code)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        print(
+            f"app.py {args.stage}: the disk is full, or your quota or a limit on files is reached. "
+            "What was there before is unchanged: make room, then run the same command again.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 if __name__ == "__main__":

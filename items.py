@@ -19,6 +19,7 @@ import atexit
 import codecs
 import csv
 import errno
+import glob
 import gzip
 import hashlib
 import html
@@ -32,16 +33,16 @@ import shutil
 import signal
 import socket
 import tempfile
-import time
 import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from decimal import Decimal
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from itertools import islice, zip_longest
 from pathlib import Path
 
+import datasets
 import httpx2
 import numpy
 import psutil
@@ -50,31 +51,22 @@ import pyarrow.compute
 import pyarrow.ipc
 import pyarrow.parquet
 import xxhash
-from datasets import (
-    Dataset,
-    DatasetDict,
-    disable_progress_bars,
-    load_dataset,
-    load_dataset_builder,
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
+from datasets.exceptions import (
+    DataFilesNotFoundError,
+    DatasetGenerationError,
+    DatasetNotFoundError,
 )
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from huggingface_hub import (
-    HfApi,
-    constants,
-    errors,
-    get_session,
-    get_token,
-    set_client_factory,
-)
+from huggingface_hub import HfApi, constants, errors, get_session, get_token, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
-from pydantic.dataclasses import dataclass as validated_dataclass
-from tqdm import tqdm
+from pydantic import BaseModel
 
 QUESTION = "What does this cost to the nearest dollar?"
 PREFIX = "Price is $"
 SCALE_END_LEN = 60  # characters of a prompt in which its scale is
 SPLITS = ("train", "val", "test")
 ITEM_SPLITS = ("train", "validation", "test")  # the names in datasets of items
+COURSE_USER = "ed-donner"  # whose datasets on the Hub are the course's
 
 MIN_PRICE = 0.50  # units; the course's lowest price in dollars
 MAX_PRICE = 999.49  # units; the highest that rounds to 999
@@ -85,19 +77,17 @@ UNIT_EXPONENTS = range(-2, 13)  # of the powers of ten that units can be
 TIMES = "×"  # between the unit and the number in a prompt
 
 IGNORED = -100  # the label of tokens that are not trained on, as in PyTorch
-# A completion that is trained on and judged as it is. RE2's syntax, as pyarrow has it
-PLAIN_COMPLETION = r"^(0|[1-9]\d{0,2})(\.\d+)?$"
-# Others that mean a number: 219. and .99, $219, with separators of thousands
-WRITTEN_NUMBER = r"^\$?\s*[-+]?(\d+|\d{1,3}(,\d{3})+)?(\.\d*)?$"
 SHOWN_VALUE = 60  # characters of a value in an error
 SHOWN_EXAMPLE = 40  # characters of a cell that shows why rows are dropped
 
-TOKEN_CHARACTERS = 5  # most texts have fewer of them a token
+TOKEN_CHARACTERS = 6  # most texts have fewer of them a token
 MERGE_MARGIN = 8  # tokens before a text's end that what follows can change; in fact one or two
 MAX_COUNTED = 20_000  # training rows whose tokens `prepare` counts
-COURSE_USER = "ed-donner"  # publishes the course's datasets
-COURSE_SIZES = (20_000, 800_000)  # training rows of lite and full; a few may be dropped
 MANIFEST = "manifest.json"
+RECORD = "prepare.json"
+PREPARE_AGAIN = "Run the stage prepare again."
+NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
+CONNECT_S = 2.0  # seconds that a connection to the Hub may take, before it counts as away
 
 
 class ShownInOneLine:
@@ -110,17 +100,18 @@ class ShownInOneLine:
 class UserError(ShownInOneLine, Exception):
     """An error that the user can fix. Its text names the value, the rule and the fix.
 
-    `main` prints it and exits with `code`: 1, or 3 if only a push failed.
+    Arguments are named in backticks as in Python. `main` prints it and exits with `code`: 1, or 3
+    if only a push failed. With `resumes` the same run can be resumed; app.py adds how.
     """
 
     def __init__(self, text, code=1, resumes=False):
         super().__init__(text)
         self.code = code
-        self.resumes = resumes  # the caller knows how, and adds it
+        self.resumes = resumes
 
 
 class Stopped(ShownInOneLine, KeyboardInterrupt):
-    """A signal, or a notebook's Stop button, has ended a stage. Its text says how to go on.
+    """A signal, or a notebook's Stop button, has ended a stage; app.py adds how to resume it.
 
     `main` prints it and exits with `code`, the one that shells expect.
     """
@@ -151,15 +142,21 @@ class Problems:
     def report(self):
         """Raises one UserError with a line for each problem, if there are any."""
         if self.texts:
-            unique = dict.fromkeys(self.texts)
-            raise UserError("\n".join(unique))
+            raise UserError("\n".join(dict.fromkeys(self.texts)))
+
+
+def causes(error):
+    """An exception, and those because of which it was raised."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 # ------------------------------------------------------------------------------------------------
 # 1. Items and prompts
 
 
-def encode(texts, tokenizer, special=True):
+def encode(texts, tokenizer, special=False):
     """The token ids of `texts`, a list of lists.
 
     Calling the tokenizer returns the same in twice the time, because it also makes masks.
@@ -173,59 +170,21 @@ def encode(texts, tokenizer, special=True):
     return [encoding.ids for encoding in encodings]
 
 
-def decode(ids, tokenizer):
-    """The text of each list of token ids, a list.
-
-    Decoding one by one takes twice the time; it is needed where the tokenizer cleans up spaces.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or tokenizer.clean_up_tokenization_spaces:
-        return [tokenizer.decode(row) for row in ids]
-    return backend.decode_batch(ids, skip_special_tokens=False)
-
-
 def truncate(summaries, tokenizer, max_tokens):
-    """The summaries, those of more than `max_tokens` tokens cut to so many.
+    """The summaries, those of more than `max_tokens` tokens cut to so many and right-stripped.
 
-    Special tokens are not counted. What is cut is decoded and right-stripped.
+    Special tokens are not counted. Of a long text only the beginning is encoded if that has tokens
+    enough: tokenizers read word by word, so what follows changes but the last few of them.
     """
-    first = first_tokens(summaries, tokenizer, max_tokens)
-    too_long = [row for row, ids in enumerate(first) if len(ids) > max_tokens]
-    kept = decode([first[row][:max_tokens] for row in too_long], tokenizer)
+    limit = max_tokens * TOKEN_CHARACTERS
+    ids = encode([text[:limit] for text in summaries], tokenizer)
     truncated = list(summaries)
-    for row, text in zip(too_long, kept, strict=True):
-        truncated[row] = text.rstrip()
+    for row, text in enumerate(summaries):
+        if len(text) > limit and len(ids[row]) <= max_tokens + MERGE_MARGIN:
+            (ids[row],) = encode([text], tokenizer)
+        if len(ids[row]) > max_tokens:
+            truncated[row] = tokenizer.decode(ids[row][:max_tokens]).rstrip()
     return truncated
-
-
-def first_tokens(texts, tokenizer, count):
-    """The token ids of each text, a list of lists; of a long text more than its first `count`.
-
-    Only its beginning is encoded. Tokenizers read word by word: what stands behind a space changes
-    no tokens before it but perhaps the last few. A beginning that turns out too short is doubled.
-    """
-    ids = [[]] * len(texts)
-    rows = range(len(texts))
-    max_characters = count * TOKEN_CHARACTERS
-    while rows:
-        beginnings = [beginning(texts[row], max_characters) for row in rows]
-        encoded = encode(beginnings, tokenizer, special=False)
-        too_short = []
-        for row, text, row_ids in zip(rows, beginnings, encoded, strict=True):
-            ids[row] = row_ids
-            if len(text) < len(texts[row]) and len(row_ids) <= count + MERGE_MARGIN:
-                too_short.append(row)
-        rows = too_short
-        max_characters *= 2
-    return ids
-
-
-def beginning(text, max_characters):
-    """The text up to the last space in its first `max_characters`, or all of it without one."""
-    if len(text) <= max_characters:
-        return text
-    words, _, _ = text[:max_characters].rpartition(" ")
-    return words or text
 
 
 @dataclass(frozen=True)
@@ -274,9 +233,7 @@ class PriceScale:
         """The money that a number means; of an array, an array."""
         if self.unit < 1:  # 57 × 0.01 isn't 0.57
             return number / round(1 / self.unit)
-        if self.unit == 1:
-            return number
-        return numpy.round(number * self.unit, 8)  # 212.568 × 10 isn't 2125.68
+        return number if self.unit == 1 else numpy.round(number * self.unit, 8)
 
     def number(self, price):
         """The number for a price, a Decimal: exact, as both are written."""
@@ -383,11 +340,10 @@ def prompt_of(summary):
     return COURSE_SCALE.prompt(summary)
 
 
-@validated_dataclass(config={"extra": "ignore"})
-class Item:
+class Item(BaseModel):
     """A product with its price. `summary` is the description that the model reads.
 
-    As the course's, it converts a price that is text, ignores other fields, and raises a ValueError
+    The course's: it converts a price that is text, ignores other fields, and raises a ValueError
     (pydantic's) for what is no title or price.
     """
 
@@ -434,19 +390,6 @@ class Item:
         head, prefix, _ = self.prompt.partition(PREFIX)
         return head + prefix
 
-    def model_dump(self):
-        """The item as a dict."""
-        return asdict(self)
-
-    @classmethod
-    def model_validate(cls, values):
-        """The item of a dict, or a copy of an item."""
-        return cls(**(asdict(values) if isinstance(values, cls) else values))
-
-    def model_copy(self, update=None):
-        """A copy, with the values of the dict `update`."""
-        return replace(self, **update or {})
-
     @classmethod
     def from_hub(cls, dataset_name):
         """The lists of items (train, validation, test) of a dataset on the Hub."""
@@ -456,7 +399,7 @@ class Item:
     @staticmethod
     def push_to_hub(dataset_name, train, val, test):
         """Writes three lists of items to the Hub, private: train, validation and test."""
-        splits = item_splits(train, val, test, asdict, ITEM_SPLITS)
+        splits = item_splits(train, val, test, names=ITEM_SPLITS)
         splits.push_to_hub(dataset_name, private=True)
 
     @staticmethod
@@ -466,33 +409,13 @@ class Item:
         splits.push_to_hub(dataset_name, private=True)
 
 
-def item_splits(train, val, test, to_row=asdict, names=SPLITS):
+def item_splits(train, val, test, to_row=Item.model_dump, names=SPLITS):
     """A DatasetDict of three lists of items, each item made a row by `to_row`."""
     parts = zip(names, (train, val, test), strict=True)
-    return DatasetDict(
-        {name: Dataset.from_list([to_row(item) for item in items]) for name, items in parts}
-    )
+    return DatasetDict({name: Dataset.from_list(list(map(to_row, part))) for name, part in parts})
 
 
-@contextmanager
-def one_progress_bar():
-    """Yields the bar of all that `prepare` does, in rows; the bars of `datasets` are off.
-
-    It counts a row once for each time that it is read or written; `expect` tells how many remain.
-    """
-    disable_progress_bars()
-    with tqdm(desc="reading", unit=" rows", unit_scale=True, leave=False, disable=None) as bar:
-        yield bar
-
-
-def expect(bar, name, rows):
-    """Names what a bar, if there is one, does now, and how many rows remain to the end."""
-    if bar is not None:
-        bar.total = bar.n + rows
-        bar.set_description(name)
-
-
-def build_prompts(splits, tokenizer, cutoff, bar=None, scale=COURSE_SCALE):
+def build_prompts(splits, tokenizer, cutoff, scale=COURSE_SCALE):
     """Prompts for the items of a DatasetDict with the columns `summary` and `price`.
 
     Prices are rounded in train and val only. Returns the DatasetDict of exactly `prompt` and
@@ -500,54 +423,34 @@ def build_prompts(splits, tokenizer, cutoff, bar=None, scale=COURSE_SCALE):
     was too long, "price": in money}}; train has "tokens" of its first MAX_COUNTED rows, too.
     """
 
-    def convert(table, do_round):
-        """From a table of `summary` and `price` to one of prompts, both of Arrow."""
-        summaries = table["summary"].to_pylist()
-        kept = truncate(summaries, tokenizer, cutoff)
-        prices = table["price"].to_pylist()
-        if bar is not None:
-            bar.update(len(kept))
-        return pyarrow.table(
-            {
-                "prompt": [scale.prompt(summary) for summary in kept],
-                "completion": [scale.completion(price, do_round) for price in prices],
-                "price": prices,
-                "cut": [new != old for new, old in zip(kept, summaries, strict=True)],
-            }
-        )
+    def convert(batch, do_round):
+        kept = truncate(batch["summary"], tokenizer, cutoff)
+        return {
+            "prompt": [scale.prompt(summary) for summary in kept],
+            "completion": [scale.completion(price, do_round) for price in batch["price"]],
+            "cut": [new != old for new, old in zip(kept, batch["summary"], strict=True)],
+        }
 
-    expect(bar, "prompts", sum(len(splits[name]) for name in SPLITS))
-    identity = tokenizer_identity(tokenizer)
-    scale_identity = f"-{hashed(scale.prefix):x}"
+    identity = f"{cutoff}-{tokenizer_identity(tokenizer)}-{hashed(scale.prefix):x}"
     prompts = DatasetDict()
     counts = {}
     for name in SPLITS:
-        items = splits[name].select_columns(["summary", "price"]).with_format("arrow")
+        items = splits[name].select_columns(["summary", "price"])
         rows = items.map(
             convert,
             batched=True,
             fn_kwargs={"do_round": name != "test"},
             remove_columns="summary",
             desc=f"prompts of {name}",
-            new_fingerprint=f"{items._fingerprint}-{cutoff}-{identity}{scale_identity}",
-        ).with_format(None)
+            new_fingerprint=f"{items._fingerprint}-{identity}",
+        )
         prompts[name] = rows.select_columns(["prompt", "completion"])
         counts[name] = {column: rows.data.column(column).to_numpy() for column in ("cut", "price")}
-    counts["train"]["tokens"] = count_tokens(prompts["train"], tokenizer)
+
+    first = prompts["train"].select(range(min(len(prompts["train"]), MAX_COUNTED)))
+    texts = [row["prompt"] + row["completion"] for row in first]
+    counts["train"]["tokens"] = numpy.array([len(ids) for ids in encode(texts, tokenizer)])
     return prompts, counts
-
-
-def count_tokens(prompts, tokenizer):
-    """Tokens of prompt and completion of the first MAX_COUNTED rows, special ones not counted.
-
-    Returns a numpy array.
-    """
-    counts = []
-    first = prompts.select(range(min(len(prompts), MAX_COUNTED)))
-    for rows in first.iter(1000):
-        texts = map("".join, zip(rows["prompt"], rows["completion"], strict=True))
-        counts += [len(ids) for ids in encode(list(texts), tokenizer, special=False)]
-    return numpy.array(counts)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -560,37 +463,25 @@ def tokenise(prompts, tokenizer, name):
     `input_ids` are the tokens of both and the end of text, `labels` the same but IGNORED in the
     prompt.
     """
+    prefix = scale_of(prompts[0]["prompt"]).prefix
 
-    def convert(table):
-        texts = table["prompt"].to_pylist(), table["completion"].to_pylist()
-        ids = encode_rows(*texts, tokenizer)
-        prefix = scale_of(texts[0][0]).prefix
-        return pyarrow.table(token_columns(ids, completion_tokens(texts[1], tokenizer, prefix)))
+    def convert(batch):
+        pairs = zip(batch["prompt"], batch["completion"], strict=True)
+        rows = encode([f"{one}{two}{tokenizer.eos_token}" for one, two in pairs], tokenizer, True)
+        labels = []
+        completions = completion_tokens(batch["completion"], tokenizer, prefix)
+        for ids, completion in zip(rows, completions, strict=True):
+            labels.append([IGNORED] * (len(ids) - len(completion)) + ids[-len(completion) :])
+        return {"input_ids": rows, "labels": labels}
 
-    return (
-        prompts.with_format("arrow")
-        .map(
-            convert,
-            batched=True,
-            remove_columns=prompts.column_names,
-            desc=f"tokens of {name}",
-            new_fingerprint=f"{prompts._fingerprint}-{tokenizer_identity(tokenizer)}",
-        )
-        .with_format(None)
+    return prompts.map(
+        convert,
+        batched=True,
+        remove_columns=prompts.column_names,
+        features=Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}),
+        desc=f"tokens of {name}",
+        new_fingerprint=f"{prompts._fingerprint}-{tokenizer_identity(tokenizer)}",
     )
-
-
-def encode_rows(prompts, completions, tokenizer):
-    """The token ids of each prompt with its completion and the end of text, a list of lists."""
-    return encode(row_texts(prompts, completions, tokenizer), tokenizer)
-
-
-def row_texts(prompts, completions, tokenizer):
-    """What is trained on: each prompt with its completion and the end of text; texts."""
-    return [
-        f"{prompt}{completion}{tokenizer.eos_token}"
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
 
 
 def completion_tokens(completions, tokenizer, prefix=PREFIX):
@@ -598,33 +489,11 @@ def completion_tokens(completions, tokenizer, prefix=PREFIX):
 
     Encoded alone a completion can differ: Llama 2's tokenizer puts a space before it.
     """
-    prefix_len = len(encode([prefix], tokenizer, special=False)[0])
+    (prefix_ids,) = encode([prefix], tokenizer)
     unique = sorted(set(completions))
-    texts = [f"{prefix}{text}{tokenizer.eos_token}" for text in unique]
-    ids = encode(texts, tokenizer, special=False)
-    tokens = {text: row[prefix_len:] for text, row in zip(unique, ids, strict=True)}
+    ids = encode([f"{prefix}{text}{tokenizer.eos_token}" for text in unique], tokenizer)
+    tokens = {text: row[len(prefix_ids) :] for text, row in zip(unique, ids, strict=True)}
     return [tokens[text] for text in completions]
-
-
-def token_columns(ids, completions):
-    """`input_ids` and `labels` of rows, as Arrow columns.
-
-    `ids` are the tokens of the rows, `completions` those of their completions.
-    """
-    lengths = numpy.array([len(row) for row in ids])
-    completion_len = numpy.array([len(row) for row in completions])
-    ends = lengths.cumsum()
-    completion_starts = ends - completion_len
-
-    values = numpy.concatenate(ids).astype(numpy.int32)
-    in_prompt = numpy.arange(len(values)) < completion_starts.repeat(lengths)
-    labels = numpy.where(in_prompt, numpy.int32(IGNORED), values)
-
-    offsets = numpy.append(0, ends).astype(numpy.int32)
-    return {
-        "input_ids": pyarrow.ListArray.from_arrays(offsets, values),
-        "labels": pyarrow.ListArray.from_arrays(offsets, labels),
-    }
 
 
 def row_lengths(tokens):
@@ -647,94 +516,80 @@ def tokenizer_identity(tokenizer):
 # ------------------------------------------------------------------------------------------------
 # 3. Atomic files, full disks
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_disk_full(error):
-    """Whether a full disk, or a quota that is used up, is the reason of an exception."""
-    while error is not None:
-        is_named = any(os.strerror(number) in str(error) for number in DISK_FULL)
-        if is_named or getattr(error, "errno", None) in DISK_FULL:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    """Whether a full disk, a used-up quota or a limit on files is the reason of an exception.
 
-
-@contextmanager
-def explain_full_disk(*folders):
-    """Turns what libraries raise when a disk is full into a UserError.
-
-    It names that of the `folders`, the libraries' and the temporary one that has the least room.
+    Libraries in C++ and Rust have no errno: the system's words are in their texts.
     """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if not is_disk_full(error):
-            raise
-        folders = [*folders, constants.HF_HOME, tempfile.gettempdir()]
-        folders = [str(folder) for folder in folders if Path(folder).is_dir()]
-        room = ""
-        if folders:  # what was half written is deleted again, so that none may be full now
-            least = min(folders, key=free_bytes)
-            room = f" (least room: {least}, {free_bytes(least) / 1e6:,.0f} MB)"
-        raise UserError(
-            f"the disk is full, or your quota on it{room}. What was there before is unchanged: "
-            "make room, then run the same command again."
-        ) from error
+    words = [os.strerror(number) for number in DISK_FULL]
+    return any(
+        getattr(one, "errno", None) in DISK_FULL or any(word in str(one) for word in words)
+        for one in causes(error)
+    )
 
 
-def free_bytes(folder):
-    """The bytes that a user can write to the disk of a folder."""
-    return shutil.disk_usage(folder).free
-
-
-def temporary_name(path, ending):
-    """A hidden name beside `path` that no other process uses."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.{ending}")
+def temporary_folder(target):
+    """The hidden folder beside `target` in which this process writes it."""
+    return target.with_name(f".{target.name}~{socket.gethostname()}-{os.getpid()}")
 
 
 @contextmanager
 def replacing(target):
-    """Yields a temporary folder beside `target`; on success it takes the place of `target`.
+    """Yields a path beside `target`, for a file or a folder that the caller makes.
 
-    A folder can't be replaced in one step, so the old one is renamed meanwhile, and
-    `finish_interrupted_replace` puts it back after a kill between the two renames. After an error
-    the old content stays. Of two processes at once the later one's folder stays, whole.
+    On success it is flushed to the disk and becomes `target`, of links what they lead to. After an
+    error the old content stays. A folder can't be replaced in one step, so the old one is moved
+    aside first: see `finish_interrupted_replace`. Of two processes at once, one's stays, whole.
     """
-    target = finish_interrupted_replace(target)
-    remove_leftovers(target)
-    new = temporary_name(target, "new")
+    target = finish_interrupted_replace(Path(target).resolve())
+    for leftover in leftovers(target):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder = temporary_folder(target)
+    folder.mkdir(parents=True)
+    new = folder / "new"
     try:
-        new.mkdir(parents=True)
         yield new
-        for path in new.rglob("*"):
+        for path in (*new.rglob("*"), new):
             sync(path)
-        sync(new)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    put_in_place(new, target)
-    sync(target.parent)
+        while True:
+            if target.is_dir():
+                with suppress(FileNotFoundError):  # another process has moved it
+                    os.rename(target, tempfile.mkdtemp(prefix="old", dir=folder))
+            try:
+                os.replace(new, target)
+                break
+            except OSError as error:  # another process has just put its folder there
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        sync(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def put_in_place(new, target):
-    """Renames the folder `new` to `target`, which may exist, and removes the old one."""
-    old = temporary_name(target, "old")
-    while True:
-        with suppress(FileNotFoundError):
-            os.rename(target, old)
-        try:
-            os.rename(new, target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            # Another process has just put its folder there
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            shutil.rmtree(old, ignore_errors=True)
-            return
+def finish_interrupted_replace(target):
+    """Puts the old folder back if a `replacing` was killed between its two renames.
+
+    Returns `target` as a Path.
+    """
+    resolved = Path(target).resolve()
+    for folder in [] if resolved.exists() else leftovers(resolved):
+        olds = [old for old in folder.glob("old*") if any(old.iterdir())]
+        if olds and (folder / "new").exists():  # else it has taken the old one's place
+            os.rename(olds[-1], resolved)
+            break
+    return Path(target)
+
+
+def leftovers(target):
+    """The temporary folders that killed processes of this machine left beside `target`."""
+    start = re.escape(temporary_folder(target).name.rpartition("-")[0])
+    for folder in target.parent.glob(".*~*"):
+        match = re.fullmatch(rf"{start}-(\d+)", folder.name)
+        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+            yield folder
 
 
 def sync(path):
@@ -746,55 +601,16 @@ def sync(path):
         os.close(descriptor)
 
 
-def finish_interrupted_replace(target):
-    """Undoes a `replacing` that was killed between its two renames. Returns `target` as a Path."""
-    target = Path(target)
-    if not target.exists():
-        for old in target.parent.glob(f".{target.name}.*.old"):
-            os.rename(old, target)
-            break
-    return target
-
-
-def remove_leftovers(target):
-    """Removes what killed processes of this machine left beside `target`, files or folders."""
-    host = socket.gethostname()
-    for path in target.parent.glob(f".{target.name}.{host}-*"):
-        process = int(path.name.rsplit(".", 1)[0].rsplit("-", 1)[1])
-        if process != os.getpid() and psutil.pid_exists(process):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing(path):
-    """Yields a text file that becomes `path` on success.
-
-    It is written under another name, flushed to the disk, then renamed. Parts of file names that
-    aren't text become question marks.
-    """
-    remove_leftovers(Path(path))
-    new = temporary_name(Path(path), "new")
-    try:
-        with open(new, "w", encoding="utf-8", errors="replace", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-    os.replace(new, path)
-    sync(new.parent)
+def write_text(path, text):
+    """Writes a text entirely or not at all; what isn't text in it becomes question marks."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8", errors="replace", newline="")
 
 
 def write_json(path, value):
-    """Writes `value` as JSON, entirely or not at all. NaN, which JSON lacks, becomes null."""
+    """Writes `value` as JSON. NaN, which JSON lacks, becomes null."""
     clean = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    with writing(path) as file:
-        file.write(json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path):
@@ -804,9 +620,10 @@ def read_json(path):
 
 
 def write_table(path, table):
-    """Writes a list of dicts as CSV or, by the ending, as JSON lines: entirely or not at all."""
-    with writing(path) as file:
-        if Path(path).suffix.lower() == ".jsonl":
+    """Writes a list of dicts as CSV or, by the ending, as JSON lines."""
+    is_json = Path(path).suffix.lower() == ".jsonl"
+    with replacing(path) as new, open(new, "w", encoding="utf-8", newline="") as file:
+        if is_json:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
         else:
             writer = csv.DictWriter(file, table[0])
@@ -829,31 +646,27 @@ def write_manifest(folder, skipped=()):
     write_json(Path(folder, MANIFEST), files)
 
 
-def manifest_problem(folder):
-    """Why the files in `folder` are not those of its manifest, in a few words, or None."""
-    try:
-        files = read_json(Path(folder, MANIFEST))
-    except ValueError:
-        return f"{MANIFEST} is corrupt"
-    if not files:
-        return f"{MANIFEST} is missing"
-    if not isinstance(files, dict):
-        return f"{MANIFEST} is corrupt"
-    for name, identity in files.items():
-        path = Path(folder, name)
-        if not path.exists():
-            return f"{name} is missing"
-        if file_identity(path) != identity:
-            return f"{name} is corrupt"
-    return None
+def manifest_problem(folder, must_exist=True):
+    """Why the files in `folder` are not those of its manifest, in a few words, or None.
 
-
-def damage(folder):
-    """Why a finished run or a dataset can't be used, in a few words, or None.
-
-    One without a manifest, of an older version or of somebody else, is not checked.
+    Unless it `must_exist`, a folder without one, of an older version or of somebody else, has no
+    problem.
     """
-    return manifest_problem(folder) if Path(folder, MANIFEST).exists() else None
+    name = MANIFEST
+    try:
+        if not Path(folder, MANIFEST).exists():
+            return f"{MANIFEST} is missing" if must_exist else None
+        files = dict(read_json(Path(folder, MANIFEST)))
+        for name, identity in files.items():
+            if file_identity(Path(folder, name)) != identity:
+                return f"{name} is corrupt"
+        return None if files else f"{MANIFEST} is corrupt"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} can't be read ({error.strerror})"
+    except (ValueError, TypeError, RecursionError):
+        return f"{MANIFEST} is corrupt"
 
 
 def file_identity(path):
@@ -862,107 +675,122 @@ def file_identity(path):
     XXH3 reads a checkpoint of 5 GB in a fifth of a second, SHA-256 in two and a half. It tells
     damage, no forgery.
     """
-    digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
+        digest = hashlib.file_digest(file, xxhash.xxh3_128)
     return {"size": path.stat().st_size, "xxh3": digest.hexdigest()}
 
 
 def readable(path):
-    """A path as text for messages and records: with � for what is no character.
-
-    Python keeps the bytes of a name that the system's encoding lacks; they are read as UTF-8.
-    """
-    text = str(path)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return os.fsencode(text).decode(errors="replace")
-    return text
+    """A path as text for messages and records: with � for what is no character."""
+    return str(path).encode(errors="surrogateescape").decode(errors="replace")
 
 
 def check_output(path, source=None):
     """Raises UserError if guesses can't be written to `path`, or `source` is that file."""
-    if path is None:
-        return
-    if Path(path).suffix.lower() not in (".csv", ".jsonl"):
-        raise UserError(f"--output {path}: the ending is unknown; give a .csv or .jsonl file.")
-    if not Path(path).parent.is_dir():
-        raise UserError(f"--output {path}: its folder doesn't exist. Give another file.")
-    if source and Path(path).resolve() == Path(source).resolve():
-        raise UserError(f"--output {path}: would overwrite the input. Give another file.")
+    path = Path(path)
+    if path.suffix.lower() not in (".csv", ".jsonl") or path.is_dir():
+        raise UserError(f"`output` {path}: give a .csv or .jsonl file.")
+    if not path.parent.is_dir():
+        raise UserError(f"`output` {path}: its folder doesn't exist. Give another file.")
+    if source and path.resolve() == Path(source).resolve():
+        raise UserError(f"`output` {path}: would overwrite the input. Give another file.")
+    check_writable(path.parent, path.name)
 
 
-def check_writable(folder):
-    """Raises UserError if `folder` can't be written to; makes it if it doesn't exist."""
-    folder = Path(folder)
-    probe = folder / ".writable"
+def check_writable(folder, name="any"):
+    """Raises UserError if `name` can't be written into `folder`, which is made if need be."""
+    probe = temporary_folder(Path(folder, name))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink(missing_ok=True)
+        probe.mkdir(parents=True, exist_ok=True)
+        probe.rmdir()
     except OSError as error:
-        raise UserError(
-            f"{folder}: can't be written to ({error.strerror}). Give another --output-dir."
-        ) from error
+        text = f"{folder}: can't be written to ({error.strerror}). Give another place."
+        raise UserError(text) from error
 
 
 # ------------------------------------------------------------------------------------------------
 # 4. Datasets, on disk and on the Hub
 
+NOT_FOUND = "not on the Hub, or {token} may not read it. Check the name and the token."
+AWAY = "the Hub can't be reached. Check the network, or the name of a folder."
+HUB_ANSWERS = {  # the Hub's own word for an error, or else its status: what it means
+    "GatedRepo": "gated. Ask for access at {endpoint}/{what}, then run this again.",
+    "RevisionNotFound": "no such revision on the Hub. Check `revision`.",
+    401: NOT_FOUND,
+    404: NOT_FOUND,
+}
+HUB_ERRORS = {  # of its client, without an answer
+    errors.HFValidationError: "the Hub allows no such name: {error}",
+    errors.LocalEntryNotFoundError: AWAY,
+    httpx2.TransportError: AWAY,
+    ConnectionError: AWAY,
+    DatasetNotFoundError: NOT_FOUND,
+}
+TOKEN_REFUSED = (
+    "{token}: the Hub refuses {token}: it is mistyped, expired or revoked. Set HF_TOKEN to a valid "
+    "one, made at https://huggingface.co/settings/tokens, or log in again by `hf auth login`."
+)
 
-CONNECT_S = 2.0  # seconds that the first connection to the Hub may take
-AWAY_S = 30.0  # seconds for which a Hub that couldn't be reached isn't asked again
 
+@lru_cache(maxsize=1)
+def probe_hub():
+    """Asks once in a stage whether the Hub can be reached; app.py clears the cache.
 
-@dataclass
-class Contact:
-    """Whether a host has answered to this stage, and until when it is taken to be away."""
-
-    is_made: bool = False
-    away_until: float = 0.0  # of time.monotonic()
-
-
-class HubClient(httpx2.Client):
-    """The client of all the Hub's libraries, for a network that is away.
-
-    They retry for up to half a minute, each request anew, or wait without a limit. Until the Hub
-    has answered once, this one tries a request twice, and then raises what the libraries know as
-    offline: they take what is cached. Once it has answered, their own retries are patient.
+    If not, its libraries read what is cached, as with HF_HUB_OFFLINE=1. They would wait or retry
+    for up to half a minute, each request anew.
     """
-
-    def __init__(self, contacts, **options):
-        super().__init__(**options)
-        self.contacts = contacts  # {host: its Contact}: the libraries ask others than the Hub, too
-
-    def send(self, request, **options):
-        contact = self.contacts.setdefault(request.url.host, Contact())
-        if contact.is_made:
-            return super().send(request, **options)
-        if time.monotonic() > contact.away_until:
-            timeouts = request.extensions.get("timeout", {})
-            request.extensions["timeout"] = timeouts | {"connect": CONNECT_S}
-            for pause in (0.2, 0):
-                try:
-                    response = super().send(request, **options)
-                    contact.is_made = True
-                    return response
-                except httpx2.TransportError:
-                    time.sleep(pause)
-            contact.away_until = time.monotonic() + AWAY_S
-        raise errors.OfflineModeIsEnabled(f"{request.url.host} can't be reached")
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return
+    timeout = httpx2.Timeout(5 * CONNECT_S, connect=CONNECT_S)
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
+    for _ in range(2):
+        with suppress(httpx2.TransportError):
+            get_session().head(constants.ENDPOINT, timeout=timeout)
+            return
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
-def use_hub_client():
-    """Has the Hub's libraries use a HubClient from now on, which hasn't reached the Hub yet."""
-    contacts = {}
-    hooks = get_session().event_hooks
+@contextmanager
+def hub_errors(what):
+    """Turns what the Hub says of `what`, or its absence, into a UserError.
 
-    def make_client():
-        return HubClient(contacts, event_hooks=hooks, follow_redirects=True, timeout=None)
+    Other exceptions, such as a bug's, keep their traceback.
+    """
+    if not os.path.exists(what):
+        probe_hub()
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        text = None if is_disk_full(error) else describe_hub_error(what, error)
+        if text is None:
+            raise
+        raise UserError(text) from error
 
-    set_client_factory(make_client)
+
+def describe_hub_error(what, error):
+    """What an error of the Hub or of the way to it says of `what`; None for any other error."""
+    chain = list(causes(error))
+    answers = [one.response for one in chain if isinstance(one, errors.HfHubHTTPError)]
+    kinds = [kind for kind in HUB_ERRORS if any(isinstance(one, kind) for one in chain)]
+    if answers:
+        if answers[0].status_code == 401 and get_token():
+            return TOKEN_REFUSED.format(token=token_name())
+        code = answers[0].headers.get("X-Error-Code")
+        text = HUB_ANSWERS.get(code) or HUB_ANSWERS.get(answers[0].status_code)
+    elif kinds:
+        text = HUB_ERRORS[kinds[0]]
+    else:
+        return None
+    names = {"endpoint": constants.ENDPOINT, "what": what, "token": token_name()}
+    return f"{what}: {(text or '{error}').format(error=first_line(error), **names)}"
+
+
+def first_line(error):
+    """The first line of an exception's text, or its name."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def saved_token():
@@ -984,136 +812,61 @@ def token_name():
     return "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the saved login"
 
 
-def refuses_token(error):
-    """Whether the Hub's reason for an exception is that the token is not, or no longer, valid."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if response is not None and response.status_code == 401:
-            return get_token() is not None
-        error = error.__cause__ or error.__context__
-    return False
-
-
-@contextmanager
-def hub_errors(what):
-    """Turns the Hub's errors about `what` into a UserError that says what to do."""
-    try:
-        with token_errors():
-            yield
-    except (
-        errors.LocalEntryNotFoundError,
-        errors.OfflineModeIsEnabled,
-        httpx2.TransportError,
-        ConnectionError,
-    ) as error:
-        text = f"{what}: the Hub can't be reached. Check the network, or the name of a folder."
-        raise UserError(text) from error
-    except errors.GatedRepoError as error:
-        text = f"{what}: gated. Ask for access at {constants.ENDPOINT}/{what}, then run this again."
-        raise UserError(text) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{what}: no such revision on the Hub. Check --revision.") from error
-    except (
-        errors.RepositoryNotFoundError,
-        errors.EntryNotFoundError,
-        errors.HFValidationError,
-        DatasetNotFoundError,
-    ) as error:
-        raise UserError(
-            f"{what}: not on the Hub, or {token_name()} may not read it. Check the name and the "
-            "token."
-        ) from error
-    except (
-        DatasetGenerationError,
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # a refusal, files that can't be loaded, an aborted upload
-        if is_disk_full(error):
-            raise  # it isn't about `what`: explain_full_disk says it
-        reason = error
-        if isinstance(error, DatasetGenerationError):  # which only says that there is a cause
-            reason = error.__cause__ or error
-        lines = str(reason).strip().splitlines() or [type(reason).__name__]
-        raise UserError(f"{what}: {lines[0]}") from error
-
-
-@contextmanager
-def token_errors():
-    """Turns an error whose reason is the token into a UserError, the same for all it concerns."""
-    try:
-        yield
-    except (OSError, DatasetNotFoundError) as error:  # the Hub's errors are OSErrors
-        if not refuses_token(error):
-            raise
-        name = token_name()
-        raise UserError(
-            f"{name}: the Hub refuses {name}: it is mistyped, expired or revoked. Set HF_TOKEN to "
-            "a valid one, made at https://huggingface.co/settings/tokens, or log in again by "
-            "`hf auth login`."
-        ) from error
-
-
 def account_names(account):
-    """The names to which an account can write, its own and its organisations'.
-
-    `account` is the Hub's answer to whoami.
-    """
+    """The names to which an account can write, own and organisations', of the answer to whoami."""
     return [account["name"], *(organisation["name"] for organisation in account.get("orgs", ()))]
 
 
 def check_hub_name(name):
     """Raises UserError if the Hub allows no repository of that name, `account/run`."""
-    try:
+    with hub_errors(name):
         validate_repo_id(name)
-    except errors.HFValidationError as error:
-        raise UserError(
-            f"{name}: the Hub allows no such name: letters, digits, '.', '-' and '_', 96 at most; "
-            "no '..' or '--', no '.' or '-' at either end, no '.git' at the end. Give another "
-            "--run-name, or add --local."
-        ) from error
 
 
-def is_public(name, kind):
-    """Whether the repository on the Hub is known to be public; `kind` is model or dataset."""
-    with suppress(OSError, httpx2.TransportError):  # then it isn't known
-        return HfApi().repo_info(name, repo_type=kind).private is False
-    return False
-
-
-def push_or_explain(name, upload, resume_command="the same command again", kind="model"):
+def push_or_explain(name, upload, kind="model"):
     """Calls `upload`, whose client retries by itself. Prints whether the repository is public.
 
-    Raises UserError with code 3 and the command that pushes later.
+    Raises UserError with code 3 if it can't be pushed now. `kind` is model or dataset.
     """
     try:
-        with explain_full_disk(), hub_errors(name):
+        with hub_errors(name):
             upload()
     except UserError as error:
-        text = f"{error} Everything is on disk; to push it later: {resume_command}"
-        raise UserError(text, code=3) from error
-    if is_public(name, kind):  # it existed before: this program makes private ones
-        print(f"Pushed: {name}, which is public: anybody can read it")
-    else:
-        print(f"Pushed: {name}")
+        raise UserError(f"{error} Everything is on disk.", code=3, resumes=True) from error
+    is_public = False  # or not known
+    with suppress(OSError, httpx2.TransportError):
+        is_public = HfApi().repo_info(name, repo_type=kind).private is False
+    # One that existed before: this program makes private ones
+    print(f"Pushed: {name}{', which is public: anybody can read it' if is_public else ''}")
 
 
 def push_prompts(name, prompts, folder, about):
-    """Pushes prompts to a dataset on the Hub, and records its name in their folder."""
-    push = partial(prompts.push_to_hub, name, private=True)
-    push_or_explain(name, push, kind="dataset")
-    write_json(folder / "prepare.json", {"hub": name} | about)
+    """Pushes prompts to a dataset on the Hub, with what is recorded of them but their file's name.
+
+    Records the dataset's name in their folder.
+    """
+    record = {key: value for key, value in about.items() if key != "source"}
+
+    def upload():
+        prompts.push_to_hub(name, private=True)
+        HfApi().upload_file(
+            repo_id=name,
+            repo_type="dataset",
+            path_in_repo=RECORD,
+            path_or_fileobj=json.dumps(record, indent=2).encode(),
+        )
+
+    push_or_explain(name, upload, kind="dataset")
+    write_json(folder / RECORD, {"hub": name} | about)
     write_manifest(folder)
 
 
-def describe_prompts(config, cutoff, catalogue, counts, prompts):
+def describe_prompts(prompts, counts, catalogue, **settings):
     """What prepare.json records: settings, rows kept, dropped and cut, their source."""
     return {
-        "mode": config.mode,
-        "cutoff": cutoff,
+        **settings,
         **catalogue.scale.record(),
-        "seed": config.seed,
-        "base_model": config.base_name,
+        "fingerprint": fingerprint(prompts),
         "kept": {name: len(columns["cut"]) for name, columns in counts.items()},
         "dropped": catalogue.dropped,
         "cut": {name: int(columns["cut"].sum()) for name, columns in counts.items()},
@@ -1123,134 +876,99 @@ def describe_prompts(config, cutoff, catalogue, counts, prompts):
 
 def format_prompts(about, counts):
     """What was kept, dropped and cut, how prices and lengths are spread; a text."""
-    kept = sum(about["kept"].values())
+    kept, cut = sum(about["kept"].values()), sum(about["cut"].values())
     dropped = sum(len(lines) for lines in about["dropped"].values())
     splits = ", ".join(f"{count:,} {name}" for name, count in about["kept"].items())
     rows = f"Rows: {kept:,} kept ({splits}), {dropped:,} dropped"
     if dropped:
         rows = with_lines(rows, drop_reasons(about["dropped"], about.get("dropped_examples")))
-    train = counts["train"]
-    tokens = train["tokens"]
-    counted = "Tokens an item, train:"
-    if len(tokens) < len(train["price"]):
-        counted = f"Tokens, first {len(tokens):,}:"
-    currency = PriceScale.from_record(about).currency
+    cuts = f"Cut at {about['cutoff']} tokens: {cut:,} of {kept:,} descriptions"
+    if cut > WARNED_SHARE * kept:
+        cuts += ", title and category included; a larger `cutoff` keeps more"
+    scale = PriceScale.from_record(about)
+    prices, tokens = counts["train"]["price"], counts["train"]["tokens"]
+    counted = "an item, train" if len(tokens) == len(prices) else f"first {len(tokens):,}"
+    near, compared = about["near_duplicates"]["near"], about["near_duplicates"]["compared"]
     lines = [
         rows,
-        format_cut(about, kept),
-        f"{f'Price, train, in {currency}:':<26}{format_quantiles(train['price'], 2)}",
-        f"{counted:<26}{format_quantiles(tokens)}",
-        format_near_duplicates(about["near_duplicates"]),
+        cuts,
+        f"{f'Price, train, in {scale.currency}:':<26}{format_quantiles(prices, 2)}",
+        f"{f'Tokens, {counted}:':<26}{format_quantiles(tokens)}",
+        f"Near duplicates: {near:,} of {compared:,} test rows ({near / compared:.1%}) share at "
+        f"least {NEAR_SHARE:.0%} of their runs of {GRAM_WORDS} words with one training row",
     ]
-    return "\n".join(lines + split_warnings(about, counts))
-
-
-def format_cut(about, kept):
-    """How many descriptions were too long; a line."""
-    cut = sum(about["cut"].values())
-    line = f"Cut at {about['cutoff']} tokens: {cut:,} of {kept:,} descriptions"
-    if cut > WARNED_SHARE * kept:
-        line += ", title and category included; a larger --cutoff keeps more"
-    return line
-
-
-def split_warnings(about, counts):
-    """What surprises in the splits: their sizes, and prices that are too small for the unit."""
-    lines = []
-    kept = sum(about["kept"].values())
-    scale = PriceScale.from_record(about)
-    largest = max(about["kept"]["val"], about["kept"]["test"])
-    if "split 90/5/5" in about["source"] and kept >= 100 and largest > 2 * kept / 20:
-        lines.append(
-            f"Note: {largest / kept:.0%} of the rows are in one of val and test, since many rows "
-            "have the same title or description; the test split says little of other items"
-        )
-    prices = numpy.concatenate([columns["price"] for columns in counts.values()])
-    zeros = int((prices <= scale.amount(0.5)).sum())
+    half = scale.amount(0.5)
+    zeros = sum(int((columns["price"] <= half).sum()) for columns in counts.values())
     if zeros and scale.unit > 1:
         lines.append(
-            f"Note: {zeros:,} of {kept:,} prices are at most half the unit, "
-            f"{scale.format(scale.amount(0.5))}: they are learned as 0"
+            f"Note: {zeros:,} of {kept:,} prices are at most half the unit, {scale.format(half)}: "
+            "they are learned as 0"
         )
-    finer = finer_scale(scale, prices)
-    if finer:
-        median = scale.format(float(numpy.median(prices)))
-        lost = int((prices > finer.highest).sum())
-        lines.append(
-            f"Note: half of the prices are below {median}, all are learned to the nearest "
-            f"{scale.step}; `--unit {format_unit(finer.unit)}` learns them to the nearest "
-            f"{finer.step} and drops the {lost:,} largest"
-        )
-    return lines
-
-
-def format_near_duplicates(found):
-    """How far the test split's error flatters, since it repeats training rows; a line."""
-    near, compared = found["near"], found["compared"]
-    if not compared:
-        return "Near duplicates: no test rows to compare"
-    return (
-        f"Near duplicates: {near:,} of {compared:,} test rows ({near / compared:.1%}) share at "
-        f"least {NEAR_SHARE:.0%} of their runs of {GRAM_WORDS} words with one training row"
-    )
+    return "\n".join(lines)
 
 
 def format_quantiles(values, digits=0):
     """'min 5 · 25 % 20 · median 55 · 75 % 160 · max 999' of numbers."""
-    ordered = numpy.sort(values)
-    shares = {"min": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "max": 1.0}
-    parts = []
-    for name, share in shares.items():
-        value = ordered[round(share * (len(ordered) - 1))]
-        parts.append(f"{name} {value:,.{digits}f}")
-    return " · ".join(parts)
+    names = ("min", "25 %", "median", "75 %", "max")
+    found = numpy.quantile(values, (0, 0.25, 0.5, 0.75, 1), method="nearest")
+    pairs = zip(names, found, strict=True)
+    return " · ".join(f"{name} {value:,.{digits}f}" for name, value in pairs)
 
 
 def save_prompts(folder, prompts, about):
-    """Writes train.parquet, val.parquet, test.parquet and prepare.json into `folder`."""
+    """Writes train.parquet, val.parquet, test.parquet and prepare.json into a new `folder`."""
+    Path(folder).mkdir(exist_ok=True)
     for name in SPLITS:
         path = Path(folder, f"{name}.parquet")
         # Chunks by content, which spare uploads, abort the process on a full disk (pyarrow 26)
         prompts[name].to_parquet(path, batch_size=50_000, use_content_defined_chunking=False)
-    write_json(Path(folder, "prepare.json"), about)
+    write_json(Path(folder, RECORD), about)
 
 
-def check_dataset(folder):
-    """Raises UserError if a dataset's files aren't those that `prepare` wrote."""
-    problem = damage(folder)
-    if problem:
-        raise UserError(f"{folder}: {problem}. Run the stage `prepare` again.")
+def read_record(path):
+    """What a prepare.json says of its dataset; {} if it is missing or can't be read."""
+    try:
+        return dict(read_json(path))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
 
 
 def replaced_source(folder, about):
     """A note that a dataset replaces one from another source, '' if it doesn't."""
-    try:
-        older = read_json(finish_interrupted_replace(folder) / "prepare.json")
-    except ValueError:
-        return ", replacing a corrupt one"
-    if not older:
-        return ""
-    replaced = older["source"]
+    older = read_record(finish_interrupted_replace(folder) / RECORD)
+    replaced = older.get("source")
     scales = [PriceScale.from_record(record) for record in (older, about)]
-    if scales[0] != scales[1]:
+    if replaced and scales[0] != scales[1]:
         replaced += f" in steps of {scales[0].step}"
-    return "" if replaced == about["source"] else f", replacing: {replaced}"
+    return "" if replaced in (None, about["source"]) else f", replacing: {replaced}"
 
 
-def load_prompts(folder):
-    """The DatasetDict (train, val, test) that `save_prompts` wrote.
-
-    Memory-mapped from the cache of `datasets`, which also keeps what is made of it. Raises
-    UserError if a file is damaged or missing.
-    """
-    files = {name: str(Path(folder, f"{name}.parquet")) for name in SPLITS}
+@contextmanager
+def data_errors(place, remedy="All splits need the same columns."):
+    """Turns what `datasets` raises of data that it can't load into a UserError."""
     try:
-        return load_dataset("parquet", data_files=files)
-    except (OSError, DatasetGenerationError) as error:
+        with hub_errors(place):
+            yield
+    except (DatasetGenerationError, DataFilesNotFoundError, OSError, ValueError) as error:
         if is_disk_full(error):
             raise
-        text = f"{folder}: the dataset is corrupt or incomplete ({error.__cause__ or error})."
-        raise UserError(f"{text} Run the stage `prepare` again.") from error
+        for one in causes(error):
+            if getattr(one, "errno", None) in NOT_PERMITTED:
+                text = f"{one.filename}: {one.strerror}. Set HF_HOME for another cache."
+                raise UserError(text) from error
+        reason = first_line(error.__cause__ or error)
+        raise UserError(f"{place}: can't be loaded ({reason}). {remedy}") from error
+
+
+def load_prompts(folder, **options):
+    """The DatasetDict (train, val, test) that `save_prompts` wrote.
+
+    Memory-mapped from the cache of `datasets`, which also keeps what is made of it.
+    """
+    paths = {name: Path(folder, f"{name}.parquet").absolute() for name in SPLITS}
+    files = {name: glob.escape(str(path)) for name, path in paths.items()}
+    with data_errors(folder, PREPARE_AGAIN):
+        return load_dataset("parquet", data_files=files, **options)
 
 
 @dataclass
@@ -1270,231 +988,135 @@ class Prompts:
         """Where the items come from, in words."""
         return self.about.get("source", self.place)
 
-    @property
+    @cached_property
     def scale(self):
         """The PriceScale that its prompts name."""
         return scale_of(self.splits["train"][0]["prompt"])
 
+    @cached_property
+    def fingerprint(self):
+        return fingerprint(self.splits)
+
+    @property
+    def is_recorded(self):
+        """Whether they are those that `prepare` recorded, to the letter."""
+        columns = {"prompt": Value("string"), "completion": Value("string")}
+        are_texts = all(split.features == columns for split in self.splits.values())
+        recorded = self.about.get("fingerprint")
+        return are_texts and recorded is not None and recorded == self.fingerprint
+
     @property
     def is_own(self):
-        """Whether they are not the course's: made of a file or, on the Hub, of another size."""
-        if Path(self.place).exists():
-            return "columns" in self.about
-        rows = len(self.splits["train"])
-        return all(abs(rows - size) > size / 20 for size in COURSE_SIZES)
+        """Whether they are not the course's: `prepare` has read a file, or another made them."""
+        is_prepared = "cutoff" in self.about
+        is_course = is_prepared or self.place.startswith(f"{COURSE_USER}/")
+        return "columns" in self.about or not is_course
 
 
-def find_prompts(config, trained_on=None):
-    """The Prompts to train or evaluate on; prints which.
+def read_prompts(place):
+    """The Prompts in a folder, or in a dataset on the Hub.
 
-    In this order: `--data-user`'s; the local copy that `prepare` left, unless a run was
-    `trained_on` another dataset on the Hub; that dataset; the own account's; the course's.
-    Raises UserError if there are none, or if a column is missing or a row can't be used.
+    Raises UserError if a file is damaged, a column is missing or a row can't be used. What differs
+    from the record was made elsewhere, or is damaged in the cache of `datasets`.
     """
-    place, reason = locate_prompts(config, trained_on)
-    print(f"Data: {place} ({reason})")
-    if Path(place).exists():
-        splits = load_prompts(place)
-        about = read_json(Path(place, "prepare.json"))
+    place = str(place)
+    if finish_interrupted_replace(place).exists():
+        problem = manifest_problem(place, must_exist=False)
+        if problem:
+            raise UserError(f"{place}: {problem}. {PREPARE_AGAIN}")
+        about = read_record(Path(place, RECORD))
+        prompts = Prompts(load_prompts(place), place, about)
+        if "fingerprint" in about and not prompts.is_recorded:
+            print(f"{place}: its copy in the cache of `datasets` is corrupt, and is made again")
+            prompts = Prompts(load_prompts(place, download_mode="force_redownload"), place, about)
     else:
-        with hub_errors(place):
-            splits = load_splits(place)
         about = {"source": place, "hub": place}
-    check_columns(place, splits, SPLITS, ("prompt", "completion"))
-    return Prompts(read_prompts(place, splits), place, about)
-
-
-def locate_prompts(config, trained_on):
-    """(folder or name on the Hub, why that one): see `find_prompts`."""
-    local = finish_interrupted_replace(config.dataset_folder)
-    if config.data_user:
-        return f"{config.data_user}/{config.dataset_name}", "--data-user"
-    if local.exists():
-        check_dataset(local)
-    if local.exists() and trained_on in (None, read_json(local / "prepare.json").get("hub")):
-        return str(local), "the local copy that prepare left"
-    if trained_on:
-        return trained_on, "the run was trained on it"
-    if config.demo_mode:
-        command = config.command("prepare", " --demo")
-        raise UserError(f"{local}: no such dataset yet. Run {command} first.")
-    if not config.local:
-        own = f"{config.login()}/{config.dataset_name}"
-        with hub_errors(own):
-            if HfApi().repo_exists(own, repo_type="dataset"):
-                return own, "your account's"
-    return f"{config.course_user}/{config.dataset_name}", "the course's"
-
-
-def load_splits(name):
-    """The DatasetDict of a dataset on the Hub, whose splits may differ in their columns."""
-    try:
-        return load_dataset(name)
-    except DatasetGenerationError:
-        builder = load_dataset_builder(name)
-        files = builder.config.data_files or {}
-        if len(files) < 2:
-            raise
-        # `load_dataset` has one schema for all splits of a dataset
-        splits = DatasetDict()
-        for split, paths in files.items():
-            splits[str(split)] = load_dataset(builder.name, data_files=paths, split="train")
-        return splits
+        with data_errors(place):
+            splits, record = load_dataset(place), {}
+            with suppress(errors.EntryNotFoundError):
+                record = read_record(hf_hub_download(place, RECORD, repo_type="dataset"))
+        prompts = Prompts(splits, place, record | about)
+    check_columns(place, prompts.splits, SPLITS, ("prompt", "completion"))
+    if prompts.is_recorded:
+        return prompts
+    return Prompts(read_rows(place, prompts.splits), place, about)
 
 
 def check_columns(place, splits, names, columns):
-    """Raises UserError if a dataset lacks one of the splits `names`, or of the `columns`.
-
-    Or if a split has no rows.
-    """
+    """Raises UserError if a dataset lacks a split, a column or, in a split, rows."""
     missing = [name for name in names if name not in splits]
     if not missing:
-        found = [set(splits[name].column_names) for name in names]
-        missing = [
-            column
-            for column in columns
-            if any(column not in columns_of_split for columns_of_split in found)
-        ]
+        missing = [name for name in columns if name not in splits[names[0]].column_names]
+        missing += [f"rows in {name}" for name in names if not len(splits[name])]
     if missing:
         required = f"{', '.join(names)} with {' and '.join(columns)}"
         raise UserError(f"{place}: lacks {', '.join(missing)}; required: {required}.")
-    empty = [name for name in names if not len(splits[name])]
-    if empty:
-        raise UserError(f"{place}: {' and '.join(empty)} without rows. Give each split some.")
 
 
-def read_prompts(place, splits):
+COMPLETION = re.compile(r"(\$?)\s*((?:0|[1-9]\d{0,2})(?:\.\d+)?)", re.ASCII)
+
+
+def read_rows(place, splits):
     """The splits with exactly `prompt` and `completion`, as training and evaluation read them.
 
-    Completions that are plain numbers stay letter by letter; numbers and texts like $219 become
-    219.00. Prompts lose blanks at their end, which is that of the first training row's PriceScale.
-    Raises one UserError that names the first row whose prompt ends otherwise or whose completion is
-    no price, and the number of such rows.
+    All prompts end with the prefix of the first one's PriceScale. Raises one UserError that names
+    the first row which can't be used, and the number of such rows.
     """
     first = splits["train"][0]["prompt"]
-    scale = scale_of(first) if isinstance(first, str) else COURSE_SCALE
-    problem = None
-    bad_rows = 0
+    prefix = scale_of(first if isinstance(first, str) else "").prefix
+    bad = []  # (split, row, prompt, completion)
     rewritten = 0
     read = DatasetDict()
     for split in SPLITS:
         dataset = splits[split].with_format(None).select_columns(["prompt", "completion"])
-        columns = {name: dataset.data.column(name) for name in dataset.column_names}
-        prompts, is_prompt = read_prompt_column(columns["prompt"], scale.prefix)
-        completions, prices = read_completion_column(columns["completion"])
-        is_price = (prices >= 0) & (prices <= MAX_PRICE)  # NaN isn't
-        bad = numpy.flatnonzero(~(is_prompt & is_price))
-        if len(bad):
-            bad_rows += len(bad)
-            problem = problem or describe_row(dataset, split, int(bad[0]), is_prompt[bad[0]], scale)
-            continue
-
-        if prompts is not columns["prompt"]:
-            dataset = with_column(dataset, "prompt", prompts)
-        if completions is not columns["completion"]:
-            rewritten += count_changed(columns["completion"], completions)
-            dataset = with_column(dataset, "completion", completions)
+        texts = []
+        for row, (prompt, completion) in enumerate(pairs_of(dataset), 1):
+            text = read_completion(completion, do_round=split != "test")
+            texts.append(text)
+            if text is None or not isinstance(prompt, str) or not prompt.endswith(prefix):
+                bad.append((split, row, prompt, completion))
+            rewritten += text != completion
+        if rewritten and not bad:
+            identity = f"{dataset._fingerprint}-read"  # for the cache
+            dataset = dataset.remove_columns("completion")
+            dataset = dataset.add_column("completion", texts, new_fingerprint=identity)
         read[split] = dataset
-    if problem:
-        total = sum(len(splits[split]) for split in SPLITS)
+    if bad:
+        split, row, prompt, completion = bad[0]
         raise UserError(
-            f"{place}: {problem}. {bad_rows:,} of {total:,} rows can't be used: correct the "
-            "dataset, or name another by --data-user."
+            f"{place}: row {row:,} of {split}: the completion {shorten(repr(completion))} has to "
+            f"be a price like 219.00, at most {MAX_PRICE}, the prompt, …{str(prompt)[-20:]!r}, to "
+            f"end with `{prefix}`. {len(bad):,} rows can't be used: correct the dataset, or take "
+            "another."
         )
     if rewritten:
-        print(f"Data: {rewritten:,} completions are written differently, and read as 219.00 is")
+        print(
+            f"Data: {rewritten:,} completions are written differently, or have cents in training "
+            "rows; they are read as 219.00 is"
+        )
     return read
 
 
-def describe_row(dataset, split, index, is_prompt, scale):
-    """Which row can't be used and why, as text: its completion or, unless `is_prompt`, its prompt.
+def pairs_of(dataset):
+    """Yields the prompt and the completion of each row."""
+    for batch in dataset.iter(10_000):
+        yield from zip(batch["prompt"], batch["completion"], strict=True)
 
-    Rows count from 1.
+
+def read_completion(completion, do_round):
+    """A completion as text, or None if it is no price from 0 to MAX_PRICE.
+
+    A plain number stays letter by letter, but models are trained on whole ones: `do_round`.
     """
-    row = dataset[index]
-    name = f"row {index + 1:,} of {split}"
-    if is_prompt:
-        value = shorten(repr(row["completion"]))
-        limit = f"${MAX_PRICE}" if scale == COURSE_SCALE else f"{MAX_PRICE} × {scale.step}"
-        zero = "$0" if scale == COURSE_SCALE else "0"
-        return f"{name}: the completion {value} is no price from {zero} to {limit}, like 219.00"
-    if isinstance(row["prompt"], str):
-        end = row["prompt"][-SHOWN_VALUE:]
-        return f"{name}: the prompt doesn't end with `{scale.prefix}`, but with {end!r}"
-    value = shorten(repr(row["prompt"]))
-    return f"{name}: the prompt {value} is no text that ends with `{scale.prefix}`"
-
-
-def read_prompt_column(column, prefix):
-    """(the prompts without blanks at the end, whether each ends with `prefix`).
-
-    An Arrow column and a numpy array.
-    """
-    if not is_text(column.type):
-        return column, numpy.zeros(len(column), bool)
-    is_prompt = pyarrow.compute.ends_with(column, prefix)
-    if not pyarrow.compute.all(is_prompt, skip_nulls=False).as_py():
-        column = pyarrow.compute.utf8_rtrim_whitespace(column)
-        is_prompt = pyarrow.compute.ends_with(column, prefix)
-    return column, is_prompt.fill_null(False).to_numpy()
-
-
-def read_completion_column(column):
-    """(the completions as texts, their numbers, NaN for what is none).
-
-    An Arrow column and a numpy array. Plain numbers in texts are left as they are.
-    """
-    if is_text(column.type):
-        is_plain = pyarrow.compute.match_substring_regex(column, PLAIN_COMPLETION)
-        if pyarrow.compute.all(is_plain, skip_nulls=False).as_py():
-            return column, column.cast("float64").to_numpy()
-        prices = parse_written_numbers(column)
-    elif is_number(column.type):
-        is_plain = None
-        prices = column.cast("float64", safe=False).fill_null(math.nan).to_numpy()
-    else:
-        return column, numpy.full(len(column), math.nan)
-    texts = pyarrow.array([f"{price:.2f}" for price in prices.tolist()])
-    if is_plain is not None:
-        texts = pyarrow.compute.if_else(is_plain, column.cast("string"), texts)
-    return texts, prices
-
-
-def parse_written_numbers(column):
-    """The numbers that texts mean, a numpy array of floats; NaN for all others."""
-    compute = pyarrow.compute
-    texts = compute.utf8_trim_whitespace(column)
-    is_number = compute.and_(
-        compute.match_substring_regex(texts, WRITTEN_NUMBER),
-        compute.match_substring_regex(texts, r"\d"),
-    )
-    digits = compute.replace_substring_regex(texts, r"[$,+\s]", "")
-    numbers = compute.if_else(is_number, digits, "nan")
-    return numbers.cast("float64").fill_null(math.nan).to_numpy()
-
-
-def is_text(kind):
-    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-
-
-def is_number(kind):
-    types = pyarrow.types
-    return types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
-
-
-def count_changed(old, new):
-    """The number of rows in which two columns differ; all if they are of different types."""
-    if new is old:
-        return 0
-    if not is_text(old.type):
-        return len(old)
-    return pyarrow.compute.sum(pyarrow.compute.not_equal(old.cast("string"), new)).as_py()
-
-
-def with_column(dataset, name, column):
-    """The Dataset with another Arrow column of that name."""
-    identity = f"{dataset._fingerprint}-{name}"  # a cache's key: the column depends on nothing else
-    return dataset.remove_columns(name).add_column(name, column, new_fingerprint=identity)
+    if isinstance(completion, int | float | Decimal) and not isinstance(completion, bool):
+        completion = f"{completion:.2f}"
+    match = COMPLETION.fullmatch(completion) if isinstance(completion, str) else None
+    if not match or float(match[2]) > MAX_PRICE:
+        return None
+    number = float(match[2])
+    if do_round and number % 1:
+        return f"{round(number)}.00"
+    return f"{number:.2f}" if match[1] else completion
 
 
 def shorten(text, length=SHOWN_VALUE):
@@ -1552,47 +1174,62 @@ class Catalogue:
     notes: list = field(default_factory=list)
 
 
-def find_items(config, path=None, columns=None, bar=None, unit=None, currency="$"):
-    """The Catalogue to prepare: the file's at `path`, the demo's, or the course's.
+def published_items(name, scale=COURSE_SCALE):
+    """The Catalogue of a dataset of items on the Hub; what is dropped is named by split and row."""
+    with data_errors(name):
+        published = load_dataset(name)
+    check_columns(name, published, ITEM_SPLITS, ("summary", "price"))
+    dropped = {}
 
-    Without a `unit` a file's prices choose it; other items have the course's, 1.
-    """
-    if path is not None:
-        return own_catalogue(config, path, columns, bar, unit, currency)
-    scale = PriceScale(unit or 1, currency)
-    if config.demo_mode:
-        return demo_catalogue(config.seed, scale)
-    name = f"{config.data_user or config.course_user}/items_{config.mode}"
-    return published_items(name, bar, scale)
+    def is_usable(batch, rows, split):
+        problems = [
+            text_problem(text, "summary") or price_problem(price, scale)
+            for text, price in zip(batch["summary"], batch["price"], strict=True)
+        ]
+        for row, problem in zip(rows, problems, strict=True):
+            if problem:
+                dropped.setdefault(problem, []).append(f"{split} {row + 1}")
+        return [not problem for problem in problems]
+
+    splits = DatasetDict()
+    for split, name_on_hub in zip(SPLITS, ITEM_SPLITS, strict=True):
+        splits[split] = published[name_on_hub].filter(
+            is_usable,
+            with_indices=True,
+            batched=True,
+            fn_kwargs={"split": split},
+            load_from_cache_file=False,  # or `dropped` would stay empty
+            desc=f"checking {split}",
+        )
+    check_columns(name, splits, SPLITS, ("summary", "price"))
+    pyarrow.default_memory_pool().release_unused()  # what reading Parquet took, half a GiB
+    return Catalogue(splits, dropped, {"source": name}, scale)
 
 
-def own_catalogue(config, path, columns=None, bar=None, unit=None, currency="$"):
+def own_catalogue(path, seed, columns=None, unit=None, currency="$"):
     """The Catalogue of the user's own file. Its items are on disk, where a million find room."""
-    catalogue = OwnCatalogue(path, columns, bar=bar)
+    catalogue = OwnCatalogue(path, columns)
     catalogue.choose_scale(unit, currency)
-    expect(bar, "reading", 2 * catalogue.row_count)
-    items, keys = spool_items(catalogue.items(), Path(config.output_dir, "catalogue"))
+    items, keys = spool_items(catalogue.items())
     try:
-        parts = split_rows(keys, config.seed)
+        parts = split_rows(keys, seed)
     except UserError as error:
         dropped = "; ".join(drop_reasons(catalogue.dropped, catalogue.examples)) or "no row"
         raise UserError(f"{path}: {error} Dropped: {dropped}.") from None
     splits = DatasetDict()
     for name, rows in zip(SPLITS, parts, strict=True):
         splits[name] = items.select(rows)
-    source = f"{readable(path)}, split 90/5/5 by title and description, seed {config.seed}"
+    source = f"{readable(path)}, split 90/5/5 by title and description, seed {seed}"
     about = {"source": source} | catalogue.record()
     return Catalogue(splits, catalogue.dropped, about, catalogue.scale, catalogue.notes())
 
 
-def spool_items(items, target):
+def spool_items(items):
     """(a Dataset of `summary` and `price` on disk, the columns of `leak_keys`, hashed).
 
-    Its folder is beside `target` and is removed when the program ends.
+    Its folder is removed when the program ends.
     """
-    remove_leftovers(target)
-    folder = temporary_name(target, "items")
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix="items-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     keys = [array.array("Q") for _ in range(3)]
     schema = pyarrow.schema({"summary": pyarrow.string(), "price": pyarrow.float64()})
@@ -1612,40 +1249,6 @@ def batched(values, size):
     iterator = iter(values)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-def published_items(name, bar=None, scale=COURSE_SCALE):
-    """The Catalogue of a dataset of items on the Hub; what is dropped is named by split and row."""
-    with hub_errors(name):
-        published = load_splits(name)
-    check_columns(name, published, ITEM_SPLITS, ("summary", "price"))
-    expect(bar, "checking", 2 * sum(len(published[split]) for split in ITEM_SPLITS))
-    dropped = {}
-
-    def is_usable(batch, rows, split):
-        problems = [
-            text_problem(text, "summary") or price_problem(price, scale)
-            for text, price in zip(batch["summary"], batch["price"], strict=True)
-        ]
-        for row, problem in zip(rows, problems, strict=True):
-            if problem:
-                dropped.setdefault(problem, []).append(f"{split} {row + 1}")
-        if bar is not None:
-            bar.update(len(rows))
-        return [not problem for problem in problems]
-
-    splits = DatasetDict()
-    for split, name_on_hub in zip(SPLITS, ITEM_SPLITS, strict=True):
-        splits[split] = published[name_on_hub].filter(
-            is_usable,
-            with_indices=True,
-            batched=True,
-            fn_kwargs={"split": split},
-            load_from_cache_file=False,  # or `dropped` would stay empty
-            desc=f"checking {split}",
-        )
-    pyarrow.default_memory_pool().release_unused()  # what reading Parquet took, half a GiB
-    return Catalogue(splits, dropped, {"source": name}, scale)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2651,7 +2254,10 @@ class OwnCatalogue:
             self.whole_texts += 1
         else:
             self.count_changes(row, title, text, changes)
-        return Item(title, category, price, full=text, summary=summary, id=line), None
+        item = Item(
+            title=title, category=category, price=price, full=text, summary=summary, id=line
+        )
+        return item, None
 
     def is_repeated(self, summary, price):
         """Whether an earlier row has the same title, description and price."""
@@ -2798,7 +2404,8 @@ def item_of_text(text):
     if not is_in_course_form(text):
         text = clean_text(text, Counter())
     title = text.strip().splitlines()[0].removeprefix("Title:").strip()
-    return Item(title, "", None, summary=describe_item(title, "", text), id=1)
+    summary = describe_item(title, "", text)
+    return Item(title=title, category="", price=None, summary=summary, id=1)
 
 
 def format_own_rows(rows, catalogue):
@@ -3100,7 +2707,8 @@ def demo_items(n, seed, noise=DEMO_NOISE):
             f"Description: {praise}.",
             f"Details: {condition}",
         )
-        items.append(Item(title, category, price, summary="\n".join(lines), id=number))
+        summary = "\n".join(lines)
+        items.append(Item(title=title, category=category, price=price, summary=summary, id=number))
     return items
 
 

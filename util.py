@@ -354,6 +354,7 @@ def unpack_demo_base(folder):
         **source, dtype=torch.bfloat16, quantization_config=dequantised
     )
     with items.replacing(folder) as new:
+        new.mkdir()
         model.save_pretrained(new)
         AutoTokenizer.from_pretrained(**source).save_pretrained(new)
     return folder
@@ -2321,7 +2322,8 @@ class Run:
 
     def is_finished(self):
         """Whether its folder holds the adapter, whole. Reads all of it."""
-        return has_adapter(self.folder) and items.damage(self.folder) is None
+        problem = items.manifest_problem(self.folder, must_exist=False)
+        return has_adapter(self.folder) and problem is None
 
     @property
     def scale(self):
@@ -2529,7 +2531,8 @@ def find_resumable(config, name, recipe_type, hf_user):
     if run.is_finished():
         print(f"{name} is finished")
     elif has_adapter(run.folder):
-        print(f"{name}: {items.damage(run.folder)}: made again from its newest checkpoint")
+        problem = items.manifest_problem(run.folder)
+        print(f"{name}: {problem}: made again from its newest checkpoint")
     elif not any(run.folder.glob("checkpoint-*")):
         print(f"{name} has no checkpoint yet: starting at step 0")
     if run.processes != world_size():  # its micro-batch was chosen for another share of the batch
@@ -2564,7 +2567,7 @@ def preflight(config, run, hf_user, use_bf16, micro_batch, changes):
         if account:
             items.check_hub_name(f"{account}/{run.folder.name}")
     with problems:
-        prompts = items.find_prompts(config, run.data.get("hub"))
+        prompts = find_prompts(config, run.data.get("hub"))
     if config.demo_mode:
         problems.report()  # before the base is unpacked, which takes 40 s
     with problems:
@@ -2596,6 +2599,38 @@ def auto_fields(run, changes, prompts):
     if prompts.is_own and run.mode != "demo":
         return [name for name in AUTO_FIELDS if changes.get(name, AUTO) == AUTO]
     return [name for name in AUTO_FIELDS if getattr(run.recipe, name) == AUTO]
+
+
+def find_prompts(config, trained_on=None):
+    """The Prompts to train or evaluate on; prints which.
+
+    In this order: `data_user`'s; the local copy that `prepare` left, unless a run was `trained_on`
+    another dataset on the Hub; that dataset; the own account's; the course's.
+    """
+    place, reason = locate_prompts(config, trained_on)
+    print(f"Data: {place} ({reason})")
+    return items.read_prompts(place)
+
+
+def locate_prompts(config, trained_on):
+    """(folder or name on the Hub, why that one): see `find_prompts`."""
+    local = items.finish_interrupted_replace(config.dataset_folder)
+    if config.data_user:
+        return f"{config.data_user}/{config.dataset_name}", "--data-user"
+    record = items.read_record(local / items.RECORD)
+    if local.exists() and trained_on in (None, record.get("hub")):
+        return str(local), "the local copy that prepare left"
+    if trained_on:
+        return trained_on, "the run was trained on it"
+    if config.demo_mode:
+        command = config.command("prepare", " --demo")
+        raise items.UserError(f"{local}: no such dataset yet. Run {command} first.")
+    if not config.local:
+        own = f"{config.login()}/{config.dataset_name}"
+        with items.hub_errors(own):
+            if HfApi().repo_exists(own, repo_type="dataset"):
+                return own, "your account's"
+    return f"{items.COURSE_USER}/{config.dataset_name}", "the course's"
 
 
 def refuse_changes(run, changes, data, base):
@@ -2676,7 +2711,7 @@ def find_run(config, name, recipe_type, hf_user, revision=None):
             f"{name}: holds no {ADAPTER_FILE}. If it isn't finished, resume it by "
             f"{config.resume_command(name)}."
         )
-    problem = items.damage(adapter)
+    problem = items.manifest_problem(adapter, must_exist=False)
     if problem:
         remedy = f"Make it again by {config.resume_command(name)}."
         if adapter != folder:
@@ -2875,7 +2910,11 @@ def push_run(run):
         )
 
     if run.hub and not run.is_local and is_first_process():
-        items.push_or_explain(run.hub, upload, run.resume_command)
+        try:
+            items.push_or_explain(run.hub, upload)
+        except items.UserError as error:
+            text = f"{error} To push it later: {run.resume_command}"
+            raise items.UserError(text, error.code) from error
     return run.folder
 
 
@@ -2909,8 +2948,7 @@ def write_card(folder, run, results=None):
         prompt_form=prompt_form(run.scale),
         unit=in_unit(run.scale),
     )
-    with items.writing(Path(folder, "README.md")) as file:
-        file.write(text)
+    items.write_text(Path(folder, "README.md"), text)
 
 
 def card_figures(results):
@@ -2963,7 +3001,7 @@ def rows_to_check(config, run):
     Prints why.
     """
     try:
-        prompts = items.find_prompts(config, run.data.get("hub"))
+        prompts = find_prompts(config, run.data.get("hub"))
     except items.UserError as error:
         print(f"The export is not checked, since there are no data: {error}")
         return []
@@ -3574,7 +3612,7 @@ def describe_data(prompts):
         "cutoff": prompts.about.get("cutoff"),
         **prompts.scale.record(),
         "columns": prompts.about.get("columns"),
-        "fingerprint": items.fingerprint(prompts.splits),
+        "fingerprint": prompts.fingerprint,
         "constants": items.constant_guesses(prompts.splits["train"]),
     }
 
@@ -3626,7 +3664,7 @@ def earlier_guesses(name, folders, rows, decode, base_identity=None):
                 table = list(islice(csv.DictReader(lines), len(rows)))
             found = [(row["title"], float(row["truth"])) for row in table]
             guesses = [float(row["guess"]) for row in table]
-            damage = items.damage(folder)
+            damage = items.manifest_problem(folder, must_exist=False)
         except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
             damage = f"can't be read ({error})"
         if damage:

@@ -14,20 +14,16 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tqdm import tqdm
 
-from app import RunConfig
 from items import (
     Item,
     OwnCatalogue,
     PriceSurvey,
     UserError,
-    build_prompts,
     clean_text,
     count_near_duplicates,
     cut_title,
     dropped_warning,
-    find_items,
     fold_space,
     format_cut,
     html_to_text,
@@ -535,8 +531,13 @@ def test_equal_descriptions_share_a_split(tmp_path):
 
 def test_large_group_goes_to_train():
     """A description that most rows share must not fill the small splits."""
-    items = [Item(f"T{i}", "", 1.0, full="see photo", summary="x") for i in range(90)]
-    items += [Item(f"S{i}", "", 1.0, full=f"own {i}", summary=f"{i}") for i in range(10)]
+    items = [
+        Item(title=f"T{i}", category="", price=1, full="see photo", summary="x") for i in range(90)
+    ]
+    items += [
+        Item(title=f"S{i}", category="", price=1, full=f"own {i}", summary=f"{i}")
+        for i in range(10)
+    ]
     train, val, test = split_by_title(items, seed=3)
     assert (len(train), len(val), len(test)) == (90, 5, 5)
 
@@ -582,18 +583,6 @@ def test_near_duplicates_are_found_exactly(train, test):
 
 
 # Scale
-
-
-def test_one_bar_counts_every_row(tmp_path, smol_tokenizer):
-    """Read twice, then made prompts of: it ends where it said it would."""
-    rows = [{"title": f"T{i}", "text": f"text {i}", "price": i} for i in range(1, 301)]
-    path = write_lines(tmp_path / "own.jsonl", *rows)
-    config = RunConfig(output_dir=str(tmp_path))
-    with tqdm(file=io.StringIO()) as bar:
-        catalogue = find_items(config, path, bar=bar)
-        assert (bar.n, bar.total) == (600, 900)
-        build_prompts(catalogue.splits, smol_tokenizer, 110, bar)
-        assert (bar.n, bar.total) == (900, 900)
 
 
 def test_items_are_read_one_by_one(tmp_path):

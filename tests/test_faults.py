@@ -109,7 +109,7 @@ def test_damaged_dataset_is_named(call, shared, prepared, tmp_path, outcomes, da
         DAMAGES[damage](folder / DATASET / name)
         said = call("train", *shared, "--max-steps", "1", cwd=folder, code=1)
         assert f"{DATASET}: {name} is " in said
-        assert "Run the stage `prepare` again" in said
+        assert "Run the stage prepare again" in said
         assert not list((folder / "outputs").glob("price-*"))
     outcomes["each file of a dataset", damage] = "named before training; prepare makes it again"
 

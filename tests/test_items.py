@@ -1,17 +1,14 @@
 """Prompts letter by letter, catalogues row by row, and files that are complete or not there."""
 
-import gzip
+import glob
 import json
 import multiprocessing
 import os
-import random
 import sys
-import time
 from collections import Counter
 from decimal import Decimal
+from pathlib import Path
 
-import pandas
-import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import example, given, settings
@@ -20,29 +17,28 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 import child
+import items
+from conftest import flip
 from items import (
     DEMO_KINDS,
     MANIFEST,
     Item,
-    OwnCatalogue,
     Problems,
+    Prompts,
     UserError,
     build_prompts,
-    check_columns,
     completion_tokens,
     demo_items,
-    encode_rows,
+    encode,
+    fingerprint,
     finish_interrupted_replace,
-    first_tokens,
     item_splits,
-    load_prompts,
     manifest_problem,
     prompt_of,
-    read_catalogue,
     read_prompts,
+    read_rows,
     replacing,
     save_prompts,
-    split_by_title,
     tokenise,
     truncate,
     write_json,
@@ -57,7 +53,7 @@ QUESTION = "What does this cost to the nearest dollar?"
 
 
 def make_item(price=219.0, title="Walnut desk"):
-    return Item(title, "Furniture", price, summary=SUMMARY)
+    return Item(title=title, category="Furniture", price=price, summary=SUMMARY)
 
 
 # Items and prompts
@@ -177,18 +173,19 @@ def test_long_text_is_cut_as_whole(tokenizers, words, repeats, spaces):
             assert truncate([text], tokenizer, cutoff) == [kept]
 
 
-def test_long_text_costs_its_beginning(smol_tokenizer):
-    """A description of a megabyte isn't tokenised to its end."""
-    text = 200_000 * "word "
-    (ids,) = first_tokens([text], smol_tokenizer, 110)
-    assert 110 < len(ids) < 600
+def test_long_text_costs_its_beginning(smol_tokenizer, monkeypatch):
+    """A description of a megabyte isn't tokenised to its end, unless its words are long."""
+    lengths = []
 
+    def encode_and_note(texts, *options):
+        lengths.append(max(map(len, texts)))
+        return encode(texts, *options)
 
-def test_long_words_need_longer_beginnings(smol_tokenizer):
-    text = 50 * "internationalization "
-    (ids,) = first_tokens([text], smol_tokenizer, 8)
-    assert ids == smol_tokenizer(text)["input_ids"][: len(ids)]
-    assert len(ids) > 8
+    monkeypatch.setattr("items.encode", encode_and_note)
+    truncate([200_000 * "word "], smol_tokenizer, 110)
+    assert max(lengths) < 1000
+    (kept,) = truncate([50 * "internationalization "], smol_tokenizer, 8)
+    assert len(smol_tokenizer(kept)["input_ids"]) == 8
 
 
 def test_tokens_of_first_rows_count(smol_tokenizer, monkeypatch):
@@ -227,22 +224,9 @@ def test_only_completions_are_labelled(tokenizer):
         assert row["input_ids"][-len(labelled) :] == labelled
 
 
-COMPLETIONS = ["0.00", "7.00", "64.3", "219.00", "999.49", "7.00"]
-
-
-def test_completion_tokens_end_the_row(tokenizer):
-    """They are the last tokens of prompt + completion + end of text."""
-    prompts = [prompt_of(SUMMARY)] * len(COMPLETIONS)
-    rows = encode_rows(prompts, COMPLETIONS, tokenizer)
-    found = completion_tokens(COMPLETIONS, tokenizer)
-    texts = [tokenizer.decode(ids) for ids in found]
-    assert texts == [text + tokenizer.eos_token for text in COMPLETIONS]
-    assert found == [row[-len(ids) :] for row, ids in zip(rows, found, strict=True)]
-
-
 def test_completion_tokens_have_no_space():
     """Not with a tokenizer either that puts a space before each text, as Llama 2's does."""
-    characters = sorted(set(prompt_of(SUMMARY) + "".join(COMPLETIONS)) - {" "})
+    characters = sorted(set(prompt_of(SUMMARY) + "7") - {" "})
     vocabulary = {token: i for i, token in enumerate(["</s>", "▁", *characters])}
     backend = Tokenizer(models.BPE(vocabulary, []))
     spaces = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
@@ -252,327 +236,189 @@ def test_completion_tokens_have_no_space():
 
     found = completion_tokens(["7"], tokenizer)
     assert found == [tokenizer.convert_tokens_to_ids(["7", "</s>"])]
-    assert encode_rows([prompt_of(SUMMARY)], ["7"], tokenizer)[0][-2:] == found[0]
-
-
-# The user's own catalogue
-
-NO_NUMBER = "price is no number"
-OUTSIDE = "price is outside $0.50–$999.49"
-BAD_ROWS = [  # from line 2 on
-    ('{"title": "B", "text": "b"}', "price is missing"),
-    ('{"title": "B", "text": "b", "price": null}', "price is missing"),
-    ('{"title": "B", "text": "b", "price": 0}', "price is zero or negative"),
-    ('{"title": "B", "text": "b", "price": -3}', "price is zero or negative"),
-    ('{"title": "B", "text": "b", "price": NaN}', "price is missing"),
-    ('{"title": "B", "text": "b", "price": "about ten"}', NO_NUMBER),
-    ('{"title": "B", "text": "b", "price": true}', NO_NUMBER),
-    ('{"title": "B", "text": " ", "price": 3}', "text is empty or not text"),
-    ('{"title": "", "text": "b", "price": 3}', "title is empty or not text"),
-    ('{"title": "B", "text": "b", "price": 0.49}', OUTSIDE),
-    ('{"title": "B", "text": "b", "price": 999.5}', OUTSIDE),
-    ('{"title": "B", "text": "b", "price": 3', "not a JSON object"),
-    ("[1, 2]", "not a JSON object"),
-    (f'{{"title": "B", "text": "b", "price": 1{"0" * 400}}}', NO_NUMBER),
-    ('{"title": "B \\ud800", "text": "b", "price": 3}', "title has an incomplete character"),
-    ('{"title": "A", "text": "a", "price": 1.5}', "duplicate of an earlier row"),
-]
-
-
-def test_bad_rows_are_named_by_line(tmp_path):
-    """They are dropped, each reason with its lines; the rows beside them are kept."""
-    lines = [
-        '{"title": "A", "text": "a", "price": 1.5}',
-        *(line for line, _ in BAD_ROWS),
-        '{"title": "Z", "text": "z", "price": "0.50"}',
-        "",
-        '{"title": "Y", "text": "y", "price": 999.49}',
-    ]
-    path = tmp_path / "own.jsonl"
-    path.write_text("\n".join(lines))
-    items, dropped = read_catalogue(path)
-
-    found = [(item.id, item.title, item.price) for item in items]
-    assert found == [(1, "A", 1.5), (18, "Z", 0.5), (20, "Y", 999.49)]
-    expected = {}
-    for line, (_, reason) in enumerate(BAD_ROWS, 2):
-        expected.setdefault(reason, []).append(line)
-    assert dropped == expected
-
-
-@pytest.mark.parametrize("column", ["summary", "text", "description"])
-@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
-def test_all_formats_give_equal_items(tmp_path, ending, column):
-    """Whichever of the three columns for texts they have."""
-    path = tmp_path / f"own.{ending}"
-    columns = {
-        "title": ["Lamp", "Sofa, red"],
-        "price": [12.5, 300.0],
-        column: ["Brass.\nTall.", "Soft."],
-        "category": ["Light", "Seat"],
-    }
-    table = pandas.DataFrame(columns)
-    if ending == "jsonl":
-        table.to_json(path, orient="records", lines=True)
-    elif ending == "csv":
-        table.to_csv(path, index=False)
-    else:
-        table.to_parquet(path)
-    items, dropped = read_catalogue(path)
-    assert dropped == {}
-    found = [(item.title, item.category, item.price) for item in items]
-    assert found == [("Lamp", "Light", 12.5), ("Sofa, red", "Seat", 300.0)]
-    assert items[0].summary == "Title: Lamp\nCategory: Light\nDescription: Brass.\nTall."
-
-
-@pytest.mark.parametrize("separator", [",", ";", "\t"], ids=["comma", "semicolon", "tab"])
-def test_csv_separators_and_capitals_vary(tmp_path, separator):
-    """A row with more cells than the header is named by its line."""
-    rows = [
-        (" Title", "Price", "DESCRIPTION "),
-        ("Lamp", "12.5", "Brass"),
-        ("Sofa", "30", "red", "soft"),
-        ("Bed", "1_0", "x"),
-    ]
-    path = tmp_path / "own.csv"
-    path.write_text("\n".join(separator.join(row) for row in rows))
-    items, dropped = read_catalogue(path)
-    assert [(item.title, item.price) for item in items] == [("Lamp", 12.5)]
-    words = "price has other words or numbers beside it"
-    assert dropped == {"more cells than the header has": [3], words: [4]}
-
-
-def test_course_descriptions_stay_unchanged(tmp_path):
-    path = tmp_path / "own.jsonl"
-    path.write_text(json.dumps({"title": "Walnut desk", "summary": SUMMARY, "price": 1}))
-    items, _ = read_catalogue(path)
-    assert items[0].summary == SUMMARY
-
-
-def test_course_rows_make_the_courses_prompts(tmp_path, smol_tokenizer):
-    """Letter by letter, with whatever stands in them."""
-    summary = "Title: Desk\nCategory: a &amp; b\nBrand:  <b>C</b>\n\nDescription: x   y &lt; z"
-    row = {"title": " Desk", "category": "c", "summary": summary, "price": 7.0}
-    path = tmp_path / "own.jsonl"
-    path.write_text(json.dumps(row))
-    catalogue = OwnCatalogue(path)
-    (item,) = catalogue.items()
-    item.make_prompts(smol_tokenizer, 110, do_round=True)
-    assert item.prompt == f"{QUESTION}\n\n{summary}\n\nPrice is $"
-    assert not catalogue.changes
-
-
-@pytest.mark.parametrize(
-    "name, content, expected",
-    [
-        ("own.jsonl", b'{"title": "A", "text": "a"}', "no column for price; found: title, text."),
-        ("own.jsonl", b'{"title": "A", "price": 1}', "no column for a description"),
-        ("own.jsonl", b'{"a": "A"}', "title=NAME price=NAME text=NAME, and category=NAME if"),
-        ("own.jsonl", b"", "holds no rows"),
-        ("own.csv", b"title,price,text\n", "holds no rows"),
-        ("own.json", b'{\n"title": "A"\n}', "none of 3 rows is a JSON object"),
-        ("own.json", b"[1, 2]", "none of 1 rows is a JSON object"),
-        ("own.json", b'[{"title": "A"},\n{"title": "B" "text"}]', "delimiter (line 2)"),
-        ("own.json", b'[{"title": "A"}\n{"title": "B"}]', "expected behind an object (line 2)"),
-        ("own.csv.gz", b"title,price,text\n", "can't be read: Not a gzipped file"),
-        ("own.csv.gz", gzip.compress(b"title,price,text\n" * 9, mtime=0)[:-9], "can't be read: "),
-        ("own.csv", b"PK\x03\x04...", "is a spreadsheet or ZIP file. Save it as `CSV UTF-8`"),
-        ("own.jsonl", b'{"title": "A", "text": "a", "price": 0}', "none of 1 rows is usable"),
-        ("own.parquet", b"no parquet", "can't be read: "),
-        ("own.csv", b"title,price,text\n\xff\xfe,1,2", "not in UTF-8 (byte 17)"),
-        ("own.csv", b'title,price,text\na,1,"b\nc,2,d\n', "is a quote left open?"),
-        ("own.csv", b"title,price,Price,text\na,1,2,b\n", "more than one column is called price"),
-        ("own.xlsx", b"", "the ending is .xlsx. Save it as `CSV UTF-8`"),
-        ("missing.csv", None, "can't be read: No such file"),
-    ],
-)
-def test_bad_file_is_one_line(tmp_path, name, content, expected):
-    """A file of no use is named and explained in one line."""
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        read_catalogue(path)
-    text = str(error.value)
-    assert text.startswith(f"{path}: ")
-    assert expected in text
-    assert "\n" not in text
-
-
-def random_items():
-    """2,000 items with some 300 titles, written in two ways."""
-    rng = random.Random(0)
-    titles = [f"t{rng.randrange(300)}" for _ in range(2000)]
-    variants = [title if rng.random() < 0.5 else f"  {title.upper()} " for title in titles]
-    items = [make_item(title=title) for title in variants]
-    for item in items:
-        item.summary = f"Title: {item.title}"
-    return items
-
-
-def test_equal_titles_share_a_split():
-    """Capitals and spaces don't count; the splits are about 90, 5 and 5 %."""
-    parts = split_by_title(random_items(), seed=1)
-    train, val, test = ({item.title.lower().strip() for item in part} for part in parts)
-    assert train.isdisjoint(val)
-    assert train.isdisjoint(test)
-    assert val.isdisjoint(test)
-    assert sum(len(part) for part in parts) == 2000
-    assert 90 <= len(parts[1]) <= 120
-    assert 90 <= len(parts[2]) <= 120
-
-
-def test_split_depends_on_the_seed():
-    parts = split_by_title(random_items(), seed=1)
-    assert split_by_title(random_items(), seed=1) == parts
-    assert split_by_title(random_items(), seed=2) != parts
-
-
-def test_three_titles_fill_every_split():
-    items = [Item(title, "", 1.0, summary=f"Title: {title}") for title in "abc"]
-    parts = split_by_title(items, seed=0)
-    assert [len(part) for part in parts] == [1, 1, 1]
-
-
-def test_two_titles_are_too_few():
-    with pytest.raises(UserError, match="at least 3"):
-        split_by_title([make_item(title=title) for title in "ab"], seed=0)
+    assert tokenizer(prompt_of(SUMMARY) + "7</s>")["input_ids"][-2:] == found[0]
 
 
 # Prompts as people publish them
 
+FINE = {"prompt": [prompt_of("Title: Lamp")], "completion": ["5.00"]}
 
-def splits_of(completions, prompts=None):
-    """A DatasetDict with these rows in `test`, and one that is fine in the other splits."""
-    prompt = prompt_of("Title: Lamp")
-    fine = Dataset.from_dict({"prompt": [prompt], "completion": ["5.00"], "more": [1]})
-    table = {"prompt": prompts or [prompt] * len(completions), "completion": completions}
-    test = Dataset(pyarrow.table(table))
-    return DatasetDict({"train": fine, "val": fine, "test": test})
+
+def splits_of(completions, prompts=None, split="test"):
+    """A DatasetDict with these rows in `split`, and one that is fine in the others."""
+    prompts = prompts or FINE["prompt"] * len(completions)
+    splits = DatasetDict({name: Dataset.from_dict(FINE) for name in items.SPLITS})
+    columns = {"prompt": prompts, "completion": completions, "more": [1] * len(prompts)}
+    splits[split] = Dataset.from_dict(columns)
+    return splits
 
 
 @pytest.mark.parametrize(
-    "published, read",
+    "published, in_test, in_train",
     [
-        (["219.00", "5", "0.5", "999.49", "19.995"], ["219.00", "5", "0.5", "999.49", "19.995"]),
-        (["$219", "$ 5.5", " 7\n", "3.", ".99", "007", "1"], "219.00 5.50 7.00 3.00 0.99 7.00 1"),
-        ([219.0, 19.99, 0.0], "219.00 19.99 0.00"),
-        (pyarrow.array([19.99], "float32"), "19.99"),
-        ([219, 5], "219.00 5.00"),
-        ([Decimal("5.10")], "5.10"),
-        (pyarrow.array(["$5", "6.00"], "large_string"), "5.00 6.00"),
+        (["219.00", "0.5", "19.995", "5"], "219.00 0.5 19.995 5", "219.00 0.00 20.00 5"),
+        (["$219", "$ 5.5", "3.00"], "219.00 5.50 3.00", "219.00 6.00 3.00"),
+        ([219.0, 19.99, 2.5, 0.0], "219.00 19.99 2.50 0.00", "219.00 20.00 2.00 0.00"),
+        ([219, 5], "219.00 5.00", "219.00 5.00"),
+        ([Decimal("5.10")], "5.10", "5.00"),
     ],
 )
-def test_completions_are_read_as_meant(published, read):
-    """Plain ones letter by letter; other columns are left out."""
-    splits = read_prompts("a/b", splits_of(published))
-    assert list(splits["test"]["completion"]) == (read.split() if isinstance(read, str) else read)
-    for split in splits.values():
-        assert set(split.column_names) == {"prompt", "completion"}
+def test_completions_are_read_as_meant(published, in_test, in_train):
+    """Plain ones letter by letter, cents in training rows rounded; other columns are left out."""
+    test = read_rows("a/b", splits_of(published))["test"]
+    assert test["completion"][:] == in_test.split()
+    assert test.column_names == ["prompt", "completion"]
+    if in_train:
+        train = read_rows("a/b", splits_of(published, split="train"))["train"]
+        assert train["completion"][:] == in_train.split()
 
 
-@pytest.mark.parametrize(
-    "bad",
-    ["1,299.00", "$1,299", None, "nan", "", "12 USD", "1e2", "-5", "999.50", "five", "١٢"],
-)
+@pytest.mark.parametrize("bad", ["1,299.00", "nan", "12 USD", "1e2", "-5", "999.50", "١٢", None])
 def test_text_that_is_no_price_is_named(bad):
     with pytest.raises(UserError) as refusal:
-        read_prompts("a/b", splits_of(["5.00", "$6", bad, bad]))
-    line = f"a/b: row 3 of test: the completion {bad!r} is no price from $0 to $999.49, like 219.00"
-    assert str(refusal.value).startswith(f"{line}. 2 of 6 rows can't be used: correct")
+        read_rows("a/b", splits_of(["5.00", "$6", bad, bad]))
+    text = str(refusal.value)
+    assert text.startswith(f"a/b: row 3 of test: the completion {bad!r} has to be a price")
+    assert "2 rows can't be used" in text
 
 
-@pytest.mark.parametrize(
-    "bad", [float("nan"), None, -1.0, 1299.0, float("inf"), True, [{"role": "x", "content": "5"}]]
-)
+@pytest.mark.parametrize("bad", [float("nan"), -1.0, 1299.0, True, [{"role": "x"}]])
 def test_other_value_that_is_no_price_is_named(bad):
-    first = [] if isinstance(bad, bool | list) else [5.0]
-    with pytest.raises(UserError) as refusal:
-        read_prompts("a/b", splits_of([*first, bad]))
-    line = f"a/b: row {len(first) + 1} of test: the completion {bad!r} is no price"
-    assert str(refusal.value).startswith(line)
+    with pytest.raises(UserError, match="^a/b: row 1 of test: the completion .* has to be a price"):
+        read_rows("a/b", splits_of([bad]))
 
 
-@pytest.mark.parametrize("bad", ["What does it cost?", None, [{"role": "user", "content": "x"}]])
+@pytest.mark.parametrize("bad", ["What does it cost?", f"{FINE['prompt'][0]} ", None, [{"x": "y"}]])
 def test_prompt_without_prefix_is_named(bad):
-    with pytest.raises(
-        UserError, match="^a/b: row 1 of test: the prompt .*`Price is \\$`"
-    ) as refusal:
-        read_prompts("a/b", splits_of(["5.00"], [bad]))
-    assert repr(bad) in str(refusal.value)
-    assert "\n" not in str(refusal.value)
-
-
-def test_blanks_behind_the_prefix_are_cut():
-    prompt = prompt_of("Title: Lamp")
-    splits = read_prompts("a/b", splits_of(["5.00"], [f"{prompt} \n"]))
-    assert splits["test"]["prompt"][0] == prompt
+    with pytest.raises(UserError, match=r"^a/b: row 1 of test: .* to end with `Price is \$`"):
+        read_rows("a/b", splits_of(["5.00"], [bad]))
 
 
 def test_split_without_rows_is_named():
     splits = splits_of(["5.00"])
     splits["val"] = splits["val"].select([])
-    with pytest.raises(UserError, match="a/b: val without rows"):
-        check_columns("a/b", splits, ("train", "val", "test"), ("prompt", "completion"))
+    with pytest.raises(UserError, match="a/b: lacks rows in val; required: train, val, test"):
+        items.check_columns("a/b", splits, items.SPLITS, ("prompt", "completion"))
 
 
-def test_full_dataset_is_read_in_seconds():
-    """800,000 rows, all written differently."""
-    rows = 800_000
-    splits = splits_of(["$219"] * rows, [f"{row} {prompt_of('Lamp')}" for row in range(rows)])
-    start = time.time()
-    read_prompts("a/b", splits)
-    assert time.time() - start < 3
+OWN = {"cutoff": 110, "columns": {}}
+
+
+@pytest.mark.parametrize(
+    "place, about, is_own",
+    [
+        ("ed-donner/items_prompts_lite", {}, False),
+        ("alice/items_prompts_lite", {"cutoff": 110}, False),
+        ("alice/items_prompts_lite", OWN, True),
+        ("alice/items_prompts_lite", {}, True),
+        ("outputs/datasets/items_prompts_lite", {"cutoff": 110}, False),
+        ("outputs/datasets/items_prompts_lite", OWN, True),
+    ],
+)
+def test_record_tells_own_data_from_the_courses(place, about, is_own):
+    """Whatever their size."""
+    assert Prompts(DatasetDict(), place, about).is_own == is_own
 
 
 # Files that are never half
 
 
-def save_demo_prompts(folder, tokenizer):
-    """Writes a small dataset into the folder; returns what was written."""
-    items = demo_items(30, seed=0)
-    splits = item_splits(items[:20], items[20:25], items[25:])
-    prompts, _ = build_prompts(splits, tokenizer, 110)
-    save_prompts(folder, prompts, {"source": "a test"})
-    return prompts
+@pytest.fixture()
+def saved(tmp_path, smol_tokenizer):
+    """The folder of a small dataset, with brackets in its name, as `prepare` writes it."""
+    folder = tmp_path / "data [v2]"
+    rows = demo_items(30, seed=0)
+    splits = item_splits(rows[:20], rows[20:25], rows[25:])
+    prompts, _ = build_prompts(splits, smol_tokenizer, 110)
+    save_prompts(folder, prompts, {"source": "a test", "fingerprint": fingerprint(prompts)})
+    write_manifest(folder)
+    return folder
 
 
-def test_saved_prompts_load_unchanged(tmp_path, smol_tokenizer):
-    prompts = save_demo_prompts(tmp_path, smol_tokenizer)
-    loaded = load_prompts(tmp_path)
-    assert set(loaded) == {"train", "val", "test"}
-    for name, split in loaded.items():
-        assert list(split) == list(prompts[name])
+def test_saved_prompts_load_unchanged(saved):
+    prompts = read_prompts(saved)
+    assert prompts.is_recorded
+    assert prompts.source == "a test"
+    assert {name: len(split) for name, split in prompts.splits.items()} == {
+        "train": 20,
+        "val": 5,
+        "test": 5,
+    }
 
 
-def test_corrupt_dataset_is_one_line(tmp_path, smol_tokenizer):
-    save_demo_prompts(tmp_path, smol_tokenizer)
-    (tmp_path / "val.parquet").write_bytes(b"PAR1 cut")
-    with pytest.raises(UserError, match="corrupt or incomplete.*Run the stage `prepare`"):
-        load_prompts(tmp_path)
+def test_damaged_cache_is_made_again(saved, capsys):
+    """The libraries read a copy of the dataset there, which no manifest covers."""
+    expected = read_prompts(saved).fingerprint
+    pattern = f"{os.environ['HF_HOME']}/datasets/parquet/**/parquet-train.arrow"
+    for file in glob.glob(pattern, recursive=True):
+        flip(Path(file))
+    assert read_prompts(saved).fingerprint == expected
+    assert "its copy in the cache of `datasets` is corrupt, and is made again" in (
+        capsys.readouterr().out
+    )
+
+
+def test_corrupt_dataset_is_one_line(saved):
+    (saved / "val.parquet").write_bytes(b"PAR1 cut")
+    with pytest.raises(UserError, match="val.parquet is corrupt. Run the stage prepare again"):
+        read_prompts(saved)
+    (saved / MANIFEST).unlink()
+    with pytest.raises(UserError, match="can't be loaded .*Run the stage prepare again"):
+        read_prompts(saved)
+
+
+def test_unwritable_cache_is_named(saved, monkeypatch):
+    def load(*_, **__):
+        raise PermissionError(13, "Permission denied", "/cache/datasets")
+
+    monkeypatch.setattr("items.load_dataset", load)
+    with pytest.raises(UserError, match="/cache/datasets: Permission denied. Set HF_HOME"):
+        read_prompts(saved)
+
+
+def write_files(folder, text):
+    folder.mkdir(exist_ok=True)
+    for name in "abc":
+        (folder / name).write_text(text)
+    write_json(folder / "d.json", text)
 
 
 def test_error_keeps_the_old_folder(tmp_path):
     """What was half written when the error came doesn't count."""
     folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "a").write_text("old")
+    write_files(folder, "old")
     with pytest.raises(KeyError), replacing(folder) as new:
-        (new / "a").write_text("half")
+        write_files(new, "new")
         raise KeyError
-    assert finish_interrupted_replace(folder) == folder
     assert (folder / "a").read_text() == "old"
     assert os.listdir(tmp_path) == ["data"]
 
 
+def test_link_leads_to_what_is_replaced(tmp_path):
+    """It stays, and nothing old is kept from which removed data could come back."""
+    write_files(tmp_path / "real", "old")
+    link = tmp_path / "link"
+    link.symlink_to("real")
+    with replacing(link) as new:
+        write_files(new, "new")
+    assert link.is_symlink()
+    assert (tmp_path / "real/a").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def test_only_own_dead_leftovers_are_removed(tmp_path, monkeypatch):
+    """Not what another machine, a live process or a target of a similar name is writing."""
+    monkeypatch.setattr("socket.gethostname", lambda: "gpu")
+    dead = [".a~gpu-4194000", f".a~gpu-{os.getpid()}"]
+    alive = [f".a~gpu-{os.getppid()}", ".a~gpu-1-4194000", ".a.b~gpu-4194000", ".a~gpux-4194000"]
+    for name in (*dead, *alive):
+        (tmp_path / name).mkdir()
+    items.write_text(tmp_path / "a", "text")
+    assert sorted(os.listdir(tmp_path)) == sorted(["a", *alive])
+
+
 FORK = multiprocessing.get_context("fork")  # the child has nothing to import
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree")
-
-
-def write_files(folder, text):
-    for name in "abc":
-        (folder / name).write_text(text)
-    write_json(folder / "d.json", text)
 
 
 def replace_until_killed(folder, moments):
@@ -591,11 +437,11 @@ def replace_until_killed(folder, moments):
 
 
 def test_killed_replace_leaves_whole_folder(tmp_path):
-    """The old or the new one, whichever the moment of the kill."""
+    """The old or the new one, whichever the moment of the kill; the next one clears up."""
     seen = Counter()
-    for moments in range(40):
+    for moments in range(60):
         folder = tmp_path / str(moments) / "data"
-        folder.mkdir(parents=True)
+        folder.parent.mkdir()
         write_files(folder, "old")
         process = FORK.Process(target=replace_until_killed, args=(folder, moments))
         process.start()
@@ -606,6 +452,9 @@ def test_killed_replace_leaves_whole_folder(tmp_path):
         assert sorted(texts) == ["a", "b", "c", "d.json"]
         assert len(set(texts.values())) == 1
         seen[was_killed, texts["a"]] += 1
+        with replacing(folder) as new:
+            write_files(new, "third")
+        assert os.listdir(folder.parent) == ["data"]
         if not was_killed:
             break
     assert seen[True, "old"] >= 6
@@ -615,19 +464,20 @@ def test_killed_replace_leaves_whole_folder(tmp_path):
 
 
 def test_json_is_replaced_as_a_whole(tmp_path):
-    """A value that JSON can't hold leaves the old file, and nothing beside it."""
+    """A value that JSON can't hold leaves the old file, and nothing beside it; NaN is null."""
     path = tmp_path / "a.json"
-    write_json(path, {"x": [1.5, "§"]})
+    write_json(path, {"x": [1.5, "§", float("nan")]})
     with pytest.raises(TypeError):
         write_json(path, {"x": object()})
-    assert json.loads(path.read_text("utf-8")) == {"x": [1.5, "§"]}
+    assert json.loads(path.read_text("utf-8")) == {"x": [1.5, "§", None]}
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_nan_is_null_in_json(tmp_path):
-    path = tmp_path / "a.json"
-    write_json(path, {"x": float("nan"), "y": 1.5})
-    assert json.loads(path.read_text("utf-8")) == {"x": None, "y": 1.5}
+@pytest.mark.parametrize("name", ["none/a.csv", "a.txt", "in.csv", ".csv", f"{'x' * 250}.csv"])
+def test_unwritable_output_is_named_first(tmp_path, name):
+    (tmp_path / ".csv").mkdir()
+    with pytest.raises(UserError, match=str(tmp_path)):
+        items.check_output(tmp_path / name, tmp_path / "in.csv")
 
 
 @pytest.fixture()
@@ -639,32 +489,6 @@ def sealed(tmp_path):
     return tmp_path
 
 
-def remove_weights(folder):
-    (folder / "weights.bin").unlink()
-
-
-def cut_weights(folder):
-    os.truncate(folder / "weights.bin", 1000)
-
-
-def flip_a_byte(folder):
-    content = bytearray((folder / "weights.bin").read_bytes())
-    content[1234] ^= 1
-    (folder / "weights.bin").write_bytes(content)
-
-
-def remove_manifest(folder):
-    (folder / MANIFEST).unlink()
-
-
-def cut_manifest(folder):
-    os.truncate(folder / MANIFEST, 100)
-
-
-def empty_manifest(folder):
-    os.truncate(folder / MANIFEST, 0)
-
-
 def test_sealed_folder_has_no_problem(sealed):
     """Nor does one that is sealed again, or has files that came later."""
     assert manifest_problem(sealed) is None
@@ -673,20 +497,45 @@ def test_sealed_folder_has_no_problem(sealed):
     assert manifest_problem(sealed) is None
 
 
-DAMAGES = {
-    remove_weights: "weights.bin is missing",
-    cut_weights: "weights.bin is corrupt",
-    flip_a_byte: "weights.bin is corrupt",
-    remove_manifest: "manifest.json is missing",
-    cut_manifest: "manifest.json is corrupt",
-    empty_manifest: "manifest.json is corrupt",
-}
+def remove(file):
+    file.unlink()
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_manifest_notices_damage(sealed, damage):
-    damage(sealed)
-    assert manifest_problem(sealed) == DAMAGES[damage]
+def cut_to_100(file):
+    os.truncate(file, 100)
+
+
+def replace_by_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def write_list(file):
+    file.write_text("[3]")
+
+
+@pytest.mark.parametrize(
+    "name, damage, problem",
+    [
+        ("weights.bin", remove, "weights.bin is missing"),
+        ("weights.bin", cut_to_100, "weights.bin is corrupt"),
+        ("weights.bin", flip, "weights.bin is corrupt"),
+        ("weights.bin", replace_by_folder, "weights.bin can't be read (Is a directory)"),
+        (MANIFEST, remove, "manifest.json is missing"),
+        (MANIFEST, cut_to_100, "manifest.json is corrupt"),
+        (MANIFEST, write_list, "manifest.json is corrupt"),
+        (MANIFEST, replace_by_folder, "manifest.json can't be read (Is a directory)"),
+    ],
+)
+def test_manifest_notices_damage(sealed, name, damage, problem):
+    damage(sealed / name)
+    assert manifest_problem(sealed) == problem
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_file_is_a_problem(sealed):
+    (sealed / "weights.bin").chmod(0)
+    assert manifest_problem(sealed) == "weights.bin can't be read (Permission denied)"
 
 
 # Problems
@@ -695,23 +544,13 @@ def test_manifest_notices_damage(sealed, damage):
 def test_problems_are_reported_at_once():
     """One line each in the order of the checks, equal ones once; what passes is not listed."""
     problems = Problems()
-    passed = []
-    for text in ("--source: missing", None, "HF_TOKEN: refused", "--source: missing"):
+    for text in ("`source`: missing", None, "HF_TOKEN: refused", "`source`: missing"):
         with problems:
             if text:
                 raise UserError(text)
-            passed.append(text)
     with pytest.raises(UserError) as error:
         problems.report()
-    assert str(error.value) == "--source: missing\nHF_TOKEN: refused"
-    assert passed == [None]
-
-
-def test_no_problem_reports_nothing():
-    problems = Problems()
-    with problems:
-        pass
-    problems.report()
+    assert str(error.value) == "`source`: missing\nHF_TOKEN: refused"
 
 
 def test_other_errors_pass_through():

@@ -60,7 +60,7 @@ FULL_DISK = (  # what is typed, and how many KiB the disk has left, which are to
     ("eval --local --run-name first --input few.jsonl --output outputs/out.csv", 0),
     ("eval --local --run-name first --export outputs/plain", 7168),
 )
-FULL = "the disk is full, or your quota on it"
+FULL = "the disk is full, or your quota or a limit on files is reached"
 QUOTA = "exceed_quota_when_opening"
 
 
@@ -727,13 +727,13 @@ def test_full_disk_is_one_line(call, shared, trained, small_disk, outcomes, type
     said = call(*arguments, cwd=disk.parent, code=1)
     assert re.match(f"app.py {arguments[0]}: {FULL}", said.splitlines()[-1])
     assert contents(disk) == before
-    assert not [path for path in disk.rglob("*") if path.name.endswith((".new", ".old"))]
+    assert not [path for path in disk.rglob("*") if "~" in path.name]
     where = typed.replace("{shared} ", "").replace("{catalogue}", "FILE")
     outcomes[where, f"full disk, {room} KiB left"] = "one line; what was there is unchanged"
 
 
 def test_used_up_quota_is_a_full_disk(call, trained_project):
-    said = call(*JUDGE, cwd=trained_project, code=1, hook=QUOTA, options=("results.json",))
+    said = call(*JUDGE, cwd=trained_project, code=1, hook=QUOTA, options=(".results.json~",))
     assert re.match(f"app.py eval: {FULL}", said.splitlines()[-1])
 
 

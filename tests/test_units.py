@@ -159,18 +159,6 @@ def test_cheap_items_of_dear_catalogues_stay(tmp_path):
     assert [item.price for item in catalogue.items()] == [3, 99000]
 
 
-def test_coarse_unit_is_noted():
-    """With the unit that would be finer, and what that would drop."""
-    prices = numpy.array([25.0] * 97 + [2500.0] * 3)
-    about = {"source": "shop.csv", "kept": {"train": 100, "val": 0, "test": 0}, "currency": "€"}
-    (note,) = items.split_warnings(about | {"unit": 10}, {"train": {"price": prices}})
-    assert note == (
-        "Note: half of the prices are below €25.00, all are learned to the nearest €10; "
-        "`--unit 1` learns them to the nearest €1 and drops the 3 largest"
-    )
-    assert items.split_warnings(about | {"unit": 1}, {"train": {"price": prices}}) == []
-
-
 def test_colors_go_by_the_unit():
     """What is $40 in the course is 40 units."""
     groups = util.group_by_color([50, 400, 1500], [0, 0, 0], PriceScale(10, "€"))
