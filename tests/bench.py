@@ -195,10 +195,10 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step <= self.timed:
             self.moments.append(moment())
+        if self.profiler and state.global_step == state.max_steps:  # before what is saved is copied
+            self.read_profiler(state.max_steps - self.timed)
 
-    def on_train_end(self, args, state, control, **_):
-        if not self.profiler:
-            return
+    def read_profiler(self, steps):
         torch.cuda.synchronize()
         self.profiler.stop()
         microseconds = 0.0
@@ -206,7 +206,7 @@ class Clock(TrainerCallback):
             is_on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
             if is_on_gpu and not getattr(event, "is_user_annotation", False):
                 microseconds += event.time_range.elapsed_us()
-        self.busy_ms = microseconds / 1000 / (state.global_step - self.timed)
+        self.busy_ms = microseconds / 1000 / steps
 
     def step_seconds(self, skipped):
         """The median of the steps but the first `skipped`, and what these took beyond it."""
@@ -225,7 +225,7 @@ def bench_train(config, folder, arguments):
     def build_with_clock(*given, **options):
         trainer = build(*given, **options)
         trainer.add_callback(clock)
-        trainer.args.save_strategy = trainer.args.eval_strategy = "no"
+        trainer.args.eval_strategy = "no"
         return trainer
 
     util.build_trainer = build_with_clock
@@ -240,7 +240,7 @@ def bench_train(config, folder, arguments):
         lora_dropout=arguments.dropout,
         base_weights=arguments.base_weights,
         compile="off" if arguments.tiny else "on",
-        save_steps=10 * steps,
+        save_steps=10 * steps,  # once, at the end
     )
     if not util.is_first_process():
         return
