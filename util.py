@@ -3532,7 +3532,7 @@ def draw_figures(figures, table, title, folder=None):
     save_figure(scatter(guesses, truths, figures, title), folder, "scatter.png")
     save_figure(running_error(guesses, truths, figures, title), folder, "running_error.png")
     if "intervals" in figures:
-        chart = reliability(figures["intervals"], len(table), title, figures["distribution"])
+        chart = reliability(figures["intervals"], len(table), title)
         save_figure(chart, folder, "reliability.png")
 
 
@@ -3975,14 +3975,12 @@ def shares_within(ranks, calibration=None):
 
 
 @rc_context(CHART_STYLE)
-def reliability(intervals, count, title, distribution=None):
+def reliability(intervals, count, title):
     """The share of true prices within the central intervals, over their promised share.
 
-    `intervals` is {one of INTERVALS: shares_within}, `count` the number of items. The
-    `distribution` of score_distributions adds a line on the 80 % intervals.
+    `intervals` is {one of INTERVALS: shares_within}, `count` the number of items.
     """
-    last_line = format_intervals(distribution) if distribution else ""
-    figure, axes = new_figure(f"{title}\n{last_line}", height=4.5)
+    figure, axes = new_figure(title, height=4.5)
     axes.plot([0, 100], [0, 100], "k--", linewidth=1, label="as promised")
     for name, shares in intervals.items():
         label, shade = INTERVALS[name]
@@ -4109,10 +4107,9 @@ def footnotes(results):
             f"log score {scores['nll']:.3f}, CRPS {scale.format(scores['crps'])}, "
             f"probability of no price {outside}"
         )
-    if results["parse_failures"]:
-        zero = f"{scale.currency}0"
-        failures = f"{results['parse_failures']:,} answers of the run"
-        lines.append(f"{failures} named no price and count as {zero}")
+    failures = results["parse_failures"]
+    if failures:
+        lines.append(f"{failures:,} answers named no price and count as {scale.currency}0")
     if results.get("course"):
         lines.append(f"Published: {LADDER_SOURCE}")
     return lines
@@ -4407,7 +4404,7 @@ r² {{ results.r2 | number(1) }} %; base model {{ results.base_title }}</p>
 
 <h2>What the words mean</h2>
 <dl>
-<dt>± 95 %<dd>The mean error of other such items is within this distance, 19 times of 20.
+<dt>± 95 %<dd>Half the 95 % interval of the mean error: what the choice of the items may change.
 <dt>r²<dd>The part of the prices' variance that the guesses explain. 100 % is perfect, 0 % as good
 as always naming the mean price, below 0 worse than that.
 <dt>Median, mean, what generation answers<dd>The model gives each price a probability. The median of

@@ -19,6 +19,20 @@ HOSTILE = '</script><script>hacked = 1</script><img src=x onerror="hacked = 1"> 
 LONG = "Wireless_headphones_without_any_space" * 4 + " and many more words" * 6
 RUN_NAME = "a-run-with-a-long-name" * 4
 SOURCE = "/home/secret/shop.csv, split 90/5/5 by title, seed 42"
+RESULTS = {
+    "run": RUN_NAME,
+    "title": f"price-{RUN_NAME} on {util.public_source(SOURCE)}",
+    "decode": "median",
+    "base_title": "Llama-3.2-3B",
+    "base_identity": "abc",
+    "data": {"source": SOURCE, "fingerprint": "abc", "rows": 500},
+    "course": True,
+    "device": "CPU",
+    "versions": {"torch": "2"},
+    "date": "2026-01-31",
+    "seed": 1,
+    "items_per_s": 5.0,
+}
 # In a window of its own Chromium is at least 500 px wide
 WRAPPER = """<iframe id="frame" style="width: {width}px; height: 900px; border: 0"
 srcdoc="{page}"></iframe><pre id="found"></pre><script>
@@ -36,7 +50,6 @@ const texts = [...page.body.querySelectorAll("*")].filter(element =>
 return {
   scroll: page.documentElement.scrollWidth,
   smallest: Math.min(...texts.map(text => parseFloat(view.getComputedStyle(text).fontSize))),
-  left: Math.min(...texts.map(text => text.getBoundingClientRect().left)),
 };"""
 POINT = """
 const plot = page.getElementById("plot");
@@ -72,22 +85,14 @@ def write_page(folder, count=COUNT, unit=1, has_run=True):
         rows.append({"prompt": scale.prompt(description), "completion": str(price)})
     weights = rng.random((count, 1000)) ** 40
     answers = util.estimate_prices(weights / weights.sum(1, keepdims=True), [7] * count, rows)
-    title = f"price-{RUN_NAME} on {util.public_source(SOURCE)}"
-    figures, table = util.score(rows, answers, title)
-    util.draw_figures(figures, table, title, folder)
-    results = figures | {
-        **{"run": RUN_NAME, "title": title, "decode": "median", "course": True},
-        **{"base_title": "Llama-3.2-3B", "base_identity": "abc"},
-        "data": {"source": SOURCE, "fingerprint": "abc", "rows": count},
-        **{"device": "CPU", "versions": {"torch": "2"}, "date": "2026-01-31", "seed": 1},
-        "items_per_s": 5.0,
-    }
+    figures, table = util.score(rows, answers, RESULTS["title"])
+    util.draw_figures(figures, table, RESULTS["title"], folder)
     run = util.Run(folder, "base", "price", "lite", None, None, 1)
     if has_run:
         run.recipe = RECIPES["lite"]
         run.data = {"source": SOURCE, "fingerprint": "abc"}
         run.history = [{"step": 2, "loss": 2.5}, {"step": 2, "eval_loss": 2.25, "eval_mae": 40.0}]
-    util.write_report(folder, results, run, table)
+    util.write_report(folder, figures | RESULTS, run, table)
     return (folder / "report.html").read_text("utf-8")
 
 
@@ -126,7 +131,6 @@ def test_report_fits_any_screen(browse, tmp_path, width, unit):
     """No sideways scrolling, no text below 12 px; prices of ten millions fit, too."""
     found = browse(write_page(tmp_path, 30, unit), MEASURE, width)
     assert found["scroll"] <= width
-    assert found["left"] >= 0
     assert found["smallest"] >= 12
 
 
@@ -183,12 +187,13 @@ def test_items_are_searched(browse, page):
     """By all words, in any case, of title and category."""
     script = f"""{ITEMS}
     search("a & B 3 wireless");
-    const shown = rows.filter(row => row.checkVisibility());
-    return [shown.map(row => row.textContent), page.getElementById("found").textContent];"""
-    shown, found = browse(page, script)
-    assert found == f"{len(shown)} of {COUNT}"
-    assert 0 < len(shown) < COUNT
-    assert all("3" in text for text in shown)
+    const shown = rows.filter(row => !row.hidden && row.checkVisibility());
+    return [shown.every(row => row.textContent.includes("3")), shown.length,
+      page.getElementById("found").textContent];"""
+    is_right, count, found = browse(page, script)
+    assert is_right
+    assert 0 < count < COUNT
+    assert found == f"{count} of {COUNT}"
 
 
 @in_browser
@@ -222,22 +227,6 @@ def test_many_items_stay_smooth(browse, tmp_path):
     assert search < 1000
 
 
-def test_report_needs_nothing_else(page):
-    """No network, no file; the data's folder isn't told."""
-    markup = re.sub('base64,[^"]*', "", html.unescape(page).replace(HOSTILE, ""))
-    for needed in ("http", "<link", "@import", "url("):
-        assert needed not in markup
-    assert set(re.findall(r'src="(.{11})', markup)) == {"data:image/"}
-    assert "secret" not in page
-    assert "shop.csv, split 90/5/5 by title" in page
-
-
-def test_report_has_settings_and_terms(page):
-    assert "<td>learning rate<td>0.0001" in page
-    for term in ("r²", "Log score", "CRPS", "Probability of no price", "Words alone"):
-        assert f"<dt>{term}<dd>" in page
-
-
 def test_untrained_single_item_has_report(tmp_path):
     """Neither the untouched base nor the course's runs have history and recipe."""
     page = write_page(tmp_path, 1, has_run=False)
@@ -245,8 +234,13 @@ def test_untrained_single_item_has_report(tmp_path):
     assert not re.search(r"\bnan\b", re.sub("base64,.*", "", page))
 
 
-def test_minus_signs_are_alike(page):
-    """A true minus before each number, in the report as on the screen."""
+def test_report_explains_itself(page):
+    """Settings, terms, true minus signs, the data's name without its folder."""
+    assert "shop.csv, split 90/5/5 by title" in page
+    assert "secret" not in page
+    assert "<td>learning rate<td>0.0001" in page
+    for term in ("r²", "Log score", "CRPS", "Probability of no price", "Words alone"):
+        assert f"<dt>{term}<dd>" in page
     text = re.sub(r"<(style|script)\b.*?</\1>|<[^>]*>", " ", page, flags=re.DOTALL)
     assert "r² −" in text
     assert not re.search(r"(^|[\s($])-\d", text)

@@ -271,8 +271,6 @@ def test_table_says_what_intervals_promise(results):
     scores = {"coverage_80": 0.95, "promised_80": 0.834, "nll": 5, "crps": 9, "outside": 0}
     table = util.format_table(results | {"distribution": scores})
     assert "The 80 % intervals hold 95 % of the true prices and promise 83 %;" in table
-    chart = util.reliability({"as read": util.shares_within([0.5, 0.1])}, 2, "a", scores)
-    assert "prices and promise 83 %" in chart.get_suptitle()
     table = util.format_table(results | {"distribution": scores | {"calibrated_on": 500}})
     assert "hold 95 % of the true prices; 500 validation rows set their width;" in table
 
