@@ -3135,6 +3135,8 @@ def log_evaluation(run, folder, results):
 BAND_STARTS = (0, 20, 50, 100, 250)  # units, of the bands that errors are grouped by
 BAND_END = 1000
 WORST_ITEMS = 100  # of an evaluation, in results.json and the report
+INTERVAL_WIDTHS = range(0, 101, 5)  # %, of the central intervals that are calibrated and charted
+FEWEST_TO_CALIBRATE = 20  # validation rows: with fewer the levels are mostly chance
 
 
 def quantile(shares, level):
@@ -3241,6 +3243,16 @@ def interval_width(calibration, promise=80):
     if not calibration:
         return promise / 100
     return calibration["widths"][INTERVAL_WIDTHS.index(promise)]
+
+
+def shares_within(ranks, calibration=None):
+    """The share of true prices in the central intervals of each of INTERVAL_WIDTHS."""
+    distances = [abs(2 * rank - 1) for rank in ranks]
+    shares = []
+    for promise in INTERVAL_WIDTHS:
+        width = interval_width(calibration, promise)
+        shares.append(statistics.fmean(distance <= width for distance in distances))
+    return shares
 
 
 def parse_price(answer):
@@ -3821,8 +3833,6 @@ LADDER = {  # mean absolute error in dollars
     "GPT-5.1": 44.74,
     "fine-tuned, full": 39.85,
 }
-INTERVAL_WIDTHS = range(0, 101, 5)  # %, of the central intervals that are calibrated and charted
-FEWEST_TO_CALIBRATE = 20  # validation rows: with fewer the levels are mostly chance
 INTERVALS = {  # {intervals: (what the reliability chart calls them, colour)}
     "as read": ("as the model says", "tab:orange"),
     "calibrated": ("calibrated on validation rows", "black"),
@@ -3962,16 +3972,6 @@ def running_error(guesses, truths, figures, title):
     axes.set_ylim(bottom=0)
     axes.legend()
     return figure
-
-
-def shares_within(ranks, calibration=None):
-    """The share of true prices in the central intervals of each of INTERVAL_WIDTHS."""
-    distances = [abs(2 * rank - 1) for rank in ranks]
-    shares = []
-    for promise in INTERVAL_WIDTHS:
-        width = interval_width(calibration, promise)
-        shares.append(statistics.fmean(distance <= width for distance in distances))
-    return shares
 
 
 @rc_context(CHART_STYLE)
