@@ -3851,8 +3851,10 @@ def headline(figures):
     """The course's line of figures: `Error: $39.85 MSE: 5,555 r²: 70.1%`, with a true minus."""
     scale = items.PriceScale.from_record(figures)
     mse = format_number(figures["mse"], 0 if scale.unit >= 1 else 2)
-    r2 = f"{format_number(figures['r2'], 1)}%".replace("–%", "–")
-    return f"Error: {scale.format(figures['mae'])} MSE: {mse} r²: {r2}"
+    error = scale.format(figures["mae"])
+    r2 = format_number(figures["r2"], 1)
+    percent = "" if math.isnan(figures["r2"]) else "%"
+    return f"Error: {error} MSE: {mse} r²: {r2}{percent}"
 
 
 def format_number(value, digits=2):
@@ -4120,8 +4122,10 @@ def format_table(results):
     currency = items.PriceScale.from_record(results).currency
     lines = [("mean absolute error", "n", currency, "± 95 %", "r² %")]
     for name, row in table_rows(results).items():
-        errors = format_number(row["mae"]), format_number(row.get("mae_ci95"))
-        lines.append((name, f"{row['n']:,}", *errors, format_number(row.get("r2"), 1)))
+        error = format_number(row["mae"])
+        interval = format_number(row.get("mae_ci95"))
+        r2 = format_number(row.get("r2"), 1)
+        lines.append((name, f"{row['n']:,}", error, interval, r2))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for name, *figures in lines:
@@ -4159,7 +4163,8 @@ def write_report(folder, results, run, table):
     """
     scale = items.PriceScale.from_record(results)
     table = sorted(table, key=lambda row: -row["error"])
-    guesses, truths = [row["guess"] for row in table], [row["truth"] for row in table]
+    guesses = [row["guess"] for row in table]
+    truths = [row["truth"] for row in table]
     limit = 1.03 * max(scale.unit, *guesses, *truths)
     ticks = MaxNLocator(4, steps=[1, 2, 5, 10], integer=True).tick_values(0, limit / scale.unit)
     files = sorted(Path(folder).glob("*.png"))
