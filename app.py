@@ -21,6 +21,7 @@ Environment: HF_TOKEN (to use the Hub), WANDB_API_KEY (optional, for --log-wandb
 
 import argparse
 import difflib
+import gc
 import importlib.util
 import inspect
 import logging
@@ -882,7 +883,7 @@ def export_model(
         expected = util.read_shares(reader, rows)
         in_tree = reader.in_tree
         reader = None
-        util.release_memory()
+        gc.collect()  # models have reference cycles
 
     # 2) Write it merged, unless the check fails
     with items.replacing(folder) as new:
@@ -890,7 +891,7 @@ def export_model(
         model = loader.load(run.adapter, out_precision="bf16")
         util.save_merged(model, base, new, run)
         model = None
-        util.release_memory()
+        gc.collect()  # models have reference cycles
         if rows:
             print(util.check_export(new, rows, expected, in_tree))
     print(f"Exported: {folder}, bf16")
