@@ -65,14 +65,9 @@ def test_pricers_get_what_data_hold(pricer, data):
     assert evaluate(pricer, data)["mae"] == pytest.approx(0, abs=0.01)
 
 
-def test_course_calls_are_positional():
-    def random_pricer(item):
-        return random.randrange(1, 1000)
-
-    assert evaluate(random_pricer, ITEMS)["n"] == 40
-    assert evaluate(random_pricer, ITEMS, 10)["n"] == 10
-    assert evaluate(random_pricer, ITEMS, 10, 5)["n"] == 10
-    assert evaluate(random_pricer, ITEMS, size=None, workers=2)["n"] == 40
+@pytest.mark.parametrize(("arguments", "count"), [((), 40), ((10,), 10), ((10, 5), 10)])
+def test_course_calls_are_positional(arguments, count):
+    assert evaluate(lambda item: random.randrange(1, 1000), ITEMS, *arguments)["n"] == count
 
 
 def test_workers_call_at_once():

@@ -15,7 +15,6 @@ import bitsandbytes
 import numpy
 import pytest
 import torch
-from datasets import Dataset
 from huggingface_hub import ModelCard
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
@@ -425,13 +424,11 @@ def test_eval_leaves_figures_and_charts(judged, splits):
 
 
 def test_predictions_agree_with_the_figures(judged):
-    results = read(judged / "eval/results.json")
     table = read_csv(judged / "eval/predictions.csv")
     columns = ["index", "title", "category", "truth", "guess", "error", "low", "high"]
     assert list(table[0]) == columns
-    assert len(table) == results["n"]
-    errors = [float(row["error"]) for row in table]
-    assert results["mae"] == pytest.approx(statistics.fmean(errors), abs=0.01)
+    error = statistics.fmean(float(row["error"]) for row in table)
+    assert read(judged / "eval/results.json")["mae"] == pytest.approx(error, abs=0.01)
     for row in table:
         assert float(row["low"]) <= float(row["guess"]) <= float(row["high"])
 
@@ -656,9 +653,8 @@ def test_other_data_are_evaluated_apart(call, shared, trained_project):
     (apart,) = run.glob("eval-*")
     assert f"so it stays in {RUN}/{apart.name}, unpublished: {note}" in said
     results = read(apart / "results.json")
-    identities = results["data"]["fingerprint"][:8], results["base_identity"][:8]
-    assert apart.name == "-".join(["eval", *identities])
-    assert note in (apart / "report.html").read_text("utf-8")
+    fingerprint, identity = results["data"]["fingerprint"], results["base_identity"]
+    assert apart.name == f"eval-{fingerprint[:8]}-{identity[:8]}"
     assert {path: contents(run)[path] for path in before} == before
 
     # Runs are compared on them, too
@@ -673,33 +669,20 @@ def test_other_data_are_evaluated_apart(call, shared, trained_project):
 
 def test_other_base_is_evaluated_apart(call, tiny_base, trained_project):
     """Another one by its files, not by its name."""
-    run = trained_project / RUN
-    copy = trained_project / "copy"
+    run, copy = trained_project / RUN, trained_project / "copy"
     shutil.copytree(tiny_base, copy)
-    call(*JUDGE, "--size", "2", "--base-model", "copy", cwd=trained_project)
+    judge = (*JUDGE, "--size", "2", "--base-model", "copy")
+    call(*judge, cwd=trained_project)
     assert read(run / "eval/results.json")["base_model"] == "copy"
-
     before = contents(run)
     model = AutoModelForCausalLM.from_pretrained(copy)
     model.model.layers[0].self_attn.q_proj.weight.data.neg_()
     model.config.rms_norm_eps *= 2
     model.save_pretrained(copy)
-    said = call(*JUDGE, "--size", "2", "--base-model", "copy", cwd=trained_project)
+    assert "the base model is copy" in call(*judge, cwd=trained_project)
     (apart,) = run.glob("eval-*")
     assert apart.name.endswith(f"-{read(apart / 'results.json')['base_identity'][:8]}")
-    assert "the base model is copy" in said
     assert {path: contents(run)[path] for path in before} == before
-
-
-def test_unpriced_row_ends_eval_early(call, trained_project, splits):
-    """In one line, before a model is loaded."""
-    rows = splits["test"].to_list()
-    rows[0] = rows[0] | {"completion": "call us"}
-    Dataset.from_list(rows).to_parquet(trained_project / DATASET / "test.parquet")
-    write_manifest(trained_project / DATASET)
-    said = call(*JUDGE, cwd=trained_project, code=1)
-    assert "call us" in said
-    assert "asking" not in said
 
 
 # Full disks
