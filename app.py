@@ -326,6 +326,15 @@ class RunConfig:
         """login_huggingface, for items.py and util.py."""
         return login_huggingface(namespace, write)
 
+    def open_base(self, run=None):
+        """The util.Base of this config, at the commit that the run was trained on."""
+        import util
+
+        revision = None
+        if run and run.base_model == self.base_name and len(run.base_identity or "") == 40:
+            revision = run.base_identity  # a commit; those of folders are shorter
+        return util.open_base(self.base_name, revision, Path(self.output_dir, "base"))
+
     def run_folder(self, run_name):
         return Path(self.output_dir, f"{self.project_name}-{run_name}")
 
@@ -559,7 +568,7 @@ def prepare_prompts(
     with problems:
         account = None if config.local else login_huggingface(hf_dataset_user, write=True)
     with problems:
-        base = util.open_base(config)
+        base = config.open_base()
     with problems:
         catalogue = find_items(config, source, columns, unit, currency)
     problems.report()
@@ -709,7 +718,7 @@ def evaluate_model(
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
     config = config.for_run(run)
     prompts = util.find_prompts(config, run.data.get("hub"))
-    base = util.open_base(config, run)
+    base = config.open_base(run)
     util.check_tokenizer(base.path, base.tokenizer, prompts.scale)
     rows = util.first_rows(prompts.splits["test"], size)
     data = util.describe_data(prompts)
@@ -775,17 +784,20 @@ def read_earlier(config, names, rows, decode, base):
 
 def open_reader(run, base, rows):
     """A function from an adapter's folder, or None, to a PriceReader of the base for rows."""
-    return partial(run_reader(run, base).open, rows=rows)
+    import util
+
+    options = {"use_bf16": detect_bf16_support(), **reading_options(run)}
+    return partial(util.open_reader, base, rows=rows, **options)
 
 
-def run_reader(run, base):
-    """The util.RunReader that loads a base, with or without the run's adapter."""
+def reading_options(run):
+    """How a base is loaded to read the run's prices."""
     import util
 
     use_bf16 = detect_bf16_support()
     precision = util.precision_for_reading(run, use_bf16)
     quant_config = build_quant_config(run.use_4bit, use_bf16, util.DTYPES[precision])
-    return util.RunReader(base, quant_config, precision, use_bf16)
+    return {"quant_config": quant_config, "precision": precision}
 
 
 @stage_function
@@ -814,7 +826,7 @@ def price_items(
     if output:
         items.check_output(output, source)
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
-    base = util.open_base(config.for_run(run), run)
+    base = config.for_run(run).open_base(run)
     cutoff = run.data.get("cutoff") or DEFAULT_CUTOFF
     earlier = run.data.get("columns")
     rows, catalogue = items.own_rows(
@@ -874,12 +886,11 @@ def export_model(
         raise items.UserError(f"--export {folder}: exists already. Give a new folder.")
     run = util.find_run(config, run_name, Recipe, hf_user, revision)
     config = config.for_run(run)
-    base = util.open_base(config, run)
+    base = config.open_base(run)
     rows = util.rows_to_check(config, run)
-    loader = run_reader(run, base)
     expected = in_tree = None
     if rows:
-        reader = loader.open(run.adapter, rows)
+        reader = open_reader(run, base, rows)(run.adapter)
         expected = util.read_shares(reader, rows)
         in_tree = reader.in_tree
         reader = None
@@ -888,7 +899,8 @@ def export_model(
     # 2) Write it merged, unless the check fails
     with items.replacing(folder) as new:
         new.mkdir()
-        model = loader.load(run.adapter, out_precision="bf16")
+        options = reading_options(run)
+        model = util.load_merged(base, run.adapter, out_precision="bf16", **options)
         util.save_merged(model, base, new, run)
         model = None
         gc.collect()  # models have reference cycles

@@ -224,7 +224,7 @@ def base_errors(path):
 
 def check_architecture(base):
     """Raises UserError for what isn't an unquantised decoder of linear layers, or nf4."""
-    path, config, skeleton = base.path, base.config, base.skeleton
+    path, config = base.path, base.config
     stored = getattr(config, "quantization_config", None)
     if stored and not stored.get("load_in_4bit"):
         # Gradients vanish in FP8 layers without an error: transformers issue 46736
@@ -234,7 +234,7 @@ def check_architecture(base):
         refuse(path, "transformers would load the adapter beside it", "Move adapter_config.json")
     if config.is_encoder_decoder:
         refuse(path, f"{config.model_type} has an encoder")
-    decoder, head = skeleton.get_decoder(), skeleton.get_output_embeddings()
+    decoder, head = base.skeleton.get_decoder(), base.skeleton.get_output_embeddings()
     if decoder is None or head is None or decoder is head:
         refuse(path, "has no decoder with a head for tokens behind it")
     if any(isinstance(module, Conv1D) for module in decoder.modules()):
