@@ -48,7 +48,7 @@ MAX_NUMBER = 2**32  # of an argument; seeds have to be below it
 MAX_NAME = 96  # characters of a repository's name on the Hub
 MAX_CURRENCY = 6  # characters
 NO_CURRENCY = "0123456789×\"'`\\"  # signs that a currency's can't have
-SMALLEST_UNIT, LARGEST_UNIT = 0.01, 10**12  # as in items.UNIT_EXPONENTS
+SMALLEST_UNIT, LARGEST_UNIT = 0.01, 10**12  # as in items.UNITS
 
 
 def at_least(minimum, kind=int):
@@ -829,11 +829,9 @@ def price_items(
     base = config.for_run(run).open_base(run)
     cutoff = run.data.get("cutoff") or DEFAULT_CUTOFF
     earlier = run.data.get("columns")
-    rows, catalogue = items.own_rows(
-        source, text, base.tokenizer, cutoff, columns, run.scale, earlier
-    )
-    if catalogue:
-        print(items.format_own_rows(rows, catalogue))
+    rows, notes = items.own_rows(source, text, base.tokenizer, cutoff, columns, run.scale, earlier)
+    if notes:
+        print("\n".join(notes))
 
     answers = util.read_answers(open_reader(run, base, rows), run, rows, decode, compare_base)
     table = util.price_table(rows, answers)

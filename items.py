@@ -15,8 +15,7 @@ exchanged.
 """
 
 import array
-import atexit
-import codecs
+import ast
 import csv
 import errno
 import glob
@@ -33,25 +32,28 @@ import shutil
 import signal
 import socket
 import tempfile
+import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
-from functools import cached_property, lru_cache
-from itertools import islice, zip_longest
+from functools import cached_property, lru_cache, partial
+from itertools import chain, islice, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import httpx2
 import numpy
+import pandas
 import psutil
 import pyarrow
 import pyarrow.compute
-import pyarrow.ipc
 import pyarrow.parquet
 import xxhash
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
+from datasets.arrow_writer import ArrowWriter
 from datasets.exceptions import (
     DataFilesNotFoundError,
     DatasetGenerationError,
@@ -60,6 +62,9 @@ from datasets.exceptions import (
 from huggingface_hub import HfApi, constants, errors, get_session, get_token, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
 from pydantic import BaseModel
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from tqdm import tqdm
 
 QUESTION = "What does this cost to the nearest dollar?"
 PREFIX = "Price is $"
@@ -73,7 +78,7 @@ MAX_PRICE = 999.49  # units; the highest that rounds to 999
 HELD_SHARE = 0.995  # of the prices: what a unit has to hold to be chosen
 COARSE_STEPS = 10  # of fewer steps a median price is coarse
 WARNED_SHARE = 0.2  # of rows that are dropped or cut
-UNIT_EXPONENTS = range(-2, 13)  # of the powers of ten that units can be
+UNITS = (0.01, 0.1, *(10**exponent for exponent in range(13)))  # that can be chosen
 TIMES = "×"  # between the unit and the number in a prompt
 
 IGNORED = -100  # the label of tokens that are not trained on, as in PyTorch
@@ -295,25 +300,6 @@ def scale_of(prompt):
     return PriceScale(int(unit) if unit >= 1 else unit, match[1])
 
 
-def smallest_unit(price):
-    """The exponent of the smallest unit whose numbers hold a price."""
-    exponent = UNIT_EXPONENTS.start
-    while price > MAX_PRICE * 10.0**exponent and exponent < UNIT_EXPONENTS.stop - 1:
-        exponent += 1
-    return exponent
-
-
-def choose_unit(counts):
-    """The smallest unit that holds HELD_SHARE of the prices, 1 without any.
-
-    `counts` is {exponent of `smallest_unit`: prices}.
-    """
-    if not counts:
-        return 1
-    units = map(power_of_ten, UNIT_EXPONENTS)
-    return next(unit for unit in units if held_share(counts, unit) >= HELD_SHARE)
-
-
 def finer_scale(scale, prices):
     """The PriceScale with a tenth of the unit if that would suit most `prices` better, or None.
 
@@ -321,18 +307,6 @@ def finer_scale(scale, prices):
     """
     is_coarse = scale.unit > 1 and numpy.median(prices) < scale.amount(COARSE_STEPS)
     return PriceScale(scale.unit // 10, scale.currency) if is_coarse else None
-
-
-def power_of_ten(exponent):
-    """A unit: a whole number, or a float below 1."""
-    return 10**exponent if exponent >= 0 else float(f"1e{exponent}")
-
-
-def held_share(counts, unit):
-    """The share of the prices that the numbers of a unit can say."""
-    largest = round(math.log10(unit))
-    held = sum(count for exponent, count in counts.items() if exponent <= largest)
-    return held / max(1, sum(counts.values()))
 
 
 def prompt_of(summary):
@@ -1172,6 +1146,7 @@ class Catalogue:
     about: dict
     scale: PriceScale = COURSE_SCALE
     notes: list = field(default_factory=list)
+    folder: object = None  # where the splits are; it is removed with this
 
 
 def published_items(name, scale=COURSE_SCALE):
@@ -1206,650 +1181,301 @@ def published_items(name, scale=COURSE_SCALE):
     return Catalogue(splits, dropped, {"source": name}, scale)
 
 
-def own_catalogue(path, seed, columns=None, unit=None, currency="$"):
-    """The Catalogue of the user's own file. Its items are on disk, where a million find room."""
-    catalogue = OwnCatalogue(path, columns)
-    catalogue.choose_scale(unit, currency)
-    items, keys = spool_items(catalogue.items())
-    try:
-        parts = split_rows(keys, seed)
-    except UserError as error:
-        dropped = "; ".join(drop_reasons(catalogue.dropped, catalogue.examples)) or "no row"
-        raise UserError(f"{path}: {error} Dropped: {dropped}.") from None
-    splits = DatasetDict()
-    for name, rows in zip(SPLITS, parts, strict=True):
-        splits[name] = items.select(rows)
-    source = f"{readable(path)}, split 90/5/5 by title and description, seed {seed}"
-    about = {"source": source} | catalogue.record()
-    return Catalogue(splits, catalogue.dropped, about, catalogue.scale, catalogue.notes())
-
-
-def spool_items(items):
-    """(a Dataset of `summary` and `price` on disk, the columns of `leak_keys`, hashed).
-
-    Its folder is removed when the program ends.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="items-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    keys = [array.array("Q") for _ in range(3)]
-    schema = pyarrow.schema({"summary": pyarrow.string(), "price": pyarrow.float64()})
-    path = folder / "items.arrow"
-    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
-        for batch in batched(items, 1000):
-            for item in batch:
-                for column, key in zip(keys, leak_keys(item), strict=True):
-                    column.append(hashed(key))
-            columns = [[item.summary for item in batch], [item.price for item in batch]]
-            stream.write_batch(pyarrow.record_batch(columns, schema=schema))
-    return Dataset.from_file(str(path)), keys
-
-
-def batched(values, size):
-    """Lists of `size` values, the last one shorter."""
-    iterator = iter(values)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
 # ------------------------------------------------------------------------------------------------
 # 5. Rows of the user's own file
 
-DELIMITERS = ",;\t|"
-GZIP_START = b"\x1f\x8b"
-ZIP_START = b"PK\x03\x04"  # of .xlsx and .ods
-SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
-SAVE_AS_CSV = "Save it as `CSV UTF-8` (in Excel: File, Save As; in LibreOffice: Text CSV) instead"
 FORMATS = ".csv, .tsv, .jsonl, .json or .parquet file"
-KINDS = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".tab": "tsv",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-}
+SAVE_AS_CSV = "Save it as `CSV UTF-8` (in Excel: File, Save As; in LibreOffice: Text CSV) instead"
+UNREADABLE = (
+    *(OSError, EOFError, RecursionError, zlib.error),
+    *(csv.Error, json.JSONDecodeError, pyarrow.ArrowException),
+)
+NO_OBJECT = "not a JSON object"
 
 
-class RowFile:
-    """A file of rows: CSV, TSV, JSON lines, a JSON array or Parquet, each perhaps gzip'd.
+def file_rows(path):
+    """Yields (line, row), a dict, for each row of a file; for one of no use, why, as text.
 
-    `rows()` reads it from the start each time. Raises UserError if it is no such file.
+    The line is the one where the row begins, as an editor shows it; a Parquet file's rows count
+    from 1. Raises UserError if the file is none of FORMATS, perhaps gzip'd.
     """
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self.kind = self.find_kind()
-
-    def find_kind(self):
-        """csv, tsv, json or parquet, by the ending; one of .gz is ignored."""
-        path = self.path
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; give a {FORMATS}.")
-        name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-        ending = name.suffix.lower()
-        if ending in SPREADSHEETS:
-            raise UserError(f"{path}: the ending is {ending}. {SAVE_AS_CSV}.")
-        if ending not in KINDS:
-            raise UserError(f"{path}: the ending is {ending or 'missing'}; give a {FORMATS}.")
-        return KINDS[ending]
-
-    def rows(self, columns=None):
-        """Yields (line, row), a dict, for each row; for one that can't be read, the reason as text.
-
-        The line is the one where the row begins, as an editor shows it (a CSV's header is line 1);
-        a Parquet file's rows count from 1. Of Parquet only `columns` are read, if given. Raises
-        UserError if the file can't be read.
-        """
-        with self.explain_errors():
-            if self.kind == "parquet":
-                yield from self.parquet_rows(columns)
-                return
-            with self.open_text() as file:
-                if self.kind == "json":
-                    yield from json_rows(file)
-                else:
-                    yield from csv_rows(file, "\t" if self.kind == "tsv" else None)
-
-    def schema_names(self):
-        """The columns of a Parquet file; None for other files, whose rows must be read first."""
-        if self.kind != "parquet":
-            return None
-        with self.explain_errors(), self.open_parquet() as file:
-            return pyarrow.parquet.ParquetFile(file).schema_arrow.names
-
-    def parquet_rows(self, columns):
-        line = 0
-        with self.open_parquet() as file:
-            table = pyarrow.parquet.ParquetFile(file)
-            for batch in table.iter_batches(batch_size=2_000, columns=columns):
-                for row in batch.to_pylist() or [{}] * batch.num_rows:
-                    line += 1
-                    yield line, row
-
-    def open_bytes(self):
-        """The file's bytes, decompressed."""
-        file = open(self.path, "rb")  # noqa: SIM115 (closed by the caller)
-        start = file.read(4)
-        file.seek(0)
-        if start == ZIP_START:
-            file.close()
-            raise UserError(f"{self.path}: is a spreadsheet or ZIP file. {SAVE_AS_CSV}.")
-        if start.startswith(GZIP_START) or self.path.suffix.lower() == ".gz":
-            return gzip.open(file)
-        return file
-
-    def open_parquet(self):
-        """As `open_bytes`. Parquet is read back and forth, which gzip'd files can't be."""
-        file = self.open_bytes()
-        if not isinstance(file, gzip.GzipFile):
-            return file
-        plain = tempfile.TemporaryFile()  # noqa: SIM115 (closed by the caller)
-        with file:
-            shutil.copyfileobj(file, plain, 2**20)
-        return plain
-
-    def open_text(self):
-        return io.TextIOWrapper(self.open_bytes(), encoding="utf-8-sig", newline="")
-
-    @contextmanager
-    def explain_errors(self):
-        """Turns the errors of reading into a UserError."""
-        try:
-            yield
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.path}: not in UTF-8 (byte {self.first_bad_byte():,}). Save it as UTF-8; "
-                "Excel calls that `CSV UTF-8`."
-            ) from error
-        except (OSError, EOFError, ValueError, zlib.error, pyarrow.ArrowException) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")
-            raise UserError(f"{self.path}: can't be read: {reason}.") from error
-
-    def first_bad_byte(self):
-        """Where the file, decompressed, stops being UTF-8. A decoder's number is its chunk's."""
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        position = 0
-        with self.open_bytes() as file:
-            while True:
-                chunk = file.read(2**20)
-                kept = len(decoder.getstate()[0])  # bytes of a character that a chunk cut
-                try:
-                    decoder.decode(chunk, final=not chunk)
-                except UnicodeDecodeError as error:
-                    return position - kept + error.start
-                if not chunk:
-                    return position
-                position += len(chunk)
+    line = 0
+    ending = Path(Path(path).name.lower().removesuffix(".gz")).suffix
+    try:
+        with open(path, "rb") as file:
+            start = file.peek(4)
+            if start.startswith(b"PK\x03\x04"):
+                raise UserError(f"{path}: is a spreadsheet or ZIP file. {SAVE_AS_CSV}.")
+            if ending not in READERS:
+                raise UserError(f"{path}: the ending is {ending or 'missing'}; give a {FORMATS}.")
+            is_compressed = start.startswith(b"\x1f\x8b") or Path(path).suffix.lower() == ".gz"
+            plain = gzip.GzipFile(fileobj=file) if is_compressed else file
+            for line, row in READERS[ending](plain):
+                yield line, row
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not in UTF-8, soon after line {line:,}. Save it as UTF-8; Excel calls that "
+            "`CSV UTF-8`."
+        ) from error
+    except UNREADABLE as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"{path}: can't be read: {reason}.") from error
 
 
-def json_rows(file):
-    """`RowFile.rows` of one JSON object a line, or of an array of objects."""
-    first = next((text for text in file if text.strip()), "")
-    file.seek(0)
-    if begins_array(first):
-        yield from json_array_rows(file.read())
-        return
-    for line, text in enumerate(file, 1):
+def parquet_rows(file):
+    batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=2_000)
+    return enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+
+
+def json_lines(file):
+    for line, text in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
         if text.strip():
-            yield line, parse_json_object(text)
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError):
+                row = None
+            yield line, row if isinstance(row, dict) else NO_OBJECT
 
 
-def begins_array(line):
-    """Whether a file with this first line is one array of objects, over several lines or one."""
-    if not line.lstrip().startswith("["):
-        return False
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return True
-    return not row or isinstance(row[0], dict)
-
-
-def json_array_rows(text):
-    """`RowFile.rows` of an array of objects. Raises ValueError where it is no JSON."""
+def json_values(file):
+    """The rows of objects and of arrays of them, also of several behind one another."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig").read()
     decoder = json.JSONDecoder()
-    position = text.index("[") + 1
-    line = 1
-    counted = 0  # characters whose line ends are in `line`
+    between = re.compile(r"[\s,\[\]]*")
+    line, position, depth = 1, 0, 0
     while True:
-        position = skip(r"\s*", text, position)
-        line += text.count("\n", counted, position)
-        counted = position
-        if text[position : position + 1] == "]":
-            return
-        try:
-            row, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{error.msg} (line {error.lineno})") from error
-        yield line, row if isinstance(row, dict) else "not a JSON object"
-        position = skip(r"\s*", text, position)
-        sign = text[position : position + 1]
-        if sign not in (",", "]"):
-            line += text.count("\n", counted, position)
-            raise ValueError(f"',' or ']' expected behind an object (line {line})")
-        position += sign == ","
-
-
-def skip(pattern, text, position):
-    """The position behind what `pattern` matches there."""
-    return re.compile(pattern).match(text, position).end()
-
-
-def parse_json_object(text):
-    """The dict that a line holds, or why there is none, in a few words."""
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError):
-        return "not a JSON object"
-    return row if isinstance(row, dict) else "not a JSON object"
+        skipped = between.match(text, position)[0]
+        depth += skipped.count("[") - skipped.count("]")
+        line += skipped.count("\n")
+        position += len(skipped)
+        if position == len(text):
+            break
+        row, end = decoder.raw_decode(text, position)
+        yield line, row if isinstance(row, dict) else NO_OBJECT
+        line += text.count("\n", position, end)
+        position = end
+    if depth:
+        raise json.JSONDecodeError("An array is never ended", text, position)
 
 
 def csv_rows(file, delimiter=None):
-    """`RowFile.rows` of a CSV.
+    """The rows of a CSV, of which the first line may be Excel's `sep=;`.
 
-    Cells are separated by what separates those of the header, unless `delimiter` is given; the
-    first line may be Excel's `sep=;`. Raises ValueError if quotes are wrong.
+    Cells are separated by what separates those of the header, unless `delimiter` is given.
     """
     csv.field_size_limit(2**31 - 1)
-    header = file.readline()
-    skipped = 0  # lines before the header
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    header = lines.readline()
     excel = re.fullmatch(r'"?sep=(.)"?\s*', header, re.IGNORECASE)
-    if excel:
-        delimiter = excel[1]
-        skipped = 1
-    else:
-        file.seek(0)
-    delimiter = delimiter or find_delimiter(header)
-    reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
-    names = None
+    skipped = 1 if excel else 0  # lines before the header
+    delimiter = excel[1] if excel else delimiter
+    delimiter = delimiter or max(",;\t|", key=re.sub('"[^"]*"', "", header).count)
+    dialect = {"delimiter": delimiter, "strict": True, "skipinitialspace": True}
+    if delimiter == "\t" and not has_quoted_cells(csv.reader(lines, **dialect)):
+        dialect["quoting"] = csv.QUOTE_NONE
+    lines.seek(0)
+    reader = csv.reader(islice(lines, skipped, None), **dialect)
+    names, width = None, 0
     while True:
-        start = skipped + reader.line_num + 1
+        line = skipped + reader.line_num + 1
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise ValueError(explain_csv_error(error, start, skipped + reader.line_num)) from error
+            where = f"line {skipped + reader.line_num}, in the row that begins in line {line}"
+            raise csv.Error(f"{error} ({where}; is a quote left open?)") from error
         if cells is None:
             return
-        if not cells:  # an empty line
-            continue
-        if names is None:
-            names = unique_names(cells)
-        elif any(cells[len(names) :]):
-            yield start, "more cells than the header has"
-        else:
-            yield start, dict(zip_longest(names, cells[: len(names)]))
+        if names is None:  # a repeated name gets spaces, so that no cell hides another
+            cells = [cell.strip() for cell in cells]
+            names = [name + " " * cells[:i].count(name) for i, name in enumerate(cells)]
+            width = len(names)
+            while names and not names[-1].strip():
+                names.pop()
+        # Decimal commas without quotes shift cells, into columns without a name, too
+        elif any(cells[len(names) :]) or (delimiter == "," and len(cells) > width):
+            yield line, "more cells than the header has"
+        elif cells:  # no empty line
+            yield line, dict(zip_longest(names, cells[: len(names)]))
 
 
-def find_delimiter(header):
-    """The one of DELIMITERS that is most often in a CSV's first line, outside of quotes."""
-    outside = re.sub(r'"[^"]*"', "", header)
-    return max(DELIMITERS, key=outside.count)
+def has_quoted_cells(reader):
+    """Whether quotes in a TSV enclose cells, as in Excel's, or are letters, as in databases'."""
+    try:
+        return not any("\t" in cell and "\n" in cell for cells in reader for cell in cells)
+    except csv.Error:
+        return False
 
 
-def explain_csv_error(error, start, lines_read):
-    """What is wrong with the record that begins in line `start`, and in which line."""
-    if "unexpected end" in str(error):
-        return f"the row is never ended (line {start}; is a quote left open?)"
-    record = "" if lines_read == start else f", in the row that begins in line {start}"
-    return f"{error} (line {lines_read}{record}; is a quote left open?)"
-
-
-def unique_names(cells):
-    """A CSV's header without outer spaces, but a repeated name gets some: no cell hides another."""
-    counts = Counter()
-    names = []
-    for cell in cells:
-        name = cell.strip()
-        names.append(name + " " * counts[name])
-        counts[name] += 1
-    return names
+READERS = {
+    ".csv": csv_rows,
+    ".tsv": partial(csv_rows, delimiter="\t"),
+    ".tab": partial(csv_rows, delimiter="\t"),
+    ".jsonl": json_lines,
+    ".ndjson": json_lines,
+    ".json": json_values,
+    ".parquet": parquet_rows,
+}
 
 
 # ------------------------------------------------------------------------------------------------
 # 6. Prices as shops write them
 
-CURRENCIES = {  # how they are written: the code
-    "$": "USD",
-    "US$": "USD",
-    "dollar": "USD",
-    "dollars": "USD",
-    "€": "EUR",
-    "euro": "EUR",
-    "euros": "EUR",
-    "£": "GBP",
-    "¥": "JPY",
-    "円": "JPY",
-    "元": "CNY",
-    "RMB": "CNY",
-    "₹": "INR",
-    "Rs.": "INR",
-    "Rs": "INR",
-    "₩": "KRW",
-    "₽": "RUB",
-    "руб.": "RUB",
-    "руб": "RUB",
-    "₺": "TRY",
-    "TL": "TRY",
-    "₫": "VND",
-    "฿": "THB",
-    "₪": "ILS",
-    "₴": "UAH",
-    "₦": "NGN",
-    "₱": "PHP",
-    "zł": "PLN",
-    "Kč": "CZK",
-    "Ft": "HUF",
-    "lei": "RON",
-    "kr.": "kr",
-    "kr": "kr",
-    "SFr.": "CHF",
-    "Fr.": "CHF",
-    "R$": "BRL",
-    "C$": "CAD",
-    "CA$": "CAD",
-    "A$": "AUD",
-    "AU$": "AUD",
-    "NZ$": "NZD",
-    "HK$": "HKD",
-    "S$": "SGD",
-    "MX$": "MXN",
-}
-CURRENCY_CODES = (
-    "USD EUR GBP JPY CNY INR KRW RUB TRY VND THB ILS UAH NGN PHP PLN CZK HUF RON SEK NOK DKK ISK "
-    "CHF BRL CAD AUD NZD HKD SGD MXN ZAR AED SAR TWD IDR MYR CLP COP ARS EGP BGN"
+MISSING_WORDS = "nan none null nil n/a #n/a na <na> [] {} - -- – — ? tba tbd"
+NO_VALUES = {"", *MISSING_WORDS.split()}
+OPEN_WORDS = re.compile(
+    r"\b(?:from|starting|ab|ca|circa|about|over|under|up|to|bis|da|dal|dès|desde|vanaf|fra|från|"
+    r"min|max)\b",
+    re.IGNORECASE,
 )
-CURRENCIES |= {code: code for code in CURRENCY_CODES.split()}
-CURRENCY_CODE_OF = {written.casefold(): code for written, code in CURRENCIES.items()}
-CURRENCY_SIGNS = {code: sign for sign, code in reversed(CURRENCIES.items())}  # the first of each
-SHARED_SIGNS = {  # signs of several currencies, which a code beside them tells apart
-    "$": "USD CAD AUD NZD HKD SGD MXN TWD CLP COP ARS",
-    "¥": "JPY CNY",
-    "kr": "SEK NOK DKK ISK",
-    "£": "GBP EGP",
-}
+DINARS = re.compile("BHD|IQD|JOD|KWD|LYD|OMR|TND|[BJK]D", re.IGNORECASE)  # with three decimals
+CODES = {"$": "USD", "US$": "USD", "€": "EUR", "£": "GBP", "₹": "INR"}
+SIGN_NAMES = {".": "point", ",": "comma"}
 
-SPACES = " \u00a0\u2009\u202f"  # between groups of digits: plain, no-break, thin, narrow
-CURRENCY = "|".join(re.escape(written) for written in sorted(CURRENCIES, key=len, reverse=True))
-GAP = rf"[\t{SPACES}]*"
+LETTER = r"[^\W\d_]"
+SYMBOL = r"[^\w\s.,'’+~≈<>=%(){}\[\]\"–—−-]"
+# $, €, CHF, US $, Rs., kr., د.إ and, behind prices, :- and /-
+CURRENCY = rf"(?:{LETTER}{{1,3}} ?)?{SYMBOL}{{1,2}}|{LETTER}{{1,8}}(?:\.{LETTER}{{1,2}})?\.?"
+GROUPS = r"[1-9][0-9]{0,2}(?P<by>[.,'’ ])[0-9]{3}(?:(?P=by)[0-9]{3})*"
+INDIAN_GROUPS = r"[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}"
 PRICE = re.compile(
-    rf"(?P<sign>[-+−]?){GAP}(?P<before>{CURRENCY})?{GAP}(?P<inner_sign>[-+−]?){GAP}"
-    rf"(?P<number>[.,]?\d(?:[\d.,'’{SPACES}]*\d)?)(?P<whole>[.,](?:[-–—]{{1,2}})?)?"
-    rf"{GAP}(?P<after>{CURRENCY})?",
-    re.ASCII | re.IGNORECASE,
+    rf"(?P<sign>[-−]?) ?(?P<before>{CURRENCY})? ?(?P<inner_sign>[-−]?) ?"
+    rf"(?P<whole>{GROUPS}|{INDIAN_GROUPS}|[0-9]*)"
+    rf"(?:(?P<point>[.,])(?P<decimals>[0-9]+|[-–—]{{0,2}}))? ?(?P<after>[:/]-|{CURRENCY})?"
 )
+FLOAT = re.compile(r"[0-9]+(?:\.[0-9]+)?e[+-]?[0-9]{1,2}", re.IGNORECASE)  # as programs write it
 LONGEST_PRICE = 100  # characters
-FLOAT_DIGITS = 15  # that a float holds, whichever they are
-NUMBER = r"\d(?:[\d.,'’]*\d)?"
-RANGE = re.compile(
-    rf"{NUMBER}\D*?(?:[-–—~…]|\.\.+|\b(?:to|bis|and|à|a|til)\b)\D*{NUMBER}",
-    re.IGNORECASE,
-)
-OPEN_ENDED = re.compile(
-    r"\W*(?:from|starting|starts|as low as|up to|under|over|about|approx|circa|ca\b|ab\b|bis\b|"
-    r"à partir|dès|desde|da\b|vanaf|fra\b|från|min\b|max\b)|\s*[~≈<>]|.*\d\s*\+\s*$",
-    re.IGNORECASE,
-)
-NO_PRICE = ("", "none", "null", "nan", "n/a", "na", "-", "--", "–", "—", "?", "tba", "tbd", "nil")
 
 PRICE_MISSING = "price is missing"
-PRICE_NO_NUMBER = "price is no number"
-PRICE_RANGE = "price is a range"
-PRICE_OUTSIDE = "price is outside"
-PRICE_OPEN = "price is open, like `from` or `up to`"
-PRICE_WORDS = "price has other words or numbers beside it"
-PRICE_CURRENCIES = "price is in several currencies"
-PRICE_AMBIGUOUS = "price is ambiguous: its comma or point may be for thousands or decimals"
+PRICE_NO_NUMBER = "price is no single amount"
+PRICE_AMBIGUOUS = "price is ambiguous: thousands or three decimals (`decimal` decides)"
 PRICE_MIXED = "price has another decimal sign than the column"
 
 
-@dataclass(frozen=True)
-class WrittenPrice:
-    """What a text says of a price: the number if the point is the decimal sign, and if the comma.
+class Written(NamedTuple):
+    """What a cell says of a price. Without an amount there is a `problem`, in a few words."""
 
-    None where it is no number by that rule. `currency` is a code or None. A text that can't be a
-    price at all has a `problem`, in a few words.
-    """
-
-    by_point: float | None = None
-    by_comma: float | None = None
-    currency: str | None = None
-    problem: str | None = None
-
-    def amount(self, decimal):
-        return self.by_point if decimal == "." else self.by_comma
-
-    @property
-    def depends_on_decimal(self):
-        return self.by_point != self.by_comma
+    amount: float = math.nan
+    currency: str = ""  # what stands beside it
+    decimal: str = ""  # the decimal sign that it shows, `.` or `,`
+    places: int = 0  # digits behind that
+    is_open: bool = False  # these three may also be thousands
+    problem: str = ""
 
 
-def parse_price(text, decimal):
-    """The money that a text names, a float; `decimal` is `.` or `,`. NaN if it names none."""
-    amount = analyse_price(text).amount(decimal)
-    return math.nan if amount is None else amount
+def read_cell(value):
+    """The Written of a cell, a text or a number."""
+    if isinstance(value, str):
+        return parse_price(value)
+    if value is None or value != value:  # NaN
+        return Written(problem=PRICE_MISSING)
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if is_number and abs(value) < 1e300:
+        return Written(float(value))
+    return Written(problem=PRICE_NO_NUMBER)
 
 
 @lru_cache(maxsize=100_000)
-def analyse_price(text):
-    """The WrittenPrice of a text, in any currency and of any size."""
-    text = text.strip()
-    if text.casefold() in NO_PRICE:
-        return WrittenPrice(problem=PRICE_MISSING)
-    match = PRICE.fullmatch(text) if len(text) <= LONGEST_PRICE else None
-    if not match:
-        return WrittenPrice(problem=explain_price(text))
-    currencies = named_currencies(match["before"], match["after"])
-    if len(currencies) > 1:
-        return WrittenPrice(problem=PRICE_CURRENCIES)
-    number = match["number"]
-    if match["whole"] and re.search("[.,]", number):  # `12,-` is 12, but `1.234,-` isn't certain
-        return WrittenPrice(problem=PRICE_NO_NUMBER)
-    by_point = parse_number(number, ".")
-    by_comma = parse_number(number, ",")
-    if by_point is None and by_comma is None:
-        return WrittenPrice(problem=PRICE_NO_NUMBER)
-    signs = match["sign"] + match["inner_sign"]
-    if len(signs) > 1:
-        return WrittenPrice(problem=PRICE_NO_NUMBER)
-    if signs in ("-", "−"):
-        by_point = None if by_point is None else -by_point
-        by_comma = None if by_comma is None else -by_comma
-    return WrittenPrice(by_point, by_comma, next(iter(currencies), None))
+def parse_price(text):
+    """The Written of a text, in any currency and of any size."""
+    nothing = Written(problem=PRICE_NO_NUMBER)
+    if len(text) > LONGEST_PRICE:
+        return nothing
+    if any(sign.isnumeric() and not sign.isdecimal() for sign in text):  # ½, 19⁹⁹
+        return nothing
+    text = unicodedata.normalize("NFKC", html_to_text(text))  # signs and digits of full width
+    text = "".join(sign for sign in text if unicodedata.category(sign) != "Cf")  # invisible
+    text = " ".join(text.split())
+    if text.casefold() in NO_VALUES:
+        return Written(problem=PRICE_MISSING)
+    if FLOAT.fullmatch(text):
+        return Written(float(text), decimal="." if "." in text else "")
+    match = PRICE.fullmatch(text)
+    minus = match["sign"] + match["inner_sign"] if match else ""
+    if not match or len(minus) > 1 or OPEN_WORDS.search(text):
+        return nothing
+    whole = re.sub("[^0-9]", "", match["whole"])
+    by = match["by"] or ("," if "," in match["whole"] else "")
+    point = match["point"] or ""
+    decimals = (match["decimals"] or "").strip("-–—")
+    if by and by == point or not whole + decimals:
+        return nothing
+    is_open = by in (".", ",") and len(match["whole"]) == len(whole) + 1 and not point
+    if is_open:
+        whole, decimals, point = whole[:-3], whole[-3:], by
+    amount = float(f"{whole or 0}.{decimals or 0}")
+    # More digits than a float holds, if they aren't its own, as of 19.989999999999998
+    if len(decimals) < 10 and Decimal(repr(amount)) != Decimal(f"{whole or 0}.{decimals or 0}"):
+        return nothing
+    decimal = point if decimals else {",": ".", ".": ","}.get(by, "")
+    currency = " ".join(filter(None, (match["before"], match["after"])))
+    return Written(-amount if minus else amount, currency, decimal, len(decimals), is_open)
 
 
-def named_currencies(*written):
-    """The set of codes that currency signs stand for; a code beside a shared sign decides it."""
-    signs = [sign.casefold().rstrip(".") for sign in written if sign]
-    codes = {CURRENCY_CODE_OF.get(sign) or CURRENCY_CODE_OF[f"{sign}."] for sign in signs}
-    if len(codes) == 2:
-        for sign in signs:
-            own = CURRENCY_CODE_OF.get(sign)
-            others = codes - {own}
-            if others <= set(SHARED_SIGNS.get(sign, "").split()):
-                return others
-    return codes
+def main_currency(written):
+    """What stands beside most prices, '' for nothing: a sign, a code, or what more than half have.
 
-
-@lru_cache
-def number_pattern(decimal):
-    """The pattern of digits, in groups or not, and decimals behind that sign."""
-    point = re.escape(decimal)
-    thousands = re.escape("," if decimal == "." else ".")
-    grouped = rf"[1-9]\d{{0,2}}(?P<sign>[{thousands}'’{SPACES}])\d{{3}}(?:(?P=sign)\d{{3}})*"
-    wholes = [grouped, r"\d*"]
-    if decimal == ".":
-        wholes.append(r"[1-9]\d?(?:,\d{2})+,\d{3}")  # as in India
-    whole = "|".join(wholes)
-    return re.compile(rf"(?P<whole>{whole})(?:{point}(?P<decimals>\d+))?", re.ASCII)
-
-
-def parse_number(text, decimal):
-    """The float that a text of digits and separators is with that decimal sign, or None."""
-    match = number_pattern(decimal).fullmatch(text)
-    if not match or not text:
-        return None
-    whole = re.sub(r"\D", "", match["whole"], flags=re.ASCII)
-    decimals = match["decimals"] or ""
-    if len((whole + decimals).strip("0")) > FLOAT_DIGITS:
-        return None
-    number = float(f"{whole or 0}.{decimals or 0}")
-    return number if math.isfinite(number) else None
-
-
-def explain_price(text):
-    """Why a text, which is no single amount, can't be a price, in a few words."""
-    numbers = re.findall(NUMBER, text, re.ASCII)
-    if not numbers:
-        return PRICE_NO_NUMBER
-    signs = re.findall(CURRENCY, text, re.ASCII | re.IGNORECASE)
-    if len(numbers) > 1 and len(named_currencies(*signs)) > 1:
-        return PRICE_CURRENCIES
-    if OPEN_ENDED.match(text):
-        return PRICE_OPEN
-    return PRICE_RANGE if RANGE.search(text) else PRICE_WORDS
-
-
-class PriceSurvey:
-    """What the texts of a whole column tell about how it writes prices."""
-
-    def __init__(self):
-        # Of texts that can't have the other decimal sign, by (sign, currency or None)
-        self.shown = {}
-        self.counts = Counter()
-        self.long_counts = Counter()  # of those with three decimals or more
-        self.currencies = Counter()
-        self.sizes = Counter()  # of (decimal sign or None, currency, exponent of smallest_unit)
-
-    def add(self, value):
-        if not isinstance(value, str):
-            is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-            if is_number and 0 < value < math.inf:
-                self.sizes[None, None, smallest_unit(value)] += 1
-            return
-        price = analyse_price(value)
-        self.add_size(price)
-        if price.currency:
-            self.currencies[price.currency] += 1
-        if not price.problem and price.depends_on_decimal:
-            if price.by_comma is None:
-                self.note(".", price.currency, value)
-            elif price.by_point is None:
-                self.note(",", price.currency, value)
-
-    def add_size(self, price):
-        """Counts how large a WrittenPrice is by each decimal sign that it can have."""
-        amounts = {".": price.by_point, ",": price.by_comma}
-        if not price.depends_on_decimal:
-            amounts = {None: price.by_point}
-        for decimal, amount in amounts.items():
-            if amount is not None and amount > 0:
-                self.sizes[decimal, price.currency, smallest_unit(amount)] += 1
-
-    def note(self, decimal, currency, value):
-        self.counts[decimal, currency] += 1
-        if re.search(rf"{re.escape(decimal)}\d{{3}}", value):
-            self.long_counts[decimal, currency] += 1
-        shown = self.shown.setdefault((decimal, currency), [])
-        if len(shown) < 2 and value.strip() not in shown:
-            shown.append(value.strip())
-
-    def result(self):
-        """The PriceFormat of the column: of the prices in its main currency or without one."""
-        currency = next((code for code, _ in self.currencies.most_common(1)), None)
-        codes = dict.fromkeys((currency, None))
-        counts = {sign: sum(self.counts[sign, code] for code in codes) for sign in ".,"}
-        points, commas = counts["."], counts[","]
-        decimal = None
-        if points != commas:
-            decimal = "." if points > commas else ","
-        examples = self.examples(decimal or ".", codes)
-        others = self.examples("," if decimal == "." else ".", codes)
-        is_mixed = points > 0 and commas > 0
-        has_long_decimals = any(self.long_counts[decimal, code] > 0 for code in codes)
-        sizes = Counter()  # of what can be read
-        for (sign, code, exponent), count in self.sizes.items():
-            if sign in (None, decimal) and code in (None, currency):
-                sizes[exponent] += count
-        return PriceFormat(decimal, currency, is_mixed, has_long_decimals, examples, others, sizes)
-
-    def examples(self, decimal, codes):
-        """At most two texts of these currencies that can only have that decimal sign."""
-        found = [text for code in codes for text in self.shown.get((decimal, code), ())]
-        return tuple(found[:2])
-
-
-@dataclass(frozen=True)
-class PriceFormat:
-    """How a column writes prices: the decimal sign, `.` or `,` or None, and the currency, or None.
-
-    `is_mixed`: some prices can only have the other sign, `others`. `has_long_decimals`: some surely
-    have three decimals or more. `examples` show the sign. `sizes` are the `counts` of choose_unit.
+    So no table of currencies is needed, and a single `each` is none.
     """
+    counts = Counter(written)
+    for currency, count in counts.most_common():
+        has_sign = any(unicodedata.category(sign) == "Sc" for sign in currency[:4])
+        is_usual = re.fullmatch("[A-Z]{3}", currency) or (has_sign and len(currency) <= 4)
+        if currency and (is_usual or 2 * count > counts.total()):
+            return currency
+    return ""
 
-    decimal: str | None = None
-    currency: str | None = None
-    is_mixed: bool = False
-    has_long_decimals: bool = False
-    examples: tuple = ()
-    others: tuple = ()
-    sizes: dict = field(default_factory=dict)
 
-    def read(self, value):
-        """(the amount, None) or (None, why there is none, in a few words)."""
-        if isinstance(value, str):
-            return self.read_text(value)
-        if value is None:
-            return None, PRICE_MISSING
-        if isinstance(value, bool):
-            return None, PRICE_NO_NUMBER
-        try:
-            amount = float(value)
-        except (TypeError, ValueError, OverflowError):
-            return None, PRICE_NO_NUMBER
-        if math.isnan(amount):
-            return None, PRICE_MISSING
-        return (None, PRICE_NO_NUMBER) if math.isinf(amount) else (amount, None)
+@dataclass
+class PriceColumn:
+    """The prices of a file in money, NaN where there is a problem, and how they are written."""
 
-    def read_text(self, text):
-        price = analyse_price(text)
-        if price.problem:
-            return None, price.problem
-        if price.currency not in (None, self.currency):
-            return None, f"price is in another currency than most ({self.currency})"
-        if not price.depends_on_decimal:
-            return price.by_point, None
-        if None not in (price.by_point, price.by_comma) and not self.is_decided(price):
-            return None, PRICE_AMBIGUOUS
-        amount = price.amount(self.decimal) if self.decimal else None
-        return (None, PRICE_MIXED) if amount is None else (amount, None)
+    amounts: numpy.ndarray
+    problems: list  # a text or '' for each
+    decimal: str | None
+    currency: str | None
+    reason: str = ""  # why that is the decimal sign
 
-    def is_decided(self, price):
-        """Whether the column tells which of a price's two numbers is meant, as 1234 and 1.234.
 
-        Three decimals are so rare that they must be seen elsewhere in it.
-        """
-        if self.decimal is None or self.is_mixed:
-            return False
-        has_three_decimals = abs(price.amount(self.decimal)) == min(
-            abs(price.by_point), abs(price.by_comma)
-        )
-        return self.has_long_decimals or not has_three_decimals
+def read_prices(cells, codes, decimal=None):
+    """The PriceColumn of cells; `codes` are what a column of currencies has beside them.
 
-    def __str__(self):
-        """What was decided and what it is taken from, a line; '' if there was nothing to decide."""
-        parts = []
-        if self.decimal:
-            name = "point" if self.decimal == "." else "comma"
-            shown = [f"{text!r} is {parse_price(text, self.decimal)}" for text in self.examples]
-            parts.append(f"the {name} is the decimal sign, since {' and '.join(shown)}")
-        elif self.is_mixed:
-            parts.append("as many prices have a decimal point as a decimal comma: none is read")
-        if self.is_mixed and self.decimal:
-            parts.append(f"some have the other one, such as {self.others[0]!r}: dropped")
-        if self.currency:
-            parts.append(f"currency {self.currency}")
-        return "; ".join(parts)
+    The decimal sign is `decimal`, or what most of the prices with one meaning show. Three digits
+    behind a single sign that is the other one are thousands; behind the decimal sign they are
+    decimals if three are surely seen elsewhere. If no price shows the sign, they are thousands
+    beside a currency, since only DINARS have three decimals. Else they are dropped.
+    """
+    table = pandas.DataFrame(map(read_cell, cells), columns=Written._fields)
+    currency, code = main_currency(table.currency), main_currency(codes)
+    is_own = table.currency.isin(["", currency]) & pandas.Series(codes).isin(["", code])
+    sure = table[is_own & ~table.is_open & (table.decimal != "")]
+    counts = {sign: int((sure.decimal == sign).sum()) for sign in ".,"}
+    open_signs = set(table.decimal[is_own & table.is_open])
+    is_mixed = decimal is None and min(counts.values()) > 0
+    has_three = decimal is not None
+    has_whole_cents = currency + code and not DINARS.fullmatch(currency or code)
+    reason = "as `decimal` says"
+    if decimal is None and counts["."] != counts[","]:
+        decimal = max(counts, key=counts.get)
+        shown = sure[sure.decimal == decimal]
+        has_three = bool((shown.places >= 3).any())
+        reason = "as in " + " and ".join(repr(str(cells[row]).strip()) for row in shown.index[:2])
+    elif decimal is None and not is_mixed and len(open_signs) == 1 and has_whole_cents:
+        (sign,) = open_signs
+        decimal = "." if sign == "," else ","
+        reason = f"since three digits follow each {SIGN_NAMES[sign]}"
+
+    shows_it = table.decimal == decimal
+    is_unsure = table.is_open & (is_mixed | (decimal is None) | (shows_it & (not has_three)))
+    is_other = ~table.is_open & (table.decimal != "") & ~shows_it
+    foreign = f"price has other words or another currency beside it than most ({currency or code})"
+    problems = numpy.select(
+        [table.problem != "", ~is_own, is_unsure, is_other],
+        [table.problem.to_numpy(object), foreign, PRICE_AMBIGUOUS, PRICE_MIXED],
+        "",
+    )
+    amounts = table.amount.where(shows_it | ~table.is_open, (table.amount * 1000).round())
+    amounts = numpy.where(problems == "", amounts, math.nan)
+    return PriceColumn(amounts, problems.tolist(), decimal, currency or code or None, reason)
 
 
 def price_problem(price, scale=COURSE_SCALE):
@@ -1864,39 +1490,39 @@ def price_problem(price, scale=COURSE_SCALE):
     if price <= 0:
         return "price is zero or negative"
     if not scale.lowest <= price <= scale.highest:
-        return f"{PRICE_OUTSIDE} {scale.describe_range()}"
+        return f"price is outside {scale.describe_range()}"
     return None
+
+
+def choose_unit(prices):
+    """The smallest unit that holds HELD_SHARE of an array of prices, 1 without any."""
+    if not len(prices):
+        return 1
+    held = (unit for unit in UNITS if (prices <= MAX_PRICE * unit).mean() >= HELD_SHARE)
+    return next(held, UNITS[-1])
 
 
 # ------------------------------------------------------------------------------------------------
 # 7. Texts as people read them
 
-INLINE_TAG_NAMES = (
+INLINE_TAGS = (
     "a abbr acronym b bdi bdo big cite code data del dfn em font i img ins kbd label mark q s samp "
     "small span strike strong sub sup time tt u var wbr"
 )
-BLOCK_TAG_NAMES = (
+BLOCK_TAGS = (
     "address article aside blockquote body br button caption center col colgroup dd details div dl "
     "dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 head header hr html iframe input "
     "legend li link main meta nav object ol option p pre section select source summary svg table "
     "tbody td textarea tfoot th thead title tr ul video"
 )
-INLINE_TAGS = frozenset(INLINE_TAG_NAMES.split())
-TAG_NAMES = "|".join((INLINE_TAG_NAMES + " " + BLOCK_TAG_NAMES).split())
-# An attribute has a value, so that `<b and c>` in a formula is no tag
-ATTRIBUTES = r"""(?:\s+[\w:.-]+\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>]+))*"""
-TAG = re.compile(rf"</?({TAG_NAMES}|[movw]:\w+)\b{ATTRIBUTES}\s*/?>", re.IGNORECASE)
-NO_TEXT = re.compile(r"<!--.*?-->|<(script|style)\b[^>]*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
+TAG_ENDS = dict.fromkeys(INLINE_TAGS.split(), "") | dict.fromkeys(BLOCK_TAGS.split(), "\n")
+# No pattern here runs backwards further than to the last `<`, as html.parser does
+ATTRIBUTES = r"""(?:[\s/](?:[^<>"']|"[^"<]*"|'[^'<]*')*)?"""
+TAG = re.compile(rf"</?([a-z][a-z\d]*|[movw]:\w+)({ATTRIBUTES})>|<!\[CDATA\[|\]\]>", re.IGNORECASE)
+NO_TEXT = {"<!--": "-->", r"<(?:script|style)\b[^<>]*>": r"</(?:script|style)\s*>"}
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[a-zA-Z][a-zA-Z\d]{1,31});", re.ASCII)
 REPETITION_END = re.compile(r"$|\s|[,;:.!?|–—-]+(?=\s|$)")
 BEFORE_REST = re.compile(r"\s*(?:[,;:.!?|–—-]+(?=\s|$))?\s*")
-NO_TEXTS = ("nan", "none", "null")
-
-HTML_CHANGED = "HTML became text"
-SPACE_FOLDED = "white space was folded"
-TITLE_CUT = "the title, repeated at the description's start, was cut"
-LIST_JOINED = "a list of texts was joined"
-PATH_JOINED = "a list of categories became a path"
 
 
 def html_to_text(text):
@@ -1906,7 +1532,10 @@ def html_to_text(text):
     """
     for _ in range(2):
         if "<" in text:
-            text = NO_TEXT.sub("", text)
+            for start, end in NO_TEXT.items():
+                first, *parts = re.split(start, text, flags=re.IGNORECASE)
+                rests = (re.split(end, part, maxsplit=1, flags=re.IGNORECASE) for part in parts)
+                text = first + "".join(rest[-1] for rest in rests)
             text = TAG.sub(tag_text, text)
         if "&" not in text:
             break
@@ -1915,36 +1544,18 @@ def html_to_text(text):
 
 
 def tag_text(match):
-    """What a tag leaves behind: a line end, if it ends a line."""
-    is_inline = match[1].lower() in INLINE_TAGS or ":" in match[1]
-    return "" if is_inline else "\n"
+    """What a tag leaves behind: a line end if it ends a line; `<b and c>` of a formula stays."""
+    if match[1] is None or ":" in match[1]:  # CDATA's, Word's
+        return ""
+    attributes = match[2].strip(" /")
+    is_formula = " " in attributes and "=" not in attributes
+    return match[0] if is_formula else TAG_ENDS.get(match[1].lower(), match[0])
 
 
-def fold_space(text):
-    """`text` with single spaces and single line ends, and none at its start and end."""
-    if "\n" not in text and "\r" not in text:
-        return " ".join(text.split())
-    lines = [" ".join(line.split()) for line in re.split("[\r\n]", text)]
+def clean_text(text):
+    """A text without HTML, with single spaces and line ends, and none at its start and end."""
+    lines = (" ".join(line.split()) for line in re.split("[\r\n]", html_to_text(text)))
     return "\n".join(line for line in lines if line)
-
-
-def clean_text(text, changes):
-    """A text without HTML and superfluous white space; a Counter `changes` counts what was done."""
-    plain = html_to_text(text)
-    folded = fold_space(plain)
-    if plain != text:
-        changes[HTML_CHANGED] += 1
-    elif folded != plain:
-        changes[SPACE_FOLDED] += 1
-    return folded
-
-
-def clean_title(text, changes):
-    """As `clean_text`, in one line."""
-    cleaned = clean_text(text, changes)
-    if "\n" in cleaned:
-        changes[SPACE_FOLDED] += 1
-    return cleaned.replace("\n", " ")
 
 
 def is_in_course_form(text):
@@ -1979,54 +1590,42 @@ def text_problem(value, name):
     return None
 
 
+def text_of(row, columns, between="\n"):
+    """The first text in these columns of a row; of lists, joined, if there is no other; else ''.
+
+    Of a list of lists the first one counts.
+    """
+    cells = sorted((row.get(name) for name in columns), key=lambda cell: isinstance(cell, list))
+    for cell in cells:
+        if isinstance(cell, str) and cell.startswith(("['", '["')):  # a list that pandas wrote
+            with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                cell = ast.literal_eval(cell)
+        if isinstance(cell, list):
+            parts = cell[0] if cell and isinstance(cell[0], list) else cell
+            texts = (part.strip() for part in parts if isinstance(part, str))
+            cell = between.join(filter(None, texts))
+        if isinstance(cell, str) and cell.strip().casefold() not in NO_VALUES:
+            return cell
+    return ""
+
+
 # ------------------------------------------------------------------------------------------------
 # 8. The user's own catalogue
 
-ROLES = ("title", "price", "text", "category")
 USUAL_COLUMNS = {  # the role: names that are recognised, the first first; see `fold_name`
     "title": "title name product item producttitle productname itemtitle itemname",
-    "price": "price cost amount sellingprice saleprice retailprice regularprice currentprice "
-    "listprice unitprice variantprice itemprice productprice",
+    "price": "sellingprice salesprice retailprice currentprice price regularprice variantprice "
+    "itemprice productprice saleprice listprice unitprice cost costprice amount",
     "text": "summary text description body bodyhtml details productdescription itemdescription "
     "longdescription shortdescription features content about specifications",
     "category": "category categories maincategory productcategory itemcategory department",
+    "currency": "currency currencycode pricecurrency",
 }
-SHOWN_UNUSED = 6  # names of columns
+JOINED_ROLES = ("text", "category")  # of which several columns are read, each if those before lack
+FIRST_ROWS = 10_000  # in which all columns must be seen
+SHOWN_COLUMNS = 12
 SHOWN_LINES = 5  # of the rows that are dropped for one reason
-
-
-@dataclass
-class Columns:
-    """Which columns of a file are read: one or none for title and price, those of texts in order.
-
-    `names` are all that the file has.
-    """
-
-    names: list
-    title: str | None = None
-    price: str | None = None
-    text: tuple = ()
-    category: tuple = ()
-
-    @property
-    def used(self):
-        single = [name for name in (self.title, self.price) if name is not None]
-        return [*single, *self.text, *self.category]
-
-    def __str__(self):
-        """'title from Name, price from Cost, text from summary or body; unused: SKU'."""
-        parts = []
-        for role in ROLES:
-            names = getattr(self, role)
-            names = [names] if isinstance(names, str) else names
-            if names:
-                parts.append(f"{role} from {' or '.join(name.strip() for name in names)}")
-        unused = [str(name).strip() for name in self.names if name not in self.used]
-        unused = [name for name in unused if name]
-        if not unused:
-            return ", ".join(parts)
-        more = ", …" if len(unused) > SHOWN_UNUSED else ""
-        return f"{', '.join(parts)}; unused: {', '.join(unused[:SHOWN_UNUSED])}{more}"
+REPEATED = "duplicate of an earlier row"
 
 
 def fold_name(name):
@@ -2034,392 +1633,279 @@ def fold_name(name):
     return re.sub(r"[\W_]+", "", str(name)).casefold()
 
 
-def find_columns(path, names, chosen, needs_price):
-    """The Columns of a file with the columns `names`; `chosen` is {role: [name, …]} of --columns.
+def find_columns(path, names, chosen, earlier, needs_price):
+    """{role: the columns that are read}, of a file with the columns `names`.
 
-    Raises UserError if one is missing, or two have the same name.
+    `chosen` is {role: [name, …]}; for other roles the columns of an `earlier` file, {role: name or
+    names}, are taken where this one has them all, then the usual ones. Raises UserError if one is
+    missing, or two have the same name.
     """
-    columns = Columns(names)
-    taken = set()
-    for role, wanted in chosen.items():
-        found = [find_chosen_column(path, names, role, name) for name in wanted]
-        set_role(columns, role, found)
-        taken.update(found)
-    for role in ROLES:
-        if role not in chosen:
-            free = [name for name in names if name not in taken]
-            set_role(columns, role, find_usual_columns(path, free, role))
-    check_found(path, columns, needs_price)
+    earlier = {role: [one] if isinstance(one, str) else one for role, one in earlier.items()}
+    known = {role: some for role, some in earlier.items() if some and set(some) <= set(names)}
+    columns = {
+        role: [find_column(path, names, name, role) for name in wanted]
+        for role, wanted in (known | chosen).items()
+    }
+    taken = sum(columns.values(), [])
+    free = [name for name in names if name not in taken]
+    folded = {fold_name(name) for name in free}
+    for role, usual in USUAL_COLUMNS.items():
+        if role not in columns:
+            found = [name for name in usual.split() if name in folded]
+            found = found if role in JOINED_ROLES else found[:1]
+            columns[role] = [find_column(path, free, name, role, False) for name in found]
+    needed = ("title", "price", "text") if needs_price else ("title", "text")
+    missing = [role for role in needed if not columns[role]]
+    if missing:
+        raise UserError(
+            f"{path}: no column for {' and '.join(missing)}; found: {shown_names(names)}. Say "
+            f"which by `columns` {' '.join(f'{role}=NAME' for role in missing)}."
+        )
     return columns
 
 
-def set_role(columns, role, names):
-    if role in ("title", "price"):
-        setattr(columns, role, names[0] if names else None)
-    else:
-        setattr(columns, role, tuple(names))
-
-
-def known_columns(names, earlier):
-    """The columns, as --columns chooses them, by which a file is read like an `earlier` one.
-
-    `earlier` is what prepare.json has of that one, {role: name or names}; a role counts if all its
-    columns are among `names`.
-    """
-    known = {}
-    for role, columns in earlier.items():
-        wanted = [columns] if isinstance(columns, str) else columns
-        if wanted and set(wanted) <= set(names):
-            known[role] = wanted
-    return known
-
-
-def find_chosen_column(path, names, role, wanted):
-    """The one of `names` that `--columns role=wanted` means."""
-    exact = [name for name in names if str(name).strip() == wanted.strip()]
+def find_column(path, names, wanted, role, is_typed=True):
+    """The one of `names` that is called `wanted`, if need be in other capitals and signs."""
+    exact = [name for name in names if is_typed and str(name).strip() == wanted.strip()]
     found = exact or [name for name in names if fold_name(name) == fold_name(wanted)]
-    if not found:
-        raise UserError(f"{path}: no column {wanted} (--columns {role}); found: {listed(names)}.")
-    if len(found) > 1:
-        raise UserError(f"{path}: more than one column is called {wanted}. Rename one of them.")
+    if len(found) != 1:
+        raise UserError(
+            f"{path}: {'more than one' if found else 'no'} column is called {wanted}; found: "
+            f"{shown_names(names)}. Choose another by `columns` {role}=NAME."
+        )
     return found[0]
 
 
-def find_usual_columns(path, names, role):
-    """Those of `names` that are usual for the role, in the order of USUAL_COLUMNS."""
-    found = []
-    for usual in USUAL_COLUMNS[role].split():
-        same = [name for name in names if fold_name(name) == usual]
-        is_read = role in ("text", "category") or not found
-        if len(same) > 1 and is_read:
-            raise UserError(
-                f"{path}: more than one column is called {usual}. Rename one, or choose others "
-                f"by --columns {role}=NAME."
-            )
-        found.extend(same)
-    return found
+def shown_names(names, between=", "):
+    """The names of columns, shortened."""
+    shown = [str(name).strip() for name in names if str(name).strip()]
+    return between.join(shown[:SHOWN_COLUMNS] + ["…"] * (len(shown) > SHOWN_COLUMNS))
 
 
-def check_found(path, columns, needs_price):
-    missing = {}
-    if columns.title is None:
-        missing["title"] = "title"
-    if columns.price is None and needs_price:
-        missing["price"] = "price"
-    if not columns.text:
-        missing["text"] = "a description (summary, text, description, body, …)"
-    if missing:
-        choices = " ".join(f"{role}=NAME" for role in missing)
-        if not columns.category:
-            choices += ", and category=NAME if there is one"
-        raise UserError(
-            f"{path}: no column for {' and '.join(missing.values())}; found: "
-            f"{listed(columns.names)}. Say which by --columns {choices}."
-        )
+@dataclass
+class OwnFile:
+    """The rows of the user's own file, read once: texts, and what the price cells say.
 
-
-def listed(names):
-    return ", ".join(str(name).strip() for name in names)
-
-
-class OwnCatalogue:
-    """The items of the user's own file, read twice: how it is written, then row by row.
-
-    Needs columns for title, price and description; see USUAL_COLUMNS. `chosen` is {role: [name,
-    …]} of --columns; for other roles the columns of an `earlier` file are taken where this one has
-    them: see `known_columns`. Without `needs_price` the price may be missing or unusable, None
-    then, and rows may repeat others.
-
-    What was dropped and changed is known once `items()` has ended: `dropped` is {reason: [line,
-    …]}, and so is `unjudged`, of rows without a usable price; `examples` has a value for some
-    reasons, `changes` counts, and `whole_texts` is how many have the course's form.
-
-    Raises UserError if the file can't be read or a column is missing.
+    The items are on disk, where a million find room, in a `folder` that is removed with this.
     """
 
-    def __init__(self, path, chosen=None, needs_price=True, bar=None, earlier=None):
-        self.path = path
-        self.needs_price = needs_price
-        self.bar = bar
-        self.file = RowFile(path)
-        self.row_count = 0
-        self.columns, self.price_format = self.survey(chosen or {}, earlier or {})
-        self.scale = COURSE_SCALE
-        self.scale_notes = []
-        self.clear()
+    columns: dict  # {role: names}
+    names: list  # of all columns
+    folder: tempfile.TemporaryDirectory
+    items: Dataset | None = None  # title and summary
+    lines: list = field(default_factory=list)
+    cells: list = field(default_factory=list)  # of prices
+    codes: list = field(default_factory=list)  # of currencies
+    keys: array.array = field(default_factory=partial(array.array, "Q"))  # four hashes an item
+    prices: PriceColumn | None = None
+    dropped: dict = field(default_factory=partial(defaultdict, list))  # {reason: [line, …]}
+    examples: dict = field(default_factory=dict)  # {reason: the first cell}
+    changed: int = 0
+    whole_texts: int = 0
 
-    def clear(self):
-        self.dropped = {}
-        self.unjudged = {}
-        self.examples = {}
-        self.changes = Counter()
-        self.whole_texts = 0
-        self.seen = set()
+    def drop(self, row, problem):
+        """Notes why an item isn't used, or not judged."""
+        self.dropped[problem].append(self.lines[row])
+        if problem not in (PRICE_MISSING, REPEATED):
+            cell = " ".join(str(self.cells[row]).split())
+            self.examples.setdefault(problem, shorten(cell, SHOWN_EXAMPLE))
 
-    def survey(self, chosen, earlier):
-        """(the Columns, the PriceFormat): how the whole file is written."""
-        usual = USUAL_COLUMNS["price"].split()
-        if earlier.get("price"):
-            usual.append(earlier["price"])
-        wanted = [fold_name(name) for name in chosen.get("price", usual)]
-        names = dict.fromkeys(self.file.schema_names() or ())
-        known_schema = list(names) if names else None
-        surveys = {name: PriceSurvey() for name in names if fold_name(name) in wanted}
-        for _, row in self.file.rows(known_schema and list(surveys)):
-            self.count_row()
-            if isinstance(row, str):
-                continue
-            if not row.keys() <= names.keys():
-                names |= dict.fromkeys(row)
-                for name in row:
-                    if fold_name(name) in wanted:
-                        surveys.setdefault(name, PriceSurvey())
-            for name, survey in surveys.items():
-                survey.add(row.get(name))
-        if not self.row_count:
-            raise UserError(f"{self.path}: holds no rows.")
-        if not names:
-            raise UserError(f"{self.path}: none of {self.row_count:,} rows is a JSON object.")
-        chosen = known_columns(names, earlier) | chosen
-        columns = find_columns(self.path, list(names), chosen, self.needs_price)
-        survey = surveys.get(columns.price, PriceSurvey())
-        return columns, survey.result()
-
-    def choose_scale(self, unit, currency):
-        """Sets the PriceScale: of the `unit`, or of the smallest that holds nearly all prices."""
-        sizes = self.price_format.sizes
-        self.scale = PriceScale(unit or choose_unit(sizes), currency)
-        how = "--unit"
-        if unit is None:
-            how = f"the smallest that holds {HELD_SHARE:.1%}; --unit chooses another"
-        held = held_share(sizes, self.scale.unit)
-        self.scale_notes = [
-            f"Unit: {self.scale.step}, whose numbers 0 … 999 hold {held:.1%} of the prices ({how})"
-        ]
-        written = self.price_format.currency
-        if written not in (None, CURRENCY_CODE_OF.get(currency.casefold(), currency)):
-            sign = CURRENCY_SIGNS.get(written, written)
-            self.scale_notes.append(
-                f"Currency: the prices are in {written}, the prompts say {currency}; `--currency "
-                f"{sign}` makes them say {sign}"
-            )
-
-    def count_row(self):
-        self.row_count += 1
-        if self.bar is not None:
-            self.bar.update()
-
-    def items(self):
-        """Yields the usable Items. Raises UserError at the end if there were none."""
-        self.clear()
-        count = 0
-        for line, row in self.file.rows(self.columns.used):
-            if self.bar is not None:
-                self.bar.update()
-            item, problem = (None, row) if isinstance(row, str) else self.read_row(line, row)
+    def usable_rows(self, scale):
+        """The numbers of the items with a usable price that repeat no earlier one, an array."""
+        kept = []
+        seen = set()
+        for row, price in enumerate(self.prices.amounts.tolist()):
+            problem = self.prices.problems[row] or price_problem(price, scale)
+            key = hash((price, self.keys[4 * row + 3]))
+            if not problem and key in seen:
+                problem = REPEATED
             if problem:
-                self.dropped.setdefault(problem, []).append(line)
-                continue
-            count += 1
-            yield item
-        if not count:
-            reasons = "; ".join(drop_reasons(self.dropped, self.examples))
-            raise UserError(f"{self.path}: none of {self.row_count:,} rows is usable; {reasons}.")
-
-    def read_row(self, line, row):
-        """(the Item, None) or (None, why the row can't be used, in a few words)."""
-        title = row.get(self.columns.title)
-        text = self.text_of(row)
-        problem = text_problem(title, "title") or text_problem(text, self.columns.text[0].strip())
-        if problem:
-            return None, problem
-        price, problem = self.price_of(row)
-        if problem and self.needs_price:
-            return None, problem
-        if problem:
-            self.unjudged.setdefault(problem, []).append(line)
-
-        changes = Counter()
-        title = clean_title(title, changes)
-        if not is_in_course_form(text):
-            text = clean_text(text, changes)
-        problem = text_problem(title, "title") or text_problem(text, self.columns.text[0].strip())
-        if problem:  # nothing but tags
-            return None, problem
-        category = self.category_of(row, changes)
-        summary = describe_item(title, category, text)
-        if self.needs_price and self.is_repeated(summary, price):
-            return None, "duplicate of an earlier row"
-        if is_in_course_form(text):  # its prompt is as it was
-            self.whole_texts += 1
-        else:
-            self.count_changes(row, title, text, changes)
-        item = Item(
-            title=title, category=category, price=price, full=text, summary=summary, id=line
-        )
-        return item, None
-
-    def is_repeated(self, summary, price):
-        """Whether an earlier row has the same title, description and price."""
-        key = hashed(f"{price} {summary}")
-        if key in self.seen:
-            return True
-        self.seen.add(key)
-        return False
-
-    def count_changes(self, row, title, text, changes):
-        """Adds what was changed in a row that is kept: each kind once a row."""
-        if cut_title(text, title) != text:
-            changes[TITLE_CUT] += 1
-        if text_of_row(row, self.columns.text) is None:
-            changes[LIST_JOINED] += 1
-        self.changes.update(changes.keys())
-
-    def text_of(self, row):
-        """The first description that a row has, or else its first list of texts, joined; or None.
-
-        A blank, or a text that pandas writes for a missing one, is none.
-        """
-        text = text_of_row(row, self.columns.text)
-        if text is not None:
-            return text
-        lists = (join_texts(row.get(name), "\n") for name in self.columns.text)
-        return next((text for text in lists if text), None)
-
-    def category_of(self, row, changes):
-        """The first category that a row has, a list's as a path; '' without one."""
-        for name in self.columns.category:
-            value = row.get(name)
-            category = value if isinstance(value, str) else join_texts(value, " > ")
-            if category and category.strip() and not text_problem(category, "category"):
-                if not isinstance(value, str):
-                    changes[PATH_JOINED] += 1
-                return clean_title(category, changes)
-        return ""
-
-    def price_of(self, row):
-        """(the price, None) or (None, why it can't be used); (None, None) if it needn't be there.
-
-        A reason gets an example, the first value.
-        """
-        value = row.get(self.columns.price) if self.columns.price is not None else None
-        price, problem = self.price_format.read(value)
-        if problem == PRICE_MISSING:
-            return None, problem if self.needs_price else None
-        problem = problem or price_problem(price, self.scale)
-        if problem:
-            self.examples.setdefault(problem, shown_value(value))
-            return None, problem
-        return price, None
-
-    def notes(self):
-        """What was made of the file: columns, prices, what was changed; lines for the screen."""
-        lines = [f"Columns: {self.columns}"]
-        if str(self.price_format):
-            lines.append(f"Prices: {self.price_format}")
-        lines += self.scale_notes
-        if self.changes:
-            parts = [f"{count:,} × {change}" for change, count in self.changes.most_common()]
-            lines.append(f"Changed: {'; '.join(parts)}")
-        if self.whole_texts:
-            lines.append(
-                f"Note: texts that begin with `Title:`, as the course's do: {self.whole_texts:,}; "
-                "they are taken whole, without the columns of title and category"
-            )
-        return lines
+                self.drop(row, problem)
+            else:
+                seen.add(key)
+                kept.append(row)
+        return numpy.array(kept, int)
 
     def record(self):
         """What prepare.json has of it."""
+        single = {role: next(iter(names), None) for role, names in self.columns.items()}
         return {
-            "columns": {role: getattr(self.columns, role) for role in ROLES},
-            "decimal": self.price_format.decimal,
-            "written_currency": self.price_format.currency,
-            "changed": dict(self.changes),
+            "columns": single | {role: self.columns[role] for role in JOINED_ROLES},
+            "decimal": self.prices.decimal,
+            "written_currency": self.prices.currency,
+            "changed": self.changed,
             "whole_texts": self.whole_texts,
             "dropped_examples": self.examples,
         }
 
+    def notes(self):
+        """What was made of the file, lines for the screen."""
+        used = {role: shown_names(names, " or ") for role, names in self.columns.items() if names}
+        columns = ", ".join(f"{role} from {names}" for role, names in used.items())
+        unused = set(self.names).difference(*self.columns.values())
+        lines = [f"Columns: {columns}"]
+        if unused:
+            lines[0] += f"; unused: {shown_names(name for name in self.names if name in unused)}"
+        if self.prices.decimal:
+            name = SIGN_NAMES[self.prices.decimal]
+            lines.append(f"Prices: the {name} is the decimal sign, {self.prices.reason}")
+        if self.changed:
+            what = "HTML, white space, lists, titles repeated at the description's start"
+            lines.append(f"Changed: {self.changed:,} texts ({what})")
+        if self.whole_texts:
+            what = "begin with `Title:`, as the course's do, and are taken as they are"
+            lines.append(f"Note: {self.whole_texts:,} texts {what}")
+        return lines
 
-def text_of_row(row, columns):
-    """The first of the columns with a text in it that isn't blank, or None."""
-    for name in columns:
-        value = row.get(name)
-        if isinstance(value, str) and value.strip() and value.strip().lower() not in NO_TEXTS:
-            return value
+
+def read_own(path, chosen, earlier, decimal, needs_price=True):
+    """The OwnFile at `path`; for the rest see `find_columns` and `read_prices`."""
+    rows = file_rows(path)
+    first = list(islice(rows, FIRST_ROWS))
+    if not first:
+        raise UserError(f"{path}: holds no rows.")
+    names = list(dict.fromkeys(name for _, row in first if isinstance(row, dict) for name in row))
+    columns = find_columns(path, names, chosen, earlier, needs_price) if names else {}
+    own = OwnFile(columns, names, tempfile.TemporaryDirectory(prefix="items-"))
+    file = str(Path(own.folder.name, "items.arrow"))
+    features = Features({"title": Value("string"), "summary": Value("string")})
+    bar = tqdm(desc="reading", unit=" rows", unit_scale=True, leave=False, disable=None)
+    with bar, ArrowWriter(path=file, features=features) as writer:
+        for line, row in chain(first, rows):
+            bar.update()
+            problem = row if isinstance(row, str) else read_item(line, row, own, writer)
+            if problem:
+                own.dropped[problem].append(line)
+        writer.finalize()
+    refuse_nothing(path, own, own.lines)
+    own.items = Dataset.from_file(file)
+    own.prices = read_prices(own.cells, own.codes, decimal)
+    return own
+
+
+def refuse_nothing(path, own, kept):
+    if not len(kept):
+        reasons = "; ".join(drop_reasons(own.dropped, own.examples))
+        raise UserError(f"{path}: none of its rows is usable; {reasons}.")
+
+
+def read_item(line, row, own, writer):
+    """Adds a row's title and summary to an OwnFile, or returns why it can't be used, as text."""
+    raw_title, raw_text = text_of(row, own.columns["title"]), text_of(row, own.columns["text"])
+    is_whole = is_in_course_form(raw_text)
+    title = clean_text(raw_title).replace("\n", " ")
+    text = raw_text if is_whole else clean_text(raw_text)
+    problem = text_problem(title, "title") or text_problem(text, own.columns["text"][0].strip())
+    if problem:
+        return problem
+    category = clean_text(text_of(row, own.columns["category"], " > ")).replace("\n", " ")
+    if text_problem(category, "category"):
+        category = ""
+    summary = describe_item(title, category, text)
+    is_changed = (raw_title, raw_text) != (title, text) or cut_title(text, title) != text
+    own.changed += is_changed and not is_whole
+    own.whole_texts += is_whole
+    own.lines.append(line)
+    own.cells.append(row.get(next(iter(own.columns["price"]), None)))
+    own.codes.append(text_of(row, own.columns["currency"]).strip().upper())
+    own.keys.extend(hashed(key) for key in (*leak_keys(title, text, summary), summary))
+    writer.write({"title": title, "summary": summary})
     return None
 
 
-def join_texts(value, between):
-    """The texts of a list, joined, '' without any. Of a list of lists the first one counts."""
-    if not isinstance(value, list):
-        return ""
-    if value and isinstance(value[0], list):
-        value = value[0]
-    texts = [text.strip() for text in value if isinstance(text, str)]
-    return between.join(text for text in texts if text)
+def own_catalogue(path, seed, columns=None, unit=None, currency="$", decimal=None):
+    """The Catalogue of the user's own file: its usable rows, split without leaks.
+
+    `columns` is {role: [name, …]}. Without a `unit` the prices choose it; without `decimal`, `.` or
+    `,`, they say themselves which sign is the decimal one.
+    """
+    own = read_own(path, columns or {}, {}, decimal)
+    prices = own.prices.amounts[own.prices.amounts > 0]
+    scale = PriceScale(unit or choose_unit(prices), currency)
+    kept = own.usable_rows(scale)
+    refuse_nothing(path, own, kept)
+    keys = numpy.array(own.keys).reshape(-1, 4)[kept, :3].T
+    try:
+        parts = split_rows(keys, seed)
+    except UserError as error:
+        dropped = "; ".join(drop_reasons(own.dropped, own.examples)) or "no row"
+        raise UserError(f"{path}: {error} Dropped: {dropped}.") from None
+    items = own.items.select_columns("summary").add_column("price", own.prices.amounts)
+    splits = DatasetDict()
+    for name, rows in zip(SPLITS, parts, strict=True):
+        splits[name] = items.select(kept[rows])
+    how = "as asked" if unit else f"the smallest that holds {HELD_SHARE:.1%}; `unit` says otherwise"
+    held = f"{(prices <= scale.highest).mean():.1%}"
+    notes = [f"Unit: {scale.step}, whose numbers 0 … 999 hold {held} of the prices ({how})"]
+    written = own.prices.currency
+    if is_foreign(own.prices, scale):
+        notes.append(
+            f"Currency: the prices are in {written}, the prompts say {currency}; `currency` "
+            f"{written} makes them say {written}"
+        )
+    source = f"{readable(path)}, split 90/5/5 by title and description, seed {seed}"
+    about = {"source": source} | own.record()
+    return Catalogue(splits, own.dropped, about, scale, own.notes() + notes, own.folder)
 
 
-def shown_value(value):
-    """A value of a cell as an example, shortened."""
-    text = value if isinstance(value, str) else repr(value)
-    return shorten(" ".join(text.split()), SHOWN_EXAMPLE)
+def is_foreign(prices, scale):
+    """Whether prices are written in another currency than the scale's."""
+    written, named = (CODES.get(sign, sign) for sign in (prices.currency, scale.currency))
+    return written not in (None, named)
 
 
-def read_catalogue(path, needs_price=True, columns=None):
-    """(items of the user's own file, what was dropped: {reason: [line, …]}): see OwnCatalogue."""
-    catalogue = OwnCatalogue(path, columns, needs_price)
-    items = list(catalogue.items())
-    return items, catalogue.dropped
-
-
-def own_rows(path, text, tokenizer, cutoff, columns=None, scale=COURSE_SCALE, earlier=None):
-    """(rows of the user's own items to price, their OwnCatalogue, or None without a file).
+def own_rows(
+    path, text, tokenizer, cutoff, columns=None, scale=COURSE_SCALE, earlier=None, decimal=None
+):
+    """(rows of the user's own items to price, notes on them, lines for the screen).
 
     They come from the file at `path` or are the one described by `text`. A row has prompt,
-    completion ('' without a price), line and title. `columns` are the chosen ones, `earlier` those
-    of the file that was trained on.
+    completion ('' without a usable price in the scale), line and title. `columns` are the chosen
+    ones, `earlier` those of the file that was trained on.
     """
-    catalogue = None
     if path:
-        catalogue = OwnCatalogue(path, columns, needs_price=False, earlier=earlier)
-        catalogue.scale = scale
-        items = list(catalogue.items())
+        items, notes = items_to_price(path, columns or {}, scale, earlier or {}, decimal)
     elif text is None:
-        raise UserError("Nothing to price: give --input FILE or --text DESCRIPTION.")
+        raise UserError("Nothing to price: give a file or a text.")
     elif text_problem(text, "text"):
-        raise UserError(
-            "--text: is empty or has an incomplete character. Give a description, in quotes."
-        )
+        raise UserError("The text is empty or has an incomplete character. Give a description.")
     else:
-        items = [item_of_text(text)]
+        text = text if is_in_course_form(text) else clean_text(text)
+        title = text.strip().splitlines()[0].removeprefix("Title:").strip()
+        summary = describe_item(title, "", text)
+        items, notes = [Item(title=title, category="", price=None, summary=summary, id=1)], []
     rows = []
     for item in items:
         item.make_prompts(tokenizer, cutoff, do_round=False, scale=scale)
         rows.append(item.to_datapoint() | {"line": item.id, "title": item.title})
-    return rows, catalogue
+    return rows, notes
 
 
-def item_of_text(text):
-    """The Item that `--text` describes; its first line is the title."""
-    if not is_in_course_form(text):
-        text = clean_text(text, Counter())
-    title = text.strip().splitlines()[0].removeprefix("Title:").strip()
-    summary = describe_item(title, "", text)
-    return Item(title=title, category="", price=None, summary=summary, id=1)
-
-
-def format_own_rows(rows, catalogue):
-    """What was made of the user's own file that is priced; lines, and a warning behind them."""
-    lines = catalogue.notes()
-    if catalogue.dropped:
-        count = sum(len(lines) for lines in catalogue.dropped.values())
-        reasons = drop_reasons(catalogue.dropped, catalogue.examples)
-        lines.append(with_lines(f"Rows: {len(rows):,} priced, {count:,} skipped", reasons))
-    if catalogue.unjudged:
-        reasons = drop_reasons(catalogue.unjudged, catalogue.examples)
-        lines.append(with_lines("Not judged, since they have no usable price", reasons))
-    warning = dropped_warning(len(rows), catalogue.dropped)
-    return "\n".join([*lines, warning] if warning else lines)
+def items_to_price(path, columns, scale, earlier, decimal):
+    """(the Items of a file, without a price if it isn't usable; notes on them)."""
+    own = read_own(path, columns, earlier, decimal, needs_price=False)
+    notes = own.notes()
+    skipped = dict(own.dropped)
+    if skipped:
+        heading = f"Rows: {len(own.lines):,} priced, {sum(map(len, skipped.values())):,} skipped"
+        notes.append(with_lines(heading, drop_reasons(skipped)))
+    own.dropped.clear()
+    foreign = ""
+    if is_foreign(own.prices, scale):
+        foreign = f"price is in {own.prices.currency}, the run's are in {scale.currency}"
+    items = []
+    for row, item in enumerate(own.items):
+        price = float(own.prices.amounts[row])
+        problem = foreign or own.prices.problems[row] or price_problem(price, scale)
+        if problem and own.prices.problems[row] != PRICE_MISSING:
+            own.drop(row, problem)
+        price = None if problem else price
+        items.append(Item(category="", price=price, id=own.lines[row], **item))
+    if own.dropped:
+        reasons = drop_reasons(own.dropped, own.examples)
+        notes.append(with_lines("Not judged, since they have no usable price", reasons))
+    warning = dropped_warning(len(items), skipped)
+    return items, [*notes, warning] if warning else notes
 
 
 def with_lines(heading, lines):
@@ -2428,32 +1914,26 @@ def with_lines(heading, lines):
 
 
 def drop_reasons(dropped, examples=None):
-    """Texts like '3 × price is a range, such as `5 - 9` (lines 17, 40, 41)', most rows first."""
+    """Texts like '3 × price is zero, such as `0` (lines 17, 40, 41)', most rows first."""
     parts = []
     for reason, lines in sorted(dropped.items(), key=lambda pair: -len(pair[1])):
-        shown = [str(line) for line in lines[:SHOWN_LINES]]
-        if len(lines) > SHOWN_LINES:
-            shown.append("…")
+        shown = ", ".join(str(line) for line in lines[:SHOWN_LINES])
+        more = ", …" if len(lines) > SHOWN_LINES else ""
         word = "line" if len(lines) == 1 else "lines"
         example = f", such as `{examples[reason]}`" if reason in (examples or {}) else ""
-        parts.append(f"{len(lines):,} × {reason}{example} ({word} {', '.join(shown)})")
+        parts.append(f"{len(lines):,} × {reason}{example} ({word} {shown}{more})")
     return parts
 
 
 def dropped_warning(kept, dropped):
-    """A framed warning if more than WARNED_SHARE of the rows were dropped, or ''."""
+    """A warning if more than WARNED_SHARE of the rows were dropped, or ''."""
     count = sum(len(lines) for lines in dropped.values())
     if count <= WARNED_SHARE * (kept + count):
         return ""
     main_reason = max(dropped, key=lambda reason: len(dropped[reason]))
-    question = "Is the right column read, and are the prices\nwritten in one way?"
-    if main_reason.startswith(PRICE_OUTSIDE):
-        question = "Is the right column read, and --unit\nlarge enough?"
-    frame = "!" * 80
     return (
-        f"{frame}\nWARNING: {count:,} of {kept + count:,} rows ({count / (kept + count):.0%}) were "
-        f"dropped, most because: {main_reason}.\nThe lines above name all reasons and rows. "
-        f"{question}\n{frame}"
+        f"WARNING: {count:,} of {kept + count:,} rows ({count / (kept + count):.0%}) were dropped, "
+        f"most because: {main_reason}. Is the right column read?"
     )
 
 
@@ -2470,19 +1950,15 @@ def normalised(text):
     return " ".join(text.casefold().split())
 
 
-def leak_keys(item):
+def leak_keys(title, text, summary):
     """(title, text, description) of an item, normalised: items that share one belong together.
 
     The text is what the file has, the description what the prompt has of it.
     """
-    title = normalised(item.title)
-    text = item.full or item.summary
-    _, _, description = item.summary.partition("\nDescription: ")
+    _, _, description = summary.partition("\nDescription: ")
     if is_in_course_form(text) or not description:
         description = text
-    text_key = normalised(text)
-    description_key = text_key if description == text else normalised(description)
-    return title, text_key, description_key
+    return tuple(normalised(part) for part in (title, text, description))
 
 
 def hashed(text):
@@ -2491,30 +1967,20 @@ def hashed(text):
 
 
 def connected_groups(keys):
-    """Groups of rows that share a key with another row of theirs; lists of row numbers.
+    """Arrays of row numbers: rows that share a key, directly or through others, are together.
 
-    `keys` is a list of columns, each with a sortable key a row. By union-find.
+    `keys` is a list of columns, each with a sortable key a row.
     """
-    parents = list(range(len(keys[0])))
+    count = len(keys[0])
+    partners = []  # of each row the first one with the same key
     for column in keys:
-        values = numpy.asarray(column)
-        order = numpy.argsort(values, kind="stable")
-        is_equal = values[order[1:]] == values[order[:-1]]
-        pairs = zip(order[:-1][is_equal].tolist(), order[1:][is_equal].tolist(), strict=True)
-        for one, other in pairs:
-            parents[root_of(parents, one)] = root_of(parents, other)
-    groups = {}
-    for row in range(len(parents)):
-        groups.setdefault(root_of(parents, row), []).append(row)
-    return list(groups.values())
-
-
-def root_of(parents, row):
-    """The row that stands for a row's group; shortens the way to it."""
-    while parents[row] != row:
-        parents[row] = parents[parents[row]]
-        row = parents[row]
-    return row
+        _, first, inverse = numpy.unique(column, return_index=True, return_inverse=True)
+        partners.append(first[inverse])
+    rows = numpy.tile(numpy.arange(count), len(keys))
+    pairs = (numpy.ones(len(rows), bool), (rows, numpy.concatenate(partners)))
+    _, group = connected_components(coo_array(pairs, (count, count)), directed=False)
+    order = numpy.argsort(group, kind="stable")
+    return numpy.split(order, numpy.flatnonzero(numpy.diff(group[order])) + 1)
 
 
 def split_rows(keys, seed):
@@ -2524,33 +1990,40 @@ def split_rows(keys, seed):
     train. Raises UserError if there are fewer than three groups.
     """
     groups = connected_groups(keys)
+    if len(groups) < 3:  # a few words behind each title, the same everywhere
+        groups = connected_groups(keys[:2])
     if len(groups) < 3:
         raise UserError(
             f"{len(groups)} different titles or descriptions: at least 3 are needed for train, val "
             "and test."
         )
-    titles = keys[0]
-    groups.sort(key=lambda group: min(titles[row] for row in group))
+    titles = numpy.asarray(keys[0])
+    groups.sort(key=lambda group: min(titles[group]))
     rng = random.Random(seed)
     rng.shuffle(groups)
 
-    share = len(titles) / 20
-    limit = max(1, share)
+    limit = max(1, len(titles) / 20)
     groups.sort(key=lambda group: -len(group) if len(group) > limit else 0)
-    train, val, test = [], [], []
-    for part in (val, test):
-        while len(groups) > 1 and len(part) < limit:
-            part.extend(groups.pop())
-    for group in groups:
-        train.extend(group)
-    for part in (train, val, test):  # so that the first N rows of a split are a fair sample of it
+    parts = []
+    for _ in ("val", "test"):
+        part, count = [], 0
+        while len(groups) > 1 and count < limit:
+            part.append(groups.pop())
+            count += len(part[-1])
+        parts.append(part)
+    val, test = parts
+    if not test:  # of a few groups beside a large one
+        val, test = val[::2], val[1::2]
+    splits = [numpy.concatenate(part).tolist() for part in (groups, val, test)]
+    for part in splits:  # so that the first N rows of a split are a fair sample of it
         rng.shuffle(part)
-    return train, val, test
+    return tuple(splits)
 
 
 def split_by_title(items, seed):
-    """(train, val, test), lists of the items: `split_rows` by title and description."""
-    keys = list(zip(*(leak_keys(item) for item in items), strict=True))
+    """(train, val, test), lists of the items: `split_rows` by title and text."""
+    keys = [leak_keys(item.title, item.full or item.summary, item.summary) for item in items]
+    keys = [numpy.array(column) for column in zip(*keys, strict=True)]
     return tuple([items[row] for row in rows] for rows in split_rows(keys, seed))
 
 
@@ -2564,8 +2037,7 @@ def word_grams(text):
 
 def description_in(prompt):
     _, _, rest = prompt.partition("\n\n")  # the question
-    description, _, _ = rest.rpartition("\n\n")
-    return description
+    return rest.rpartition("\n\n")[0]
 
 
 def count_near_duplicates(prompts):
@@ -2575,25 +2047,23 @@ def count_near_duplicates(prompts):
     rows, "near": rows}. Exact: a training row that lacks at most a fifth of them has one of any
     fifth and one more, so only those that have one of a test row's rarest ones are compared.
     """
-    tests = prompts["test"]["prompt"][:MAX_COMPARED]
-    grams = [word_grams(description_in(prompt)) for prompt in tests]
-    counts = Counter(gram for row in grams for gram in row)
-    rows_with = {}  # the rarest of a test row's 5-grams: its rows
-    for number, row in enumerate(grams):
-        rarest = sorted(row, key=lambda gram: (counts[gram], gram))
-        for gram in rarest[: len(row) - math.ceil(NEAR_SHARE * len(row)) + 1]:
-            rows_with.setdefault(gram, set()).add(number)
+    first = prompts["test"]["prompt"][:MAX_COMPARED]
+    tests = [word_grams(description_in(prompt)) for prompt in first]
+    counts = Counter(gram for grams in tests for gram in grams)
+    rows_with = defaultdict(list)  # the rarest of a test row's 5-grams: its rows
+    for row, grams in enumerate(tests):
+        rarest = sorted(grams, key=lambda gram: (counts[gram], gram))
+        for gram in rarest[: len(grams) - math.ceil(NEAR_SHARE * len(grams)) + 1]:
+            rows_with[gram].append(row)
 
     near = set()
     for batch in prompts["train"].select_columns(["prompt"]).iter(1000):
         for prompt in batch["prompt"]:
             found = word_grams(description_in(prompt))
-            candidates = set()
-            for gram in rows_with.keys() & found:
-                candidates |= rows_with[gram]
-            for number in candidates - near:
-                if len(grams[number] & found) >= NEAR_SHARE * len(grams[number]):
-                    near.add(number)
+            candidates = {row for gram in rows_with.keys() & found for row in rows_with[gram]}
+            for row in candidates - near:
+                if len(tests[row] & found) >= NEAR_SHARE * len(tests[row]):
+                    near.add(row)
     return {"compared": len(tests), "near": len(near)}
 
 

@@ -148,7 +148,7 @@ def test_prepare_replaces_older_data(call, shared, project):
     bad = project / "bad.jsonl"
     bad.write_text('{"title": "A", "text": "a", "price": 0}', encoding="utf-8")
     said = call("prepare", *shared, "--source", str(bad), cwd=project, code=1)
-    assert f"app.py prepare: {bad}: none of 1 rows is usable" in said
+    assert f"app.py prepare: {bad}: none of its rows is usable" in said
     assert contents(project / "outputs") == before
     catalogue = write_catalogue(project / "new.jsonl", 60)
     said = call("prepare", *shared, "--source", catalogue, cwd=project)

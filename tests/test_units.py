@@ -19,7 +19,7 @@ import child
 import items
 import util
 from conftest import TRAIN, contents, read, write_catalogue
-from items import COURSE_SCALE, OwnCatalogue, PriceScale, scale_of
+from items import COURSE_SCALE, PriceScale, own_catalogue, scale_of
 
 RUN = "outputs/price-run"
 SCALES = [
@@ -96,67 +96,44 @@ def test_money_is_written_plainly():
 
 
 def write_prices(path, prices):
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["title", "price", "text"])
-        for i, price in enumerate(prices):
-            writer.writerow([f"Lamp {i}", price, f"A lamp of kind {i}"])
-    return str(path)
-
-
-def scale_for(path, unit=None):
-    catalogue = OwnCatalogue(path)
-    catalogue.choose_scale(unit, "$")
-    return catalogue
+    rows = [f'Lamp {i},"{price}",A lamp of kind {i}' for i, price in enumerate(prices)]
+    path.write_text("\n".join(["title,price,text", *rows]), encoding="utf-8")
+    return path
 
 
 @pytest.mark.parametrize(
     ("prices", "unit"),
     [
-        (["5.00", "9.99"], 0.01),
-        (["5.00", "9.995"], 0.1),
-        (["5.00", "99.90"], 0.1),
-        (["5.00", "999.49"], 1),
-        (["5.00", "999.50"], 10),
-        (["5.00", "12,400.00"], 100),
-        (["1.299,00", "12,50"], 10),
-        (["$5", "$900", "€90,000"], 1),
-        (["0", "-3", "free", "12.00"], 0.1),
+        (["5.00", "9.99", "9.99"], 0.01),
+        (["5.00", "9.995", "1.00"], 0.1),
+        (["5.00", "999.49", "1.00"], 1),
+        (["5.00", "999.50", "1.00"], 10),
+        (["5.00", "12,400.00", "1.00"], 100),
+        (["1.299,00", "12,50", "3"], 10),
+        (["$5", "$900", "$1", "€90,000"], 1),
+        (["0", "-3", "free", "12.00", "13", "14"], 0.1),
         (["100"] * 995 + ["5000"] * 5, 1),
         (["100"] * 994 + ["5000"] * 6, 10),
     ],
 )
 def test_smallest_unit_is_chosen(tmp_path, prices, unit):
     """The smallest that holds 99.5 % of the prices that can be read."""
-    catalogue = scale_for(write_prices(tmp_path / "prices.csv", prices))
+    catalogue = own_catalogue(write_prices(tmp_path / "prices.csv", prices), seed=1)
     assert catalogue.scale.unit == unit
-    assert f"Unit: ${items.format_unit(unit)}, whose numbers" in "\n".join(catalogue.notes())
-
-
-@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
-def test_unit_is_alike_in_all_formats(tmp_path, kind):
-    rows = [{"title": f"Lamp {i}", "price": 40.0 * i, "text": f"No. {i}"} for i in range(1, 40)]
-    path = tmp_path / f"rows.{kind}"
-    if kind == "csv":
-        write_prices(path, [row["price"] for row in rows])
-    elif kind == "parquet":
-        items.Dataset.from_list(rows).to_parquet(path)
-    else:
-        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    assert scale_for(path).scale.unit == 10
+    assert f"Unit: ${items.format_unit(unit)}, whose numbers" in "\n".join(catalogue.notes)
 
 
 def test_asked_unit_drops_dear_items(tmp_path):
-    path = write_prices(tmp_path / "prices.csv", ["5.00", "999.49", "999.50", "0.49", "0.50"])
-    catalogue = scale_for(path, unit=1)
-    assert [item.price for item in catalogue.items()] == [5, 999.49, 0.5]
+    prices = ["5.00", "999.49", "999.50", "0.49", "0.50"]
+    catalogue = own_catalogue(write_prices(tmp_path / "prices.csv", prices), seed=1, unit=1)
     assert catalogue.dropped == {"price is outside $0.50–$999.49": [4, 5]}
 
 
 def test_cheap_items_of_dear_catalogues_stay(tmp_path):
-    catalogue = scale_for(write_prices(tmp_path / "prices.csv", ["3.00", "99000"]))
+    path = write_prices(tmp_path / "prices.csv", ["3.00", "99000", "50000"])
+    catalogue = own_catalogue(path, seed=1)
     assert catalogue.scale.unit == 100
-    assert [item.price for item in catalogue.items()] == [3, 99000]
+    assert catalogue.dropped == {}
 
 
 def test_colors_go_by_the_unit():
@@ -170,10 +147,10 @@ def test_colors_go_by_the_unit():
 
 
 def test_foreign_currency_is_hinted(tmp_path):
-    catalogue = scale_for(write_prices(tmp_path / "prices.csv", ["5,00 €", "12,50 €"]))
-    assert "`--currency €` makes them say €" in "\n".join(catalogue.notes())
-    catalogue.choose_scale(1, "€")
-    assert "--currency" not in "\n".join(catalogue.notes())
+    path = write_prices(tmp_path / "prices.csv", ["5,00 €", "12,50 €", "3 €"])
+    assert "`currency` € makes them say €" in own_catalogue(path, seed=1).notes[-1]
+    notes = own_catalogue(path, seed=1, currency="€").notes
+    assert "Currency:" not in "\n".join(notes)
 
 
 # Figures
