@@ -151,7 +151,6 @@ def share(text):
 
 DEFAULT_BASE_MODEL = "meta-llama/Llama-3.2-3B"
 DEFAULT_PROJECT_NAME = "price"
-DEFAULT_DATA_USER = "ed-donner"  # publishes the course's datasets
 DEFAULT_OUTPUT_DIR = "outputs"
 DEFAULT_SEED = 42
 DEFAULT_CUTOFF = 110  # tokens of a description; keeps prompt and completion within 128
@@ -292,7 +291,6 @@ class RunConfig:
     program: str | None = None  # app.py as it was typed in a shell; None: called from Python
 
     # For items.py and util.py, which don't import this file
-    course_user: ClassVar[str] = DEFAULT_DATA_USER
     demo_base_model: ClassVar[str] = DEMO_BASE_MODEL
 
     def __post_init__(self):

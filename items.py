@@ -76,7 +76,6 @@ COURSE_USER = "ed-donner"  # whose datasets on the Hub are the course's
 MIN_PRICE = 0.50  # units; the course's lowest price in dollars
 MAX_PRICE = 999.49  # units; the highest that rounds to 999
 HELD_SHARE = 0.995  # of the prices: what a unit has to hold to be chosen
-COARSE_STEPS = 10  # of fewer steps a median price is coarse
 WARNED_SHARE = 0.2  # of rows that are dropped or cut
 UNITS = (0.01, 0.1, *(10**exponent for exponent in range(13)))  # that can be chosen
 TIMES = "×"  # between the unit and the number in a prompt
@@ -298,15 +297,6 @@ def scale_of(prompt):
         return COURSE_SCALE
     unit = float(match[2] or 1)
     return PriceScale(int(unit) if unit >= 1 else unit, match[1])
-
-
-def finer_scale(scale, prices):
-    """The PriceScale with a tenth of the unit if that would suit most `prices` better, or None.
-
-    It would where half of them are below COARSE_STEPS steps: a few dear items need the unit.
-    """
-    is_coarse = scale.unit > 1 and numpy.median(prices) < scale.amount(COARSE_STEPS)
-    return PriceScale(scale.unit // 10, scale.currency) if is_coarse else None
 
 
 def prompt_of(summary):
@@ -589,15 +579,13 @@ def write_json(path, value):
 
 def read_json(path):
     """What `write_json` wrote, or {} if there is no such file."""
-    path = Path(path)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
 
 
 def write_table(path, table):
     """Writes a list of dicts as CSV or, by the ending, as JSON lines."""
-    is_json = Path(path).suffix.lower() == ".jsonl"
     with replacing(path) as new, open(new, "w", encoding="utf-8", newline="") as file:
-        if is_json:
+        if Path(path).suffix.lower() == ".jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
         else:
             writer = csv.DictWriter(file, table[0])
@@ -608,13 +596,11 @@ def write_table(path, table):
 def write_manifest(folder, skipped=()):
     """Writes MANIFEST into `folder`: size in bytes and checksum of each file but the `skipped`.
 
-    The files are on the disk before it is. A folder with a manifest is complete, since it is
-    written last.
+    It is written when they are on the disk: a folder that has it is complete.
     """
     files = {}
     for path in sorted(Path(folder).iterdir()):
-        is_hidden = path.name.startswith(".")  # what a killed process left
-        if path.is_file() and not is_hidden and path.name not in (MANIFEST, *skipped):
+        if path.is_file() and path.name[0] != "." and path.name not in (MANIFEST, *skipped):
             sync(path)
             files[path.name] = file_identity(path)
     write_json(Path(folder, MANIFEST), files)
@@ -623,8 +609,7 @@ def write_manifest(folder, skipped=()):
 def manifest_problem(folder, must_exist=True):
     """Why the files in `folder` are not those of its manifest, in a few words, or None.
 
-    Unless it `must_exist`, a folder without one, of an older version or of somebody else, has no
-    problem.
+    Folders of older versions and other programs have none: it needn't exist.
     """
     name = MANIFEST
     try:
@@ -747,18 +732,16 @@ def describe_hub_error(what, error):
     """What an error of the Hub or of the way to it says of `what`; None for any other error."""
     chain = list(causes(error))
     answers = [one.response for one in chain if isinstance(one, errors.HfHubHTTPError)]
-    kinds = [kind for kind in HUB_ERRORS if any(isinstance(one, kind) for one in chain)]
+    texts = [HUB_ERRORS[kind] for kind in HUB_ERRORS if any(isinstance(one, kind) for one in chain)]
+    if answers and answers[0].status_code == 401 and get_token():
+        return TOKEN_REFUSED.format(token=token_name())
     if answers:
-        if answers[0].status_code == 401 and get_token():
-            return TOKEN_REFUSED.format(token=token_name())
         code = answers[0].headers.get("X-Error-Code")
-        text = HUB_ANSWERS.get(code) or HUB_ANSWERS.get(answers[0].status_code)
-    elif kinds:
-        text = HUB_ERRORS[kinds[0]]
-    else:
+        texts = [HUB_ANSWERS.get(code) or HUB_ANSWERS.get(answers[0].status_code, "{error}")]
+    if not texts:
         return None
     names = {"endpoint": constants.ENDPOINT, "what": what, "token": token_name()}
-    return f"{what}: {(text or '{error}').format(error=first_line(error), **names)}"
+    return f"{what}: {texts[0].format(error=first_line(error), **names)}"
 
 
 def first_line(error):
