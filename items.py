@@ -769,9 +769,32 @@ def token_name():
     return "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the saved login"
 
 
-def account_names(account):
-    """The names to which an account can write, own and organisations', of the answer to whoami."""
-    return [account["name"], *(organisation["name"] for organisation in account.get("orgs", ()))]
+def look_up_accounts(write=False):
+    """(the token's account, its organisations, a list) on the Hub.
+
+    Raises UserError if the token is refused or, if it is to `write`, may only read.
+    """
+    with hub_errors(token_name()):
+        account = HfApi().whoami()
+    if write and account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError(
+            f"{token_name()} may only read. Make a token with the role `write`, or add `local`."
+        )
+    return account["name"], [organisation["name"] for organisation in account.get("orgs", ())]
+
+
+def own_accounts():
+    """The accounts on the Hub that the token may write to; none if the Hub can't be asked."""
+    with suppress(UserError):
+        own, organisations = look_up_accounts()
+        return [own, *organisations]
+    return []
+
+
+def is_on_hub(name):
+    """Whether there is a dataset of that name on the Hub."""
+    with hub_errors(name):
+        return HfApi().repo_exists(name, repo_type="dataset")
 
 
 def check_hub_name(name):
@@ -890,9 +913,24 @@ def read_record(path):
         return {}
 
 
+def read_about(folder):
+    """What a folder's prepare.json says; {} if there is no dataset."""
+    return read_record(finish_interrupted_replace(folder) / RECORD)
+
+
+def splits_trained_on(folder, wanted):
+    """The splits in a folder if that is their fingerprint, else None."""
+    if not wanted or read_about(folder).get("fingerprint", wanted) != wanted:
+        return None
+    if not Path(folder).exists() or manifest_problem(folder, must_exist=False):
+        return None
+    splits = load_prompts(folder)
+    return splits if fingerprint(splits) == wanted else None
+
+
 def replaced_source(folder, about):
     """A note that a dataset replaces one from another source, '' if it doesn't."""
-    older = read_record(finish_interrupted_replace(folder) / RECORD)
+    older = read_about(folder)
     replaced = older.get("source")
     scales = [PriceScale.from_record(record) for record in (older, about)]
     if replaced and scales[0] != scales[1]:
@@ -1130,6 +1168,16 @@ class Catalogue:
     scale: PriceScale = COURSE_SCALE
     notes: list = field(default_factory=list)
     folder: object = None  # where the splits are; it is removed with this
+
+
+def find_catalogue(source, user, mode, seed, columns, unit, currency, decimal):
+    """The Catalogue to prepare: the file's at `source`, the demo's, or the `user`'s on the Hub."""
+    if source is not None:
+        return own_catalogue(source, seed, columns, unit, currency)
+    scale = PriceScale(unit or 1, currency)
+    if mode == "demo":
+        return demo_catalogue(seed, scale)
+    return published_items(f"{user}/items_{mode}", scale)
 
 
 def published_items(name, scale=COURSE_SCALE):

@@ -20,7 +20,6 @@ begins.
 
 import csv
 import errno
-import fcntl
 import gc
 import inspect
 import io
@@ -43,7 +42,7 @@ from functools import cached_property, partial
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import count, groupby, islice, product
+from itertools import groupby, islice, product
 from pathlib import Path
 
 import bitsandbytes
@@ -54,6 +53,7 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from huggingface_hub import (
     EvalResult,
     HfApi,
@@ -1687,6 +1687,40 @@ class TrainingData:
     scale: items.PriceScale  # that the prompts name
 
 
+def prepare_training(run, prompts, base, use_bf16, micro_batch, changes):
+    """The TrainingData of a run, in which data and base are recorded.
+
+    A new run's recipe gets what is AUTO: of data that aren't the course's all that can be, except
+    what `changes` ask for; demo runs, made for CPUs, keep theirs. Raises UserError for a recipe
+    that can't be trained here, and for other data or another base than an earlier run's.
+    """
+    if not run.data:
+        is_asked = prompts.is_own and run.mode != "demo"
+        values = dict.fromkeys(AUTO_FIELDS, AUTO) | changes if is_asked else vars(run.recipe)
+        run.auto = [name for name in AUTO_FIELDS if values[name] == AUTO]
+        rows = len(prompts.splits["train"])
+        recipe, run.schedule = choose_schedule(run.recipe, run.auto, rows, base, prompts.scale)
+        run.recipe = recipe
+    check_tokenizer(base.path, base.tokenizer, prompts.scale)
+    check_recipe(run.recipe, base, prompts.scale, use_bf16, micro_batch)
+    data = describe_data(prompts)
+    check_same(run, data, base)
+    run.data, run.base_identity = data, base.identity
+    return make_training_data(prompts.splits, base.tokenizer, run.recipe.val_size)
+
+
+def check_same(run, data, base):
+    """Raises UserError if data or base are not those that a resumed run began with."""
+    if run.data and run.data["fingerprint"] != data["fingerprint"]:
+        old, new = [f"{one['source']} ({one['fingerprint']})" for one in (run.data, data)]
+        raise items.UserError(f"`resume` {run.name}: data was {old} and is {new}.")
+    if run.base_identity not in (None, base.identity):
+        raise items.UserError(
+            f"`resume` {run.name}: its base model was {run.base_model} ({run.base_identity}) and "
+            f"is {base.name} ({base.identity})."
+        )
+
+
 def make_training_data(splits, tokenizer, val_size):
     """The TrainingData of a dataset of prompts."""
     train = items.tokenise(splits["train"], tokenizer, "train")
@@ -2272,13 +2306,13 @@ def training_log(trainer):
 # 6. Runs
 
 LOCKS = ".locks"  # the folder of the runs' locks, beside them
+UNTOUCHED = "base"  # what an evaluation calls the untouched base model
 WANDB_MODES_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
-UNTOUCHED = "base"  # what `eval --run-name` calls the untouched base model
 
 
 @dataclass
 class Run:
-    """A training run: the content of its run.json, and where it is.
+    """A training run: the content of its run.json, and the folders that it is in.
 
     One that was published without a run.json, as the course's are, has defaults and no `data`.
     """
@@ -2287,9 +2321,9 @@ class Run:
     name: str
     project: str
     mode: str
-    base_model: str | None
-    recipe: object  # app.Recipe
-    seed: int
+    base_model: str | None = None
+    recipe: object = None  # app.Recipe
+    seed: int = 42
     use_4bit: bool = True
     versions: dict = field(default_factory=dict)
     device: str = ""
@@ -2307,25 +2341,16 @@ class Run:
     val_rows: int = 0  # that it was validated on; 0 in older records
     history: list = field(default_factory=list)
     calibration: dict = field(default_factory=dict)  # of the intervals; {} if they are as read
-    seconds: dict = field(default_factory=dict)
+    seconds: dict = field(default_factory=dict)  # of loading and training, all sessions together
     peak_memory_bytes: int = 0
-    # Not in run.json
-    is_local: bool = False  # nothing is pushed
-    adapter: Path | None = None  # the folder it is read from; None for the untouched base
-    revision: str | None = None  # the adapter's commit on the Hub, if one was asked for
-    owner: str | None = None  # the account it was fetched from, if the user can't write there
-    resume_command: str = "the same command again"  # what resumes it, or pushes its folder
-    is_new: bool = False  # its folder is still to be made
+    adapter: Path | None = None  # where its weights are read; None: the untouched base
 
-    NOT_STORED = (
-        *("folder", "name", "is_local", "adapter", "revision", "owner"),
-        *("resume_command", "is_new"),
-    )
-
-    def is_finished(self):
-        """Whether its folder holds the adapter, whole. Reads all of it."""
-        problem = items.manifest_problem(self.folder, must_exist=False)
-        return has_adapter(self.folder) and problem is None
+    @classmethod
+    def from_record(cls, folder, record):
+        """The Run that run.json's content describes; what this version doesn't know is ignored."""
+        known = {one.name for one in fields(cls)} - {"folder", "name", "adapter"}
+        values = {name: value for name, value in record.items() if name in known}
+        return cls(folder=folder, name=record["run"], **values)
 
     @property
     def scale(self):
@@ -2344,25 +2369,16 @@ class Run:
 
     def write(self, folder=None):
         """Writes run.json into `folder`, its own by default."""
-        record = {"run": self.name}
-        for name, value in asdict(self).items():
-            if name not in self.NOT_STORED:
-                record[name] = value
+        record = {"run": self.name, **asdict(self)}
+        for name in ("folder", "name", "adapter"):
+            del record[name]
         items.write_json(Path(folder or self.folder, "run.json"), record)
 
-    def begin(self, plan):
-        """Writes run.json, and opens the run's page on Weights & Biases."""
-        self.follow(plan)
-        if self.wandb and is_first_process():
-            start_wandb(self)
-
-    def rename(self, name, config):
-        """Gives a run another name, and what follows from it."""
-        self.name = name
-        self.folder = config.run_folder(name)
-        self.resume_command = config.resume_command(name)
-        if self.hub:
-            self.hub = f"{self.account}/{self.folder.name}"
+    def add_seconds(self, name, since):
+        """Adds the time since then to that of `name`, over all sessions. Returns now."""
+        now = time.time()
+        self.seconds[name] = round(self.seconds.get(name, 0) + now - since, 2)
+        return now
 
     def follow(self, plan):
         """Records the Plan by which it is trained."""
@@ -2372,408 +2388,98 @@ class Run:
         if is_first_process():
             self.write()
 
-    def end(self, trainer):
-        """Records the result of training."""
-        self.steps = trainer.state.global_step
-        self.val_rows = len(trainer.val_rows)
-        self.history = training_log(trainer)
-        self.peak_memory_bytes = max(self.peak_memory_bytes, memory().peak)
 
-    def add_seconds(self, name, since):
-        """Adds the time since then to that of `name`, over all sessions. Returns now."""
-        now = time.time()
-        self.seconds[name] = round(self.seconds.get(name, 0) + now - since, 2)
-        return now
+@dataclass(frozen=True)
+class Project:
+    """The runs of a project in a folder on this machine."""
 
+    place: Path
+    name: str
 
-def without_none(values):
-    """The entries of a dict that are not None."""
-    return {name: value for name, value in values.items() if value is not None}
+    def folder(self, run_name):
+        return self.place / f"{self.name}-{run_name}"
 
+    def short(self, run_name):
+        """A run's name; that of its folder is accepted, too."""
+        return str(run_name).removeprefix(f"{self.name}-")
 
-def open_run(config, name, resume, recipe, use_4bit, changes, hf_user):
-    """The Run to train: a new one called `name` or, unless `resume` is None, an earlier one.
+    def has(self, run_name):
+        """Whether a run is finished, and so needn't be fetched."""
+        return has_adapter(self.folder(run_name))
 
-    `resume` is its name, '' for the newest unfinished one. `changes` replace fields of a new run's
-    `recipe`, and its seed; an earlier run keeps its own. Raises UserError for a run that can't be
-    begun or resumed.
-    """
-    if resume is None:
-        run = new_run(config, name, recipe, use_4bit, changes)
-    else:
-        run = find_resumable(config, resume, type(recipe), hf_user)
-        if run.use_4bit and not use_4bit:
-            raise items.UserError(
-                f"--resume {run.name}: the run holds its base in 4 bits. Leave --no-4bit out, or "
-                "start a new run."
-            )
-        if has_adapter(run.folder):
-            refuse_more(run, changes)
-    run.resume_command = config.resume_command(run.name)
-    return run
+    @cached_property
+    def records(self):
+        """{name: run.json's content} of the runs, the newest last."""
+        records = {}
+        for folder in sorted(self.place.glob("*/"), key=last_change):
+            record = read_record(folder)
+            if record and folder == self.folder(record["run"]):
+                records[record["run"]] = record
+        return records
 
+    def newest(self, is_finished, mode=None):
+        """The name of the newest finished or unfinished run, of a mode if it is given."""
+        names = [
+            name
+            for name, record in self.records.items()
+            if self.has(name) == is_finished and mode in (None, record["mode"])
+        ]
+        if not names:
+            kind = f"{'finished' if is_finished else 'unfinished'} run of {self.name}"
+            in_mode = f" in mode {mode}" if mode else ""
+            raise items.UserError(f"{self.place}: no {kind}{in_mode}. Train one, or name a run.")
+        return names[-1]
 
-def new_run(config, name, recipe, use_4bit, changes):
-    """The Run that is about to begin."""
-    seed = changes.get("seed", config.seed)
-    changes = {field: value for field, value in changes.items() if field != "seed"}
-    if "epochs" in changes:
-        changes.setdefault("max_steps", None)  # asking for epochs means whole ones
-    folder = config.run_folder(name)
-    if name == UNTOUCHED:
-        raise items.UserError(
-            f"--run-name {name}: that is what `eval` calls the untouched base. Give another name."
-        )
-    if folder.exists():
-        raise items.UserError(already_there(folder, name))
-    return Run(
-        folder=folder,
-        name=name,
-        project=config.project_name,
-        mode=config.mode,
-        base_model=config.base_name,
-        recipe=replace(recipe, **changes),
-        seed=seed,
-        use_4bit=use_4bit,
-        versions=versions(),
-        device=describe_device(),
-        processes=world_size(),
-        is_local=config.local,
-        is_new=True,
-    )
-
-
-def already_there(folder, name):
-    """Why a new run can't have this folder, and what to do."""
-    if read_record(folder):
-        return (
-            f"--run-name {name}: {folder} exists already. Resume it by --resume {name}, or give "
-            "another name."
-        )
-    return f"--run-name {name}: {folder} exists, and is no run. Remove it or give another name."
-
-
-@contextmanager
-def claimed(run, config, rename):
-    """Makes a new run's folder, and locks the folder as long as the run is trained.
-
-    No two processes get the same one: with `rename` a name that is taken meanwhile gets a number.
-    Raises UserError if the name is taken, or if another process trains the run.
-    """
-    lock = None
-    if is_first_process():
-        if run.is_new:
-            make_folder(run, config, rename)
-        lock = lock_folder(run.folder, run.name)
-    run.rename(broadcast(run.name), config)
-    try:
-        yield
-    finally:
-        if lock:
-            lock.close()
-
-
-def make_folder(run, config, rename):
-    """Makes the folder of a new run, which no other process makes as well."""
-    name = run.name
-    for number in count(2):
-        try:
-            run.folder.mkdir(parents=True)
-            return
-        except FileExistsError:
-            if not rename:
-                raise items.UserError(
-                    f"--run-name {name}: another training has just begun by this name. Give "
-                    "another name."
-                ) from None
-            run.rename(f"{name}-{number}", config)
-
-
-def lock_folder(folder, name):
-    """An open file that locks a run's folder until it is closed, or its process ends.
-
-    Raises UserError if another process holds the lock.
-    """
-    locks = folder.parent / LOCKS
-    locks.mkdir(exist_ok=True)
-    file = open(locks / folder.name, "a")  # noqa: SIM115 (its closing is what unlocks)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise items.UserError(
-            f"{name}: another process is training it. Wait for its end, or stop it first."
-        ) from None
-    except OSError:  # some network drives have no locks
-        pass
-    return file
-
-
-def find_resumable(config, name, recipe_type, hf_user):
-    """The Run to resume, the newest unfinished one for ''; fetched from the Hub if need be."""
-    records = read_records(config)
-    if not name:
-        unfinished = [one for one in records if not is_finished(config, one)]
-        if not unfinished:
-            raise items.UserError(
-                f"--resume: no unfinished run of project {config.project_name} "
-                f"in {config.output_dir}."
-            )
-        name = unfinished[-1]
-    if name not in records:
-        fetch_run(config, name, hf_user, local_dir=config.run_folder(name))
-        records = read_records(config)
-    if name not in records:
-        raise items.UserError(
-            f"--resume {name}: has no run.json; only runs of this program can be resumed."
-        )
-    run = run_from_record(config.run_folder(name), records[name], recipe_type)
-    run.is_local = config.local or not run.hub
-    lock_folder(run.folder, name).close()
-    if run.is_finished():
-        print(f"{name} is finished")
-    elif has_adapter(run.folder):
-        problem = items.manifest_problem(run.folder)
-        print(f"{name}: {problem}: made again from its newest checkpoint")
-    elif not any(run.folder.glob("checkpoint-*")):
-        print(f"{name} has no checkpoint yet: starting at step 0")
-    if run.processes != world_size():  # its micro-batch was chosen for another share of the batch
-        run.processes = world_size()
-        run.micro_batch = None
-    return run
-
-
-def run_from_record(folder, record, recipe_type):
-    """The Run that run.json's content `record` describes.
-
-    What this version doesn't know is left out.
-    """
-    known = {one.name for one in fields(Run)} - {"folder", "name", "recipe"}
-    values = {name: value for name, value in record.items() if name in known}
-    recipe = recipe_type.from_record(record["recipe"])
-    return Run(folder=folder, name=record["run"], recipe=recipe, **values)
-
-
-def preflight(config, run, hf_user, use_bf16, micro_batch, changes):
-    """(TrainingData, Base) of a run. Records data, base and name on the Hub in the run.
-
-    Checks everything that can be known to fail before weights are read, and raises one UserError
-    that names all problems.
-    """
-    if not config.local and not config.can_use_account:
-        config.login()  # raises: nothing else can be checked without a token
-    items.check_writable(config.output_dir)
-    problems = items.Problems()
-    with problems:
-        account = None if config.local else config.login(hf_user or run.account, write=True)
-        if account:
-            items.check_hub_name(f"{account}/{run.folder.name}")
-    with problems:
-        prompts = find_prompts(config, run.data.get("hub"))
-    if config.demo_mode:
-        problems.report()  # before the base is unpacked, which takes 40 s
-    with problems:
-        base = config.open_base(run)
-    with problems:
-        if run.wandb:
-            check_wandb()
-    problems.report()
-    if run.is_new:
-        run.auto = auto_fields(run, changes, prompts)
-        rows = len(prompts.splits["train"])
-        run.recipe, run.schedule = choose_schedule(run.recipe, run.auto, rows, base, prompts.scale)
-    check_recipe(run.recipe, base, prompts.scale, use_bf16, micro_batch)
-
-    check_tokenizer(base.path, base.tokenizer, prompts.scale)
-    data = describe_data(prompts)
-    refuse_changes(run, changes, data, base)
-    run.data = data
-    run.base_identity = base.identity
-    run.hub = f"{account}/{run.folder.name}" if account else None
-    return make_training_data(prompts.splits, base.tokenizer, run.recipe.val_size), base
-
-
-def auto_fields(run, changes, prompts):
-    """The fields of a new run's recipe that choose_schedule is to set, a list.
-
-    Of data that aren't the course's all that are not given; demo runs, made for CPUs, keep theirs.
-    """
-    if prompts.is_own and run.mode != "demo":
-        return [name for name in AUTO_FIELDS if changes.get(name, AUTO) == AUTO]
-    return [name for name in AUTO_FIELDS if getattr(run.recipe, name) == AUTO]
-
-
-def find_prompts(config, trained_on=None):
-    """The Prompts to train or evaluate on; prints which.
-
-    In this order: `data_user`'s; the local copy that `prepare` left, unless a run was `trained_on`
-    another dataset on the Hub; that dataset; the own account's; the course's.
-    """
-    place, reason = locate_prompts(config, trained_on)
-    print(f"Data: {place} ({reason})")
-    return items.read_prompts(place)
-
-
-def locate_prompts(config, trained_on):
-    """(folder or name on the Hub, why that one): see `find_prompts`."""
-    local = items.finish_interrupted_replace(config.dataset_folder)
-    if config.data_user:
-        return f"{config.data_user}/{config.dataset_name}", "--data-user"
-    record = items.read_record(local / items.RECORD)
-    if local.exists() and trained_on in (None, record.get("hub")):
-        return str(local), "the local copy that prepare left"
-    if trained_on:
-        return trained_on, "the run was trained on it"
-    if config.demo_mode:
-        command = config.command("prepare", " --demo")
-        raise items.UserError(f"{local}: no such dataset yet. Run {command} first.")
-    if not config.local:
-        own = f"{config.login()}/{config.dataset_name}"
-        with items.hub_errors(own):
-            if HfApi().repo_exists(own, repo_type="dataset"):
-                return own, "your account's"
-    return f"{items.COURSE_USER}/{config.dataset_name}", "the course's"
-
-
-def refuse_changes(run, changes, data, base):
-    """Raises UserError if data, base or settings are not those that the run began with."""
-    pairs = changed_settings(run, changes)
-    if run.data:
-        if run.data["fingerprint"] != data["fingerprint"]:
-            names = [f"{one['source']} ({one['fingerprint']})" for one in (run.data, data)]
-            pairs["data"] = tuple(names)
-        pairs["base model"] = (run.base_identity, base.identity)
-    changed = describe_changes(pairs)
-    if changed:
-        raise items.UserError(
-            f"--resume {run.name}: {changed}. Resume with what it began with, or start a new run."
-        )
-
-
-def refuse_more(run, changes):
-    """Raises UserError if a finished run is to be trained by other settings, such as more epochs.
-
-    Its learning rate has reached the end of its schedule: more steps would not equal one longer
-    run.
-    """
-    changed = describe_changes(changed_settings(run, changes))
-    if changed:
-        raise items.UserError(
-            f"--resume {run.name}: the run is finished; {changed}. Its learning rate has reached "
-            "the end of its schedule, so more steps would not equal one longer run. Start a new "
-            "one."
-        )
-
-
-def changed_settings(run, changes):
-    """{setting: (the run's value, the one asked for)}."""
-    settings = asdict(run.recipe) | {"seed": run.seed}
-    return {
-        name.replace("_", " "): (settings[name], value)
-        for name, value in changes.items()
-        if value != AUTO
-    }
-
-
-def describe_changes(pairs):
-    """Which of the pairs differ, in words; '' if none does."""
-    return "; ".join(
-        f"{name} was {old} and is {new}" for name, (old, new) in pairs.items() if old != new
-    )
-
-
-def find_run(config, name, recipe_type, hf_user, revision=None):
-    """The Run to evaluate; prints which.
-
-    Without a name it is the newest finished local run of the project, and of the mode if one was
-    asked for. A run that isn't on disk is fetched from the Hub, as is one at a `revision`.
-    """
-    if name == UNTOUCHED:
-        print("Run: base (the untouched base model)")
+    def new(self, run_name, mode, base_model, recipe, seed, use_4bit):
+        """The Run that is about to begin. Raises UserError if its name is taken."""
+        name = self.short(run_name)
+        folder = self.folder(name)
+        if name == UNTOUCHED or (folder.exists() and any(folder.iterdir())):
+            text = f"`run_name` {name}: {folder} exists. Give another name, or resume it."
+            raise items.UserError(text, resumes=name in self.records)
         return Run(
-            config.run_folder(name),
-            name,
-            config.project_name,
-            config.mode,
-            None,
-            None,
-            config.seed,
-            is_local=config.local,
+            folder=folder,
+            name=name,
+            project=self.name,
+            mode=mode,
+            base_model=base_model,
+            recipe=recipe,
+            seed=seed,
+            use_4bit=use_4bit,
+            versions=versions(),
+            device=describe_device(),
+            processes=world_size(),
         )
-    name = name or newest_finished(config)
-    folder = config.run_folder(name)
-    is_here = is_finished(config, name)
-    if not config.can_use_account and name in read_records(config):
-        is_here = True  # unfinished, but it can't be anywhere else
-    adapter = folder
-    if revision or not is_here:
-        adapter = fetch_run(config, name, hf_user, revision=revision)
-    if not has_adapter(adapter):  # PEFT would take an adapter_model.bin, which may hold any code
-        raise items.UserError(
-            f"{name}: holds no {ADAPTER_FILE}. If it isn't finished, resume it by "
-            f"{config.resume_command(name)}."
-        )
-    problem = items.manifest_problem(adapter, must_exist=False)
-    if problem:
-        remedy = f"Make it again by {config.resume_command(name)}."
-        if adapter != folder:
-            remedy = f"Remove {adapter} and fetch it again."
-        raise items.UserError(f"{name}: {problem}. {remedy}")
-    check_adapter(adapter)
-    record = items.read_json(adapter / "run.json")
-    if record:
-        run = run_from_record(folder, record, recipe_type)
-    else:
-        mode = "lite" if name.endswith("-lite") else config.mode
-        base_name = items.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-        if not (base_name or config.base_model):
-            raise items.UserError(
-                f"{name}: its adapter_config.json names no base model. Give it by --base-model."
-            )
-        run = Run(folder, name, config.project_name, mode, base_name, None, config.seed)
-    run.is_local = config.local
-    run.adapter = adapter
-    run.revision = revision
-    if adapter != folder and hf_user and not is_own(hf_user):
-        run.owner = hf_user
-    print(f"Run: {folder.name}")
-    return run
 
+    def open(self, name, mode, is_finished, on_hub=None, revision=None):
+        """The Run to evaluate or, unless `is_finished`, to resume. Its recipe is a dict.
 
-def is_own(account):
-    """Whether the token's user can write to an account; not if the Hub can't be asked."""
-    try:
-        return account in own_accounts()
-    except items.UserError:
-        return False
-
-
-def own_accounts():
-    """The names on the Hub of the token's account and its organisations."""
-    with items.hub_errors(items.token_name()):
-        return items.account_names(HfApi().whoami())
-
-
-def newest_finished(config):
-    """The name of the newest finished local run, of the mode that was asked for.
-
-    Raises UserError if there is none.
-    """
-    flag = ""
-    if config.lite_mode or config.demo_mode:
-        flag = f" --{config.mode}"
-    names = [
-        name
-        for name, record in read_records(config).items()
-        if is_finished(config, name) and (not flag or record["mode"] == config.mode)
-    ]
-    if not names:
-        this_mode = " in this mode" if flag else ""
-        raise items.UserError(
-            f"{config.output_dir}: no finished run of project {config.project_name}{this_mode}. "
-            f"Run {config.command('train', flag)} first, or name one with --run-name."
-        )
-    return names[-1]
+        Fetched from `on_hub`, its name on the Hub, if that is given. A run without a record has the
+        `mode`, or lite's by its name. Raises UserError if there is none, or it is damaged.
+        """
+        folder = self.folder(name)
+        if name == UNTOUCHED:
+            return Run(folder, name, self.name, mode)
+        if not on_hub and name not in self.records and not self.has(name):
+            known = ", ".join(self.records) or "no runs"
+            raise items.UserError(f"{name}: no such run in {self.place}. There are: {known}.")
+        if not is_finished:
+            if on_hub and name not in self.records:
+                fetch_run(on_hub, local_dir=folder)
+            return resumable_run(folder)
+        adapter = fetch_run(on_hub, revision=revision) if on_hub else folder
+        problem = finished_problem(adapter)
+        if problem and on_hub:
+            raise items.UserError(f"{name}: {problem}. Remove {adapter} and fetch it again.")
+        if problem:
+            raise items.UserError(f"{name}: {problem}.", resumes=True)
+        check_adapter(adapter)
+        record = read_record(adapter)
+        if not record:
+            mode = "lite" if name.endswith("-lite") else mode
+            base = items.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+            record = {"run": name, "project": self.name, "mode": mode, "base_model": base}
+        return replace(Run.from_record(folder, record), adapter=adapter)
 
 
 def has_adapter(folder):
@@ -2781,18 +2487,11 @@ def has_adapter(folder):
     return (folder / ADAPTER_FILE).exists()
 
 
-def is_finished(config, name):
-    return has_adapter(config.run_folder(name))
-
-
-def read_records(config):
-    """{name: run.json's content} of the project's runs on disk, the newest last."""
-    records = {}
-    for folder in sorted(Path(config.output_dir).glob("*/"), key=last_change):
-        record = read_record(folder)
-        if "run" in record and folder == config.run_folder(record["run"]):
-            records[record["run"]] = record
-    return records
+def finished_problem(folder):
+    """Why the folder holds no finished run, in a few words, or None. Reads all of it."""
+    if not has_adapter(folder):  # PEFT would take an adapter_model.bin, which may hold any code
+        return f"holds no {ADAPTER_FILE}: the run isn't finished"
+    return items.manifest_problem(folder, must_exist=False)
 
 
 def last_change(folder):
@@ -2801,43 +2500,74 @@ def last_change(folder):
     return (file if file.exists() else folder).stat().st_mtime
 
 
+def checkpoints(folder):
+    """[(step, folder)] of a run's checkpoints, the newest first."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("*/")]
+    return sorted([(int(match[1]), path) for match, path in found if match], reverse=True)
+
+
+def newest_checkpoint(folder, say=print):
+    """The newest complete checkpoint in a run's folder, as text, or None; says which."""
+    found = checkpoints(folder)
+    for step, path in found:
+        problem = items.manifest_problem(path)
+        if not problem:
+            say(f"Resuming from step {step:,}, the newest complete checkpoint")
+            return str(path)
+        say(f"{path.name} is skipped: {problem}")
+    if found:
+        say("No checkpoint is complete: starting at step 0")
+    return None
+
+
 def read_record(folder):
-    """What a run's run.json holds, or else its copy in the newest complete checkpoint, or {}."""
+    """What a folder's run.json holds, {} if there is none; prints why one is skipped."""
     try:
         record = items.read_json(folder / "run.json")
-        if isinstance(record, dict) and record:
+        if not record or {"run", "mode", "recipe"} <= record.keys():
             return record
-    except ValueError:
-        pass
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
-        if (checkpoint / "run.json").exists() and not items.manifest_problem(checkpoint):
-            print(
-                f"{folder / 'run.json'} is corrupt or missing: its copy in {checkpoint.name} counts"
-            )
-            return items.read_json(checkpoint / "run.json")
-    if (folder / "run.json").exists():
-        print(f"{folder / 'run.json'} is corrupt: the run is skipped")
+        problem = "is no run's"
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        problem = f"can't be read ({error})"
+    print(f"{folder / 'run.json'} {problem}: skipped")
     return {}
 
 
-def step_of(checkpoint):
-    """The step of a checkpoint's folder."""
-    return int(checkpoint.name.split("-")[1])
+def resumable_run(folder):
+    """The Run to resume in a folder, by the checked copy of its record in its newest checkpoint.
+
+    Raises UserError if it has no record, or if another process is training it.
+    """
+    record = read_record(folder)
+    checkpoint = newest_checkpoint(folder, say=str)  # it is said when training begins
+    kept = read_record(Path(checkpoint)) if checkpoint else {}
+    if kept and kept != record and not has_adapter(folder):
+        print(f"{folder / 'run.json'} differs from its copy in {checkpoint}, which counts")
+        record = kept
+    if not record:
+        raise items.UserError(f"{folder}: has no run.json, without which no run can be resumed.")
+    if is_first_process():
+        lock_run(folder).release()
+    run = Run.from_record(folder, record)
+    problem = finished_problem(folder)
+    if not problem:
+        print(f"{run.name} is finished")
+    elif has_adapter(folder):
+        print(f"{run.name}: {problem}: made again from its newest checkpoint")
+    elif checkpoint is None:
+        print(f"{run.name} has no checkpoint yet: starting at step 0")
+    if run.processes != world_size():  # its micro-batch was for another share of the batch
+        run.processes = world_size()
+        run.micro_batch = None
+    return run
 
 
-def fetch_run(config, name, hf_user, **options):
+def fetch_run(on_hub, **options):
     """Downloads a run from the Hub. Returns its folder.
 
-    Raises UserError if it isn't there or the config is local. run.json comes last: without it
-    there is no run to resume. Adapters are read from safetensors only.
+    run.json comes last: without it there is no run to resume. Adapters are read from safetensors
+    only.
     """
-    if not config.can_use_account:
-        there = ", ".join(read_records(config)) or "no runs"
-        hint = "" if config.local else " For one on the Hub set HF_TOKEN, or log in."
-        raise items.UserError(
-            f"{name}: no such run in {config.output_dir}. There are: {there}.{hint}"
-        )
-    on_hub = f"{config.login(hf_user)}/{config.run_folder(name).name}"
     with items.hub_errors(on_hub):
         snapshot_download(on_hub, ignore_patterns=["*.bin", "eval/*", "run.json"], **options)
         folder = snapshot_download(on_hub, allow_patterns="run.json", **options)
@@ -2845,21 +2575,61 @@ def fetch_run(config, name, hf_user, **options):
     return Path(folder)
 
 
-def newest_checkpoint(folder):
-    """The newest complete checkpoint in a run's folder, as text, or None.
+def lock_run(folder):
+    """The lock of a run's folder, held until it is released or the process ends.
 
-    Prints which, and which are skipped.
+    Raises UserError if another process holds it.
     """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
-    for path in checkpoints:
-        problem = items.manifest_problem(path)
-        if not problem:
-            print(f"Resuming from step {step_of(path):,}, the newest complete checkpoint")
-            return str(path)
-        print(f"{path.name} is skipped: {problem}")
-    if checkpoints:
-        print("No checkpoint is complete: starting at step 0")
-    return None
+    path = folder.parent / LOCKS / folder.name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=0, mode=0o666)
+        lock.acquire()
+        return lock
+    except Timeout:
+        raise items.UserError(
+            f"{folder.name}: another process is training it. Wait for its end, or stop it first."
+        ) from None
+    except OSError as error:
+        raise items.UserError(f"{path}: can't be locked ({error.strerror}).") from error
+
+
+@contextmanager
+def claimed(run):
+    """Makes a new run's folder, and locks it as long as the run is trained, by one process."""
+    if not is_first_process():
+        yield
+        return
+    lock = lock_run(run.folder)
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.write()
+        if run.wandb:
+            start_wandb(run)
+        yield
+    finally:
+        lock.release()
+
+
+def check_resumable(run, changes, use_4bit):
+    """Raises UserError for settings that an earlier run didn't begin with.
+
+    More steps than a finished run's would not equal one longer run: its learning rate has ended.
+    """
+    settings = asdict(run.recipe) | {"seed": run.seed}
+    asked = {name: value for name, value in changes.items() if value != AUTO}
+    changed = [
+        f"{name.replace('_', ' ')} was {settings[name]} and is {value}"
+        for name, value in asked.items()
+        if settings[name] != value
+    ]
+    if run.use_4bit and not use_4bit:
+        changed.append("its base was in 4 bits")
+    if changed:
+        raise items.UserError(
+            f"`resume` {run.name}: {'; '.join(changed)}. Resume with what it began with, or start "
+            "a new run."
+        )
 
 
 def save_run(run, trainer):
@@ -2867,16 +2637,17 @@ def save_run(run, trainer):
 
     The weights are moved in last: a run that has them is complete.
     """
-    run.end(trainer)
+    run.steps = trainer.state.global_step
+    run.val_rows = len(trainer.val_rows)
+    run.history = training_log(trainer)
+    run.peak_memory_bytes = max(run.peak_memory_bytes, memory().peak)
     if not is_first_process():
         return
     run.calibration = trainer.calibrate()
     new = run.folder / "adapter.new"
     trainer.model.save_pretrained(new)
     trainer.processing_class.save_pretrained(new)
-    val_size = len(trainer.val_rows)
-    currency = run.scale.currency
-    chart = loss_chart(trainer.state.log_history, run.folder.name, val_size, currency)
+    chart = loss_chart(run.history, run.folder.name, run.val_rows, run.scale.currency)
     save_figure(chart, new, "loss.png")
     run.write(new)
     write_card(new, run)
@@ -2896,10 +2667,7 @@ def save_run(run, trainer):
 def push_run(run):
     """Pushes a run without its checkpoints and the evaluations that are not its own.
 
-    Unless it is local. Returns its folder.
-
-    The client uploads only what has changed. Raises UserError, code 3, which names the command for
-    later.
+    The client uploads only what has changed. Raises UserError, code 3, if it can't.
     """
 
     def upload():
@@ -2911,13 +2679,8 @@ def push_run(run):
             ignore_patterns=["checkpoint-*", "*.new/*", ".*", "eval-*"],
         )
 
-    if run.hub and not run.is_local and is_first_process():
-        try:
-            items.push_or_explain(run.hub, upload)
-        except items.UserError as error:
-            text = f"{error} To push it later: {run.resume_command}"
-            raise items.UserError(text, error.code) from error
-    return run.folder
+    if is_first_process():
+        items.push_or_explain(run.hub, upload)
 
 
 def write_card(folder, run, results=None):
@@ -2939,18 +2702,17 @@ def write_card(folder, run, results=None):
     names = ("batch_size", "learning_rate", "lora_r", "lora_dropout")
     settings = {name: getattr(run.recipe, name) for name in names}
     settings["seed"] = run.seed
-    text = render_card(
-        CARD,
-        metadata=metadata.to_yaml(),
+    card = ModelCard.from_template(
+        metadata,
+        template_str=CARD,
         run=run,
-        dataset=data.get("hub") or data.get("source"),
+        dataset=data.get("hub") or public_source(data.get("source", "")),
         settings=settings | run.plan,
         results=results,
         table=format_table(results) if results else "",
         prompt_form=prompt_form(run.scale),
-        unit=in_unit(run.scale),
     )
-    items.write_text(Path(folder, "README.md"), text)
+    items.write_text(Path(folder, "README.md"), str(card))
 
 
 def card_figures(results):
@@ -2964,150 +2726,55 @@ def card_figures(results):
         "r_squared": ("r2", "r² in %"),
     }
     data = results["data"]
-    task = ("text-generation", data["hub"] or "own", data["hub"] or data["source"])
+    task = ("text-generation", data["hub"] or "own", data["hub"] or public_source(data["source"]))
     measured = {
         "dataset_split": data["split"],
         "dataset_args": {"n": results["n"], "fingerprint": data["fingerprint"]},
         "metric_args": {"decode": results["decode"]},
     }
-    figures = []
-    for metric, (key, name) in names.items():
-        if math.isfinite(results[key]):
-            figures.append(EvalResult(*task, metric, results[key], metric_name=name, **measured))
-    return figures
-
-
-def render_card(template, **values):
-    """A model card's text."""
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(**values)
-
-
-def save_merged(model, base, folder, run):
-    """Writes a merged model as an ordinary 16-bit one into `folder`.
-
-    Safetensors, tokenizer, card. The model can't be used afterwards.
-    """
-    model.save_pretrained(folder)
-    for weights in Path(folder).glob("*.safetensors"):
-        weights.chmod(0o644)  # written for its owner only; servers run as somebody else
-    base.tokenizer.save_pretrained(folder)
-    form, unit = prompt_form(run.scale), in_unit(run.scale)
-    card = render_card(MERGED_CARD, run=run, prompt_form=form, unit=unit)
-    ModelCard(card).save(Path(folder, "README.md"))
-
-
-def rows_to_check(config, run):
-    """The validation rows on which an export is compared with its run; none if they aren't there.
-
-    Prints why.
-    """
-    try:
-        prompts = find_prompts(config, run.data.get("hub"))
-    except items.UserError as error:
-        print(f"The export is not checked, since there are no data: {error}")
-        return []
-    if prompts.scale != run.scale:
-        print(f"The export is not checked: {prompts.place} has prices in {in_unit(prompts.scale)}")
-        return []
-    return first_rows(prompts.splits["val"], EXPORT_ROWS)
-
-
-def read_shares(reader, rows):
-    """The price distributions that a PriceReader reads of rows, an array of rows × NUMBERS."""
-
-    def read(batch):
-        return list(reader.read(batch).probabilities)
-
-    probabilities, _ = predict(read, rows, reader.batch_size, name=None)
-    return numpy.stack(probabilities) / numpy.sum(probabilities, 1, keepdims=True)
-
-
-def check_export(folder, rows, expected, in_tree):
-    """Compares a written model, loaded by transformers alone, with the run; returns a line on it.
-
-    `expected` are the run's shares by read_shares. What is compared is the total variation between
-    two price distributions: how much of the one is elsewhere in the other. Raises UserError if it
-    is above MOST_MOVED, which 16 bits don't explain.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
-    scale = scale_of_rows(rows)
-    reader = PriceReader(model, load_tokenizer(str(folder)), in_tree, scale.prefix)
-    found = read_shares(reader, rows)
-    moved = float(abs(found - expected).sum(1).max() / 2)
-    difference = scale.amount(abs(quantile(found, 0.5) - quantile(expected, 0.5)).max())
-    text = (
-        f"on {len(rows)} validation rows its price distributions differ from the run's by at most "
-        f"{moved:.1%} of the probability (allowed are {MOST_MOVED:.0%}), its median prices by at "
-        f"most {scale.format(difference)}"
-    )
-    if not moved <= MOST_MOVED:
-        raise items.UserError(
-            f"The exported model doesn't answer as the run does: {text}. It was removed. Load the "
-            "adapter with PEFT beside the base instead."
-        )
-    return f"Check: {text}"
+    return [
+        EvalResult(*task, metric, results[key], metric_name=name, **measured)
+        for metric, (key, name) in names.items()
+        if math.isfinite(results[key])
+    ]
 
 
 def load_wandb():
     """The package of Weights & Biases, only if asked for: its import takes up to two seconds."""
-    import wandb.sdk.lib.wbauth
+    import wandb
 
     return wandb
 
 
 def can_log_to_wandb():
-    """Whether Weights & Biases has a login, by its client's own search, or needs none.
-
-    Raises UserError if its settings are invalid.
-    """
+    """Whether Weights & Biases has a login, or needs none. Raises UserError for bad settings."""
     wandb = load_wandb()
     try:
-        settings = wandb.setup().settings
-        mode = os.environ.get("WANDB_MODE", settings.mode)  # a notebook may have set it since
-        if mode in WANDB_MODES_WITHOUT_LOGIN:
-            return True
-        login = wandb.sdk.lib.wbauth.authenticate_session(
-            host=settings.base_url, source="app.py", prompt=False, update_session=False
-        )
+        mode = os.environ.get("WANDB_MODE", wandb.setup().settings.mode)
+        return mode in WANDB_MODES_WITHOUT_LOGIN or wandb.login(prompt=False, verify=False)
     except (ValueError, wandb.Error) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise items.UserError(
-            f"--log-wandb: {reason}. Correct it, or leave the flag out."
-        ) from error
-    return login is not None
+        raise items.UserError(f"`log_wandb`: {reason}. Correct it, or leave it out.") from error
 
 
 def check_wandb():
     """Raises UserError if Weights & Biases has no login: it would ask for one, and wait."""
     if not can_log_to_wandb():
         raise items.UserError(
-            "--log-wandb: WANDB_API_KEY is not set, and no login is saved. Set it, `wandb login`, "
+            "`log_wandb`: WANDB_API_KEY is not set, and no login is saved. Set it, `wandb login`, "
             "or set WANDB_MODE=offline to log to disk only."
         )
 
 
 def start_wandb(run, mode=None):
-    """Opens or continues the run's page on Weights & Biases, and returns it.
-
-    `mode` replaces WANDB_MODE. Raises UserError if W&B refuses.
-    """
+    """Opens or continues the run's page on Weights & Biases; `mode` replaces WANDB_MODE."""
     wandb = load_wandb()
-    page = run.folder.name
+    page = {"project": run.project, "name": run.name, "id": run.folder.name, "resume": "allow"}
     try:
-        return wandb.init(
-            project=run.project,
-            name=run.name,
-            id=page,
-            resume="allow",
-            dir=run.folder.parent,
-            mode=mode,
-        )
+        return wandb.init(**page, dir=run.folder.parent, mode=mode)
     except wandb.Error as error:
-        raise items.UserError(
-            f"--log-wandb: {error} Leave it out, or set WANDB_MODE=offline."
-        ) from error
+        text = f"`log_wandb`: {error} Leave it out, or set WANDB_MODE=offline."
+        raise items.UserError(text) from error
 
 
 def log_evaluation(run, folder, results):
@@ -3115,7 +2782,6 @@ def log_evaluation(run, folder, results):
 
     Without a login, as in a new shell, to disk.
     """
-    wandb = load_wandb()
     mode = None
     if not can_log_to_wandb():
         mode = "offline"
@@ -3126,7 +2792,7 @@ def log_evaluation(run, folder, results):
         if isinstance(value, int | float) and math.isfinite(value)
     }
     for chart in folder.glob("*.png"):
-        values[f"test/{chart.stem}"] = wandb.Image(str(chart))
+        values[f"test/{chart.stem}"] = load_wandb().Image(str(chart))
     with start_wandb(run, mode) as page:
         page.log(values)
 
@@ -3553,12 +3219,12 @@ def draw_figures(figures, table, title, folder=None):
 # ------------------------------------------------------------------------------------------------
 # 8. Evaluation
 
+EXPORT_ROWS = 20  # validation rows on which an exported model is compared with its run
+MOST_MOVED = 0.25  # of a distribution's probability, between a run and its export
 SHOWN_ITEMS = 20  # of the user's own, on the screen
 SHOWN_TITLE = 80  # characters of their titles
 WORD_ROWS = 50_000  # that word_guesses reads, at most
 WORD_PENALTIES = (10, 3, 1, 0.3, 0.1, 0.03)
-EXPORT_ROWS = 20  # on which an exported model is compared with its run
-MOST_MOVED = 0.25  # of a distribution's probability, between a run and its export
 
 
 @dataclass
@@ -3663,6 +3329,25 @@ def evaluation_folder(run, data, base, is_foreign=False):
     return run.folder / name, differences
 
 
+def read_earlier(project, names, rows, decode, base):
+    """{run: its guesses} of earlier evaluations on the same rows, of the untouched base by `base`.
+
+    Raises one UserError that names all that can't be compared.
+    """
+    guesses = {}
+    problems = items.Problems()
+    for name in map(project.short, names):
+        with problems:
+            if name != UNTOUCHED and not project.has(name):
+                known = ", ".join(project.records)
+                raise items.UserError(f"`earlier` {name}: no finished run. There are: {known}.")
+            identity = project.records.get(name, {}).get("base_identity", base.identity)
+            folders = sorted(project.folder(name).glob("eval*"))
+            guesses[name] = earlier_guesses(name, folders, rows, decode, identity)
+    problems.report()
+    return guesses
+
+
 def earlier_guesses(name, folders, rows, decode, base_identity=None):
     """The guesses, in money, of the run `name` for rows, from one of its evaluations in `folders`.
 
@@ -3692,7 +3377,7 @@ def earlier_guesses(name, folders, rows, decode, base_identity=None):
         else:
             return guesses
     raise items.UserError(
-        f"`compare` {name}: {problem}. Evaluate it on the same data first, with `size` "
+        f"`earlier` {name}: {problem}. Evaluate it on the same data first, with `size` "
         f"{len(rows)} and `decode` {decode}."
     )
 
@@ -3813,6 +3498,55 @@ def score_own_rows(run, answers, rows, source, splits, seed):
             trained_on |= prompts.intersection(batch["prompt"])
         results["trained_on"] = sum(row["prompt"] in trained_on for row in rows)
     return results
+
+
+def export_run(run, base, splits, folder, **reader_options):
+    """Writes a run as a merged 16-bit model into `folder`; returns a line on how it was checked.
+
+    Loaded by transformers alone, its price distributions on validation rows are compared with the
+    run's. Raises UserError if more than MOST_MOVED of one's probability is elsewhere in the other
+    (their total variation), which 16 bits don't explain.
+    """
+    rows = first_rows(splits["val"], EXPORT_ROWS) if splits else []
+    if rows:
+        reader = open_reader(base, run.adapter, rows, **reader_options)
+        expected, in_tree = price_shares(reader, rows), reader.in_tree
+        reader = None
+        gc.collect()  # models have reference cycles
+    options = {name: reader_options[name] for name in ("quant_config", "precision")}
+    model = load_merged(base, run.adapter, **options, out_precision="bf16")
+    model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    metadata = ModelCardData(library_name="transformers", tags=["price"])
+    form = prompt_form(run.scale)
+    card = ModelCard.from_template(metadata, template_str=MERGED_CARD, run=run, prompt_form=form)
+    items.write_text(Path(folder, "README.md"), str(card))
+    model = None
+    gc.collect()
+    if not rows:
+        return "The export is not checked: the data that it was trained on aren't at hand"
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    reader = PriceReader(model, load_tokenizer(str(folder)), in_tree, run.scale.prefix)
+    moved = float(abs(price_shares(reader, rows) - expected).sum(1).max() / 2)
+    text = (
+        f"on {len(rows)} validation rows its price distributions differ from the run's by at most "
+        f"{moved:.1%} of the probability (allowed are {MOST_MOVED:.0%})"
+    )
+    if not moved <= MOST_MOVED:
+        raise items.UserError(
+            f"The exported model doesn't answer as the run does: {text}. It was removed. Load the "
+            "adapter with PEFT beside the base instead."
+        )
+    return f"Check: {text}"
+
+
+def price_shares(reader, rows):
+    """The shares of NUMBERS in each row's distribution, an array of rows × 1,000."""
+    batches = [rows[at : at + reader.batch_size] for at in range(0, len(rows), reader.batch_size)]
+    probabilities = numpy.concatenate([reader.read(batch).probabilities for batch in batches])
+    return probabilities / probabilities.sum(1, keepdims=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4198,28 +3932,22 @@ def write_report(folder, results, run, table):
 
 def prompt_form(scale):
     """How the prompts are written, for model cards."""
-    meaning = f"is the price in {scale.currency}"
-    if scale.unit != 1:
-        meaning = f"times {items.format_unit(scale.unit)} is the price in {scale.currency}"
+    times = "" if scale.unit == 1 else f"times {items.format_unit(scale.unit)} "
     return (
         f"The prompt is the question `{scale.question}`, a blank line, the description, a blank "
-        f"line and `{scale.prefix}`. The number that follows {meaning}."
+        f"line and `{scale.prefix}`. The number that follows {times}is the price in "
+        f"{scale.currency}."
     )
-
-
-def in_unit(scale):
-    """The unit of the numbers, for model cards."""
-    return "dollars" if scale == items.COURSE_SCALE else f"steps of {scale.step}"
 
 
 CARD = '''\
 ---
-{{ metadata }}
+{{ card_data }}
 ---
 # {{ run.folder.name }}
 
-Estimates a product's price in {{ unit }} from its description. A LoRA adapter for
-{{ run.base_model }}, trained on {{ dataset }} (fingerprint {{ run.data.fingerprint }}).
+Estimates a product's price from its description. A LoRA adapter for {{ run.base_model }}, trained
+on {{ dataset }} (fingerprint {{ run.data.fingerprint }}).
 
 ```python
 from peft import AutoPeftModelForCausalLM
@@ -4228,21 +3956,21 @@ from transformers import AutoTokenizer
 name = "{{ run.hub or run.folder }}"
 model = AutoPeftModelForCausalLM.from_pretrained(name, device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained(name)
-prompt = """{{ run.scale.prompt("Title: Brass table lamp\nDescription: With a linen shade.") }}"""
+prompt = """{{ run.scale.prompt("Title: Brass table lamp\\nDescription: With a linen shade.") }}"""
 inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
 tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 ```
 
 {{ prompt_form }}
-
 {% if table %}
+
 ## Evaluation
 
-Measured on the first {{ results.n }} of {{ results.data.rows }} test items of
-{{ results.data.hub or results.data.source }} (fingerprint {{ results.data.fingerprint }}), with the
-base model {{ results.base_model }} ({{ results.base_identity }}). The figures in the metadata are
-those of `--decode {{ results.decode }}`.
+Measured on the first {{ results.n }} of {{ results.data.rows }} test items of {{ dataset }}
+(fingerprint {{ results.data.fingerprint }}), with the base model {{ results.base_model }}
+({{ results.base_identity }}). The figures in the metadata are those of
+`--decode {{ results.decode }}`.
 
 ```
 {{ table }}
@@ -4250,13 +3978,13 @@ those of `--decode {{ results.decode }}`.
 
 ![](eval/scatter.png)
 ![](eval/running_error.png)
-
 {% endif %}
+
 ## Training
 
 | setting | value |
 |---|---|
-{% for name, value in settings.items() %}
+{% for name, value in settings.items() -%}
 | {{ name }} | {{ value }} |
 {% endfor %}
 
@@ -4265,13 +3993,12 @@ those of `--decode {{ results.decode }}`.
 
 MERGED_CARD = """\
 ---
-library_name: transformers
-tags: [price]
+{{ card_data }}
 ---
 # {{ run.folder.name }}
 
-Estimates a product's price in {{ unit }} from its description: {{ run.base_model }}, quantised as
-in training, dequantised to bf16, with the run's LoRA adapter merged into it.
+Estimates a product's price from its description: {{ run.base_model }}, quantised as in training,
+dequantised to bf16, with the run's LoRA adapter merged into it.
 
 {{ prompt_form }} Greedy generation then spells a number, token by token: not always the likeliest
 one, and less accurate than the median of the model's price distribution.
