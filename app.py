@@ -451,8 +451,8 @@ def find_prompts(config, trained_on=None):
 
 def open_base(config, run=None):
     """The util.Base of a config; on the Hub the commit that the `run` was trained on, if any."""
-    is_same = run is not None and run.base_model == config.base_name
-    revision = run.base_identity if is_same and util.is_commit(run.base_identity) else None
+    identity = run.base_identity if run and run.base_model == config.base_name else None
+    revision = identity if identity and len(identity) == 40 else None  # a folder's is shorter
     return util.open_base(config.base_name, revision, Path(config.output_dir, "base"))
 
 
@@ -583,7 +583,7 @@ def train_model(
     changes |= {} if seed is None else {"seed": seed}
     name = datetime.now().strftime("%Y-%m-%d_%H.%M.%S")
     name = util.broadcast(name if config.mode == "full" else f"{name}-{config.mode}")
-    with util.main_process_first():
+    with util.PartialState().main_process_first():
         if resume is None:
             run = new_run(config, run_name or name, RECIPES[config.mode], use_4bit, changes)
         else:
@@ -591,14 +591,14 @@ def train_model(
             util.check_resumable(run, changes, use_4bit)
             config = replace(config, local=config.local or not run.hub)
     with saying_how_to_resume(config, run.name):
-        if util.is_finished(run.folder):
+        if util.finished_problem(run.folder) is None:
             return run.folder if dry_run else push(config, run)
 
         # 2) Check everything, then plan how it is computed here; the plan has the reasons
         run.wandb = run.wandb or log_wandb
         config = config.for_run(run)
         use_bf16 = detect_bf16_support()
-        with util.main_process_first():
+        with util.PartialState().main_process_first():
             data, base = check_all(config, run, hf_user, use_bf16, micro_batch, changes)
         plan = util.make_plan(base, run, data, use_bf16, micro_batch or run.micro_batch)
         plan = util.broadcast(plan)

@@ -1170,10 +1170,25 @@ class Catalogue:
     folder: object = None  # where the splits are; it is removed with this
 
 
+def collect_columns(chosen):
+    """{role: [name, …]} of {role: name or names}, or of texts `role=name`.
+
+    A text and a category may be in several columns. Raises UserError for a second title or price.
+    """
+    if not isinstance(chosen, dict):
+        pairs = [text.partition("=") for text in chosen or ()]
+        chosen = {role: [n for r, _, n in pairs if r == role] for role, _, _ in pairs}
+    columns = {role: [names] if isinstance(names, str) else names for role, names in chosen.items()}
+    for role in ("title", "price"):
+        if len(columns.get(role, ())) > 1:
+            raise UserError(f"`columns`: {role} is named twice. Name it once.")
+    return columns
+
+
 def find_catalogue(source, user, mode, seed, columns, unit, currency, decimal):
     """The Catalogue to prepare: the file's at `source`, the demo's, or the `user`'s on the Hub."""
     if source is not None:
-        return own_catalogue(source, seed, columns, unit, currency)
+        return own_catalogue(source, seed, collect_columns(columns), unit, currency, decimal)
     scale = PriceScale(unit or 1, currency)
     if mode == "demo":
         return demo_catalogue(seed, scale)
@@ -1895,7 +1910,7 @@ def own_rows(
     ones, `earlier` those of the file that was trained on.
     """
     if path:
-        items, notes = items_to_price(path, columns or {}, scale, earlier or {}, decimal)
+        items, notes = items_to_price(path, collect_columns(columns), scale, earlier or {}, decimal)
     elif text is None:
         raise UserError("Nothing to price: give a file or a text.")
     elif text_problem(text, "text"):
