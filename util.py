@@ -1733,43 +1733,56 @@ def make_training_data(splits, tokenizer, val_size):
 
 
 def collate_padded(rows):
-    """The inputs of a micro-batch, padded on the left.
+    """The inputs of a micro-batch, padded on the right, where no causal model looks.
 
-    So all completions end together, and few logits are needed.
+    `logits_to_keep` are positions in the rows one after the other, here as of the PackedCollator.
     """
-    pad = partial(pad_sequence, batch_first=True, padding_side="left")
     ids = [torch.tensor(row["input_ids"]) for row in rows]
-    labels = pad([torch.tensor(row["labels"]) for row in rows], padding_value=items.IGNORED)
-    mask = pad([torch.ones_like(row) for row in ids])
-    longest = int((labels != items.IGNORED).sum(1).max())  # completion
+    labels = [torch.tensor(row["labels"]) for row in rows]
+    labels = pad_sequence(labels, batch_first=True, padding_value=items.IGNORED)
     return {
-        "input_ids": pad(ids),
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         "labels": labels,
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-        "logits_to_keep": torch.arange(-longest - 1, -1) + labels.shape[1],
+        "logits_to_keep": (labels.flatten() != items.IGNORED).nonzero().flatten() - 1,
     }
+
+
+@contextmanager
+def logits_only_at(model, positions):
+    """Lets the head compute logits at these positions of all rows only, as one row.
+
+    Models take positions that are the same in all rows, as `logits_to_keep`. TRL multiplies by the
+    head's weights itself, which is another model where logits are scaled or capped.
+    """
+
+    def choose(head, inputs):
+        return inputs[0].flatten(0, 1)[positions][None]
+
+    head = getattr(model, "module", model).get_output_embeddings()  # a DDP model's own
+    handle = head.register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def summed_loss(model, inputs, price_loss=None):
     """The loss of a micro-batch, padded or packed: that of its completions' tokens, summed.
 
-    From the model's own logits, since heads differ: some scale them, some cap them. `price_loss` is
-    a PriceLoss to add, or None.
+    From the model's own logits. `price_loss` is a PriceLoss to add, or None.
     """
-    labels, kept = inputs["labels"], inputs["logits_to_keep"]
-    inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits
-    if logits.shape[1] != len(kept):  # xLSTM returns all
-        logits = logits[:, kept]
-    logits, targets = logits.float(), labels[:, kept + 1]
-    loss = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=items.IGNORED, reduction="sum"
-    )
+    others = {name: inputs[name] for name in inputs if name not in ("labels", "logits_to_keep")}
+    labels, kept = inputs["labels"].flatten(), inputs["logits_to_keep"]
+    with logits_only_at(model, kept):
+        logits = model(**others, use_cache=False).logits.flatten(0, 1)
+    if len(logits) != len(kept):  # the model has another way to its head
+        logits = logits[kept]
+    logits, targets = logits.float(), labels[kept + 1]
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     if price_loss is None:
         return loss
-    is_first = (labels[:, kept] == items.IGNORED) & (targets != items.IGNORED)
-    return loss + price_loss.of_tokens(logits.flatten(0, 1), targets.flatten(), is_first.flatten())
+    return loss + price_loss.of_tokens(logits, targets, labels[kept] == items.IGNORED)
 
 
 @dataclass
@@ -1825,8 +1838,7 @@ class PriceTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a micro-batch's share of a step.
 
-        TRL's multiplies by the head's weights itself, which is another model where logits are
-        capped in its own way; and it waits for the GPU each time, to measure accuracy.
+        TRL's also measures entropy and accuracy, and waits for the GPU each time.
         """
         self.has_begun = True
         torch.compiler.cudagraph_mark_step_begin()  # the last step's tensors may be overwritten

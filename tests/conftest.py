@@ -52,7 +52,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 import child
 import util
 from app import RECIPES, RunConfig, build_quant_config
-from items import demo_items, load_prompts
+from items import IGNORED, demo_items, load_prompts
 
 LLAMA_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -122,6 +122,13 @@ def flip(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def plain_loss(model, row):
+    """What the model itself says of one row, summed over the completion's tokens."""
+    labels = torch.tensor([row["labels"]])
+    loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss
+    return loss.item() * (labels != IGNORED).sum().item()
 
 
 def load_quantised(base, precision="fp32"):

@@ -103,7 +103,7 @@ def test_demo_runs_in_notebook(notebook, tiny_base):
 
     stopped = notebook.run("train_model(config, val_size=8)", stop_after="step    10")
     (line,) = stopped.error
-    assert re.fullmatch(r"Stopped after step \d+, which is saved\. Resume by `(.+)`", line)
+    assert re.fullmatch(r"Stopped after step \d+, which is saved\. Resume by `(.+)`\.", line)
     assert stopped.text.startswith(f"Data: {DATA}\nDevice: ")
     assert len(stopped.bars) == 1
     resume = line.split("`")[1]

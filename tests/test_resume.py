@@ -26,7 +26,7 @@ import app
 import child
 import items
 import util
-from conftest import cut, flip, read
+from conftest import cut, flip, plain_loss, read
 from items import MANIFEST, write_manifest
 from util import ADAPTER_FILE
 
@@ -322,7 +322,7 @@ def test_full_disk_leaves_older_checkpoints(call, begin, whole, prepared, small_
     folder = small_disk(400)
     shutil.copytree(prepared / "outputs", folder / "outputs")
     said = call(*begin, cwd=folder, code=1, hook="fill_the_disk_at_step", options=(7,))
-    assert said.splitlines()[-1].startswith("app.py train: the disk is full")
+    assert "\napp.py train: the disk is full" in said
     assert items.manifest_problem(folder / RUN / "checkpoint-6") is None
     (folder / "ballast").unlink()
     call(*RESUME, cwd=folder)
@@ -334,7 +334,7 @@ def test_checkpoint_beyond_the_quota_is_explained(call, begin, project):
     options = (3_600_000,)  # bytes: the tokenizer's file has fewer, optimizer.pt at this rank more
     begin = (*begin, "--lora-r", "512")
     said = call(*begin, cwd=project, code=1, hook="limit_file_size", options=options)
-    assert said.splitlines()[-1].startswith("app.py train: the disk is full")
+    assert "\napp.py train: the disk is full" in said
 
 
 # Bad numbers
@@ -421,13 +421,6 @@ def test_micro_batches_equal_the_batch(build, monkeypatch, micro_batch, accepts)
     assert accumulated == pytest.approx(whole, abs=1e-5)
 
 
-def plain_loss(model, row):
-    """What the model itself says of one row, summed over the completion's tokens."""
-    labels = torch.tensor([row["labels"]])
-    loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss
-    return loss.item() * (labels != items.IGNORED).sum().item()
-
-
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_trained_loss_is_the_models(build, packed_attention, is_packed):
     """Of padded and of packed rows; the model scales its logits as only itself knows."""
@@ -489,7 +482,7 @@ def test_out_of_memory_saves_the_step(call, shared, project):
     start = ("train", *shared, "--run-name", "run", *flags)
     said = call(*start, cwd=project, code=1, hook="limit_memory", options=options)
     assert "micro-batches of 1, × 12 accumulated × 1 processes = 12, activation ch" in said
-    assert "Out of memory with one row at a time" in said
+    assert "Out of memory at step 3 with one row at a time. Take a smaller base model" in said
     assert items.manifest_problem(project / RUN / "checkpoint-2") is None
 
 

@@ -18,12 +18,11 @@ import torch
 from huggingface_hub import ModelCard
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
-from trl import SFTTrainer
 
 import child
 import util
 from app import RECIPES, build_quant_config
-from conftest import DATASET, TRAIN, contents, read, write_catalogue
+from conftest import DATASET, TRAIN, contents, plain_loss, read, write_catalogue
 from items import IGNORED, load_prompts, write_json, write_manifest
 
 RUN = "outputs/price-first"
@@ -327,8 +326,8 @@ def test_base_weights_change_no_loss(call, shared, trained, project):
     call("train", *shared, "--run-name", "nf4", "--base-weights", "nf4", *TRAIN, cwd=project)
     dequantised = read(trained / RUN / "run.json")
     quantised = read(project / "outputs/price-nf4/run.json")
-    assert "float32 from nf4: dequantised once, memory has room" in dequantised["base_weights"]
-    assert quantised["base_weights"] == "nf4 (--base-weights)"
+    assert dequantised["base_weights"] == "fp32 from nf4, dequantised once: memory has room"
+    assert quantised["base_weights"] == "nf4: as asked for"
     expected = logged_losses(dequantised["history"])
     assert logged_losses(quantised["history"]) == pytest.approx(expected, abs=1e-4)
     said = call("train", *shared, "--base-weights", "bf16-from-nf4", "--dry-run", cwd=project)
@@ -356,11 +355,14 @@ def test_train_leaves_whole_run(trained):
 
 
 def test_validation_measures_loss_and_dollars(build, splits):
-    """The loss is TRL's, the error that of the median price."""
+    """The loss is the model's own, the error that of the median price."""
     trainer = build(max_steps=3, batch_size=4, learning_rate=1e-2)
     trainer.train()
     found = util.training_log(trainer)[-1]
-    assert found["eval_loss"] == pytest.approx(SFTTrainer.evaluate(trainer)["eval_loss"], rel=1e-3)
+    rows = trainer.eval_dataset
+    tokens = sum(label != IGNORED for row in rows for label in row["labels"])
+    loss = sum(plain_loss(trainer.model.eval(), row) for row in rows) / tokens
+    assert found["eval_loss"] == pytest.approx(loss, rel=1e-3)
 
     rows = list(splits["val"])
     reader = util.PriceReader(trainer.model.eval(), trainer.processing_class)
