@@ -1690,14 +1690,11 @@ class TrainingData:
 def prepare_training(run, prompts, base, use_bf16, micro_batch, changes):
     """The TrainingData of a run, in which data and base are recorded.
 
-    A new run's recipe gets what is AUTO: of data that aren't the course's all that can be, except
-    what `changes` ask for; demo runs, made for CPUs, keep theirs. Raises UserError for a recipe
-    that can't be trained here, and for other data or another base than an earlier run's.
+    Raises UserError for a recipe that can't be trained here, and for other data or another base
+    than an earlier run's.
     """
     if not run.data:
-        is_asked = prompts.is_own and run.mode != "demo"
-        values = dict.fromkeys(AUTO_FIELDS, AUTO) | changes if is_asked else vars(run.recipe)
-        run.auto = [name for name in AUTO_FIELDS if values[name] == AUTO]
+        run.auto = auto_fields(run, prompts, changes)
         rows = len(prompts.splits["train"])
         recipe, run.schedule = choose_schedule(run.recipe, run.auto, rows, base, prompts.scale)
         run.recipe = recipe
@@ -1707,6 +1704,17 @@ def prepare_training(run, prompts, base, use_bf16, micro_batch, changes):
     check_same(run, data, base)
     run.data, run.base_identity = data, base.identity
     return make_training_data(prompts.splits, base.tokenizer, run.recipe.val_size)
+
+
+def auto_fields(run, prompts, changes):
+    """The fields of a new run's recipe that choose_schedule is to set, a list.
+
+    Of data that aren't the course's all that `changes` don't give; demo runs, made for CPUs, keep
+    theirs.
+    """
+    is_asked = prompts.is_own and run.mode != "demo"
+    values = dict.fromkeys(AUTO_FIELDS, AUTO) | changes if is_asked else vars(run.recipe)
+    return [name for name in AUTO_FIELDS if values[name] == AUTO]
 
 
 def check_same(run, data, base):

@@ -244,7 +244,7 @@ def bench_train(config, folder, arguments):
     )
     if not util.is_first_process():
         return
-    record = items.read_json(config.run_folder(run) / "run.json")
+    record = items.read_json(config.project.folder(run) / "run.json")
     step, excess = clock.step_seconds(steps // 3)
     passes = 2  # the backward pass costs as much as the forward: the base is frozen
     flop_per_s = passes * FLOP_PER_TOKEN * TRAIN_TOKENS * batch / step
@@ -301,7 +301,7 @@ def descriptions(n, seed):
 
 def bench_prepare(config, folder, arguments):
     """Published items of a name, as they come from the Hub: here the name is that of a folder."""
-    data = folder / config.data_user / config.dataset_name.replace("prompts_", "")
+    data = folder / config.data_user / config.dataset_folder.name.replace("prompts_", "")
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir(parents=True)
     sizes = {"train": arguments.size, "validation": 1000, "test": 1000}

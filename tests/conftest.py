@@ -49,6 +49,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+import app
 import child
 import util
 from app import RECIPES, RunConfig, build_quant_config
@@ -353,8 +354,8 @@ def build(tiny_base, prepared, tmp_path):
     def build(mode="lite", seed=1, micro_batch=None, fast=True, base=tiny_base, **changes):
         folders.append(tmp_path / f"built-{len(folders) + 1}")
         config = RunConfig(base_model=base, local=True, output_dir=str(folders[-1]))
-        run = util.new_run(config, mode, RECIPES[mode], True, changes | {"seed": seed})
-        base = config.open_base()
+        run = app.new_run(config, mode, RECIPES[mode], True, changes | {"seed": seed})
+        base = app.open_base(config)
         data = util.make_training_data(splits, base.tokenizer, run.recipe.val_size)
         plan = util.make_plan(base, run, data, False, micro_batch, fast)
         model = util.load_base(base, plan, build_quant_config(True, False, plan.dtype))

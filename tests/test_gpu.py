@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 
+import app
 import bench
 import util
 from app import RECIPES, RunConfig, build_quant_config, detect_bf16_support
@@ -55,8 +56,8 @@ def build(base_folder, splits, tmp_path):
     def build(fast=True, micro_batch=None, **changes):
         folder = tmp_path / str(len(plans))
         config = RunConfig(base_model=str(base_folder), local=True, output_dir=str(folder))
-        run = util.new_run(config, "gpu", RECIPES["lite"], True, SETTINGS | changes)
-        base = config.open_base()
+        run = app.new_run(config, "gpu", RECIPES["lite"], True, SETTINGS | changes)
+        base = app.open_base(config)
         data = util.make_training_data(splits, base.tokenizer, run.recipe.val_size)
         plan = util.make_plan(base, run, data, True, micro_batch, fast)
         model = util.load_base(base, plan, build_quant_config(True, True, plan.dtype))
@@ -236,9 +237,7 @@ def test_out_of_memory_resumes(build, monkeypatch):
         return forward(self, *arguments, **options)
 
     monkeypatch.setattr(util.PriceTrainer, "compute_loss", allocate_too_much)
-    config = RunConfig(base_model="-", local=True)
-    run = util.Run(util.Path(trainer.args.output_dir), "gpu", "price", "lite", "-", None, 1)
-    run.resume_command = config.resume_command("gpu")
+    run = util.Run(util.Path(trainer.args.output_dir), "gpu", "price", "lite")
     smaller_plan = util.fit(trainer, run, build.plans[-1])
     assert smaller_plan.micro_batch == 8
     assert util.newest_checkpoint(run.folder).endswith("checkpoint-3")

@@ -565,7 +565,7 @@ def plan_for(large_base, monkeypatch):
     def plan_for(available, micro_batch=None, **changes):
         monkeypatch.setattr(util, "memory", lambda: util.Memory(0, available, 0))
         config = app.RunConfig(base_model=large_base.path, lite_mode=True, local=True)
-        run = util.new_run(config, "planned", app.RECIPES["lite"], True, changes)
+        run = app.new_run(config, "planned", app.RECIPES["lite"], True, changes)
         data = SimpleNamespace(lengths=LENGTHS)
         return util.make_plan(large_base, run, data, False, micro_batch)
 

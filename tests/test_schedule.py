@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import app
 import util
 from app import RECIPES, RunConfig
 from conftest import read
@@ -85,8 +86,8 @@ def test_own_data_choose_what_is_not_given(tiny_base, tmp_path, mode, is_own, ch
     """The course's data keep its recipe, and the demo its own, which is made for CPUs."""
     config = RunConfig(base_model=tiny_base, local=True, output_dir=str(tmp_path))
     config.lite_mode, config.demo_mode = mode == "lite", mode == "demo"
-    run = util.new_run(config, "run", RECIPES[mode], True, changes)
-    assert util.auto_fields(run, changes, SimpleNamespace(is_own=is_own)) == expected
+    run = app.new_run(config, "run", RECIPES[mode], True, changes)
+    assert util.auto_fields(run, SimpleNamespace(is_own=is_own), changes) == expected
 
 
 def test_plan_states_the_schedule(call, shared, project):

@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset
 
 import util
-from app import RunConfig
 from items import COURSE_SCALE, UserError, demo_items, write_json, write_manifest, write_table
 from util import color, compare_guesses, evaluate, headline, metrics, parse_price
 
@@ -492,7 +491,6 @@ def test_projects_see_own_runs_only(tmp_path):
     for project, run in (("price", "a"), ("price-lab", "b"), ("price", "lab-c")):
         folder = tmp_path / f"{project}-{run}"
         folder.mkdir()
-        (folder / "run.json").write_text(json.dumps({"run": run, "project": project}))
+        (folder / "run.json").write_text(json.dumps({"run": run, "mode": "lite", "recipe": {}}))
     for project, runs in (("price", {"a", "lab-c"}), ("price-lab", {"b"}), ("other", set())):
-        config = RunConfig(project_name=project, output_dir=str(tmp_path))
-        assert util.read_records(config).keys() == runs
+        assert util.Project(tmp_path, project).records.keys() == runs
