@@ -580,7 +580,9 @@ def train_model(
     """
     # 1) Open a new run or one to resume
     util.join_processes()
-    changes |= {} if seed is None else {"seed": seed}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if seed is not None:
+        changes["seed"] = seed
     name = datetime.now().strftime("%Y-%m-%d_%H.%M.%S")
     name = util.broadcast(name if config.mode == "full" else f"{name}-{config.mode}")
     with util.PartialState().main_process_first():

@@ -63,7 +63,7 @@ def build(base_folder, splits, tmp_path):
         model = util.load_base(base, plan, build_quant_config(True, True, plan.dtype))
         plan = util.check_plan(plan, model, base, data, run)
         run.folder.mkdir(parents=True)
-        run.begin(plan)
+        run.follow(plan)
         plans.append(plan)
         return util.build_trainer(model, base.tokenizer, data, run, plan, util.StopOnSignal())
 
