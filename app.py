@@ -389,6 +389,7 @@ def stage(function):
             raise TypeError(f"{config!r} isn't a RunConfig, such as RunConfig(demo_mode=True)")
         with warnings.catch_warnings():
             set_up_libraries()
+            items.probe_hub.cache_clear()  # the Hub is asked once in a stage whether it is there
             values = check_values(config, values | values.pop("changes", {}))
             try:
                 return function(config, **values)
@@ -430,11 +431,11 @@ def find_prompts(config, trained_on=None):
     another dataset on the Hub; that dataset; the own account's; the course's.
     """
     folder = config.dataset_folder
-    about = items.read_about(folder)  # {} if there is none
+    about = items.read_about(folder)  # {} if it can't be read
     place, reason = f"{DEFAULT_DATA_USER}/{folder.name}", "the course's"
     if config.data_user:
         place, reason = f"{config.data_user}/{folder.name}", "data_user"
-    elif about and trained_on in (None, about.get("hub")):
+    elif folder.exists() and trained_on in (None, about.get("hub")):
         place, reason = folder, "the local copy that prepare left"
     elif trained_on:
         place, reason = trained_on, "the run was trained on it"
@@ -482,6 +483,9 @@ def find_run(config, name, hf_user=None, revision=None, is_finished=True):
         on_hub = f"{login_huggingface(hf_user)}/{folder.name}"
     with saying_how_to_resume(config, name):
         run = config.project.open(name, config.mode, is_finished, on_hub, revision)
+    if run.adapter and not (run.base_model or config.base_model):
+        text = f"{name}: its adapter_config.json names no base model. Give it by `base_model`."
+        raise items.UserError(text)
     return replace(run, recipe=run.recipe and Recipe.from_record(run.recipe))
 
 
@@ -550,6 +554,7 @@ def prepare_prompts(
         util.save_figure(util.data_chart(counts["train"], about), new, "prepare.png")
         items.write_manifest(new)
     print(f"Saved: {folder}{replaced}")
+    print(items.dropped_warning(sum(about["kept"].values()), about["dropped"]), end="")
     if account:
         items.push_prompts(f"{account}/{folder.name}", prompts, folder, about)
     return folder
@@ -611,7 +616,7 @@ def train_model(
 
         # 3) Train: resumes, stops on signals, takes another plan if memory runs out; then push
         quant_config = build_quant_config(run.use_4bit, use_bf16, plan.dtype)
-        with util.claimed(run):
+        with util.claimed(run, is_new=resume is None):
             trainer = util.train(base, run, data, plan, quant_config)
             util.save_run(run, trainer)
         return push(config, run)
@@ -696,7 +701,8 @@ def evaluate_model(
     is_others = run.account and not config.local and run.account not in items.own_accounts()
     folder, differences = util.evaluation_folder(run, data, base, bool(is_others or revision))
     if differences:
-        print(f"Not the run's own, so unpublished, in {folder}: {'; '.join(differences)}")
+        reasons = "; ".join(differences)
+        print(f"Not the run's own evaluation, so it stays in {folder}, unpublished: {reasons}")
     earlier_guesses = util.read_earlier(config.project, earlier, rows, decode, base)
 
     # 2) Read its answers and the untouched base's
@@ -984,10 +990,14 @@ def main(argv=None) -> None:
     set_up_libraries()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, exit_on_signal)
-    if name != "train" and int(os.environ.get("RANK", 0)) > 0:
-        return  # only the first process prepares and evaluates
+    if int(os.environ.get("RANK", 0)) > 0:  # only the first process prepares, evaluates and prints
+        if name != "train":
+            return
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        os.environ["TQDM_DISABLE"] = "1"
     code = 1
     try:
+        items.probe_hub.cache_clear()
         function.__wrapped__(config, **given)
         return
     except ModuleNotFoundError as error:
@@ -1000,7 +1010,7 @@ def main(argv=None) -> None:
     except Exception as error:
         if not items.is_disk_full(error):
             raise
-        text = "the disk is full, or your quota on it. What was there before is unchanged."
+        text = "the disk is full, or your quota or a limit on files is reached. Make room first."
     for line in text.splitlines():
         print(f"app.py {name}: {line}", file=sys.stderr)
     sys.exit(code)

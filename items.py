@@ -120,6 +120,8 @@ class Stopped(ShownInOneLine, KeyboardInterrupt):
     `main` prints it and exits with `code`, the one that shells expect.
     """
 
+    resumes = True
+
     def __init__(self, text, code=128 + signal.SIGINT):
         super().__init__(text)
         self.code = code

@@ -2326,6 +2326,7 @@ def training_log(trainer):
 # 6. Runs
 
 LOCKS = ".locks"  # the folder of the runs' locks, beside them
+RESULTS = ("steps", "val_rows", "history", "calibration", "seconds", "peak_memory_bytes")  # of it
 UNTOUCHED = "base"  # what an evaluation calls the untouched base model
 WANDB_MODES_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 
@@ -2482,7 +2483,10 @@ class Project:
             return Run(folder, name, self.name, mode)
         if not on_hub and name not in self.records and not self.has(name):
             known = ", ".join(self.records) or "no runs"
-            raise items.UserError(f"{name}: no such run in {self.place}. There are: {known}.")
+            raise items.UserError(
+                f"{name}: no such run in {self.place}. There are: {known}. One on the Hub needs "
+                "HF_TOKEN, or a login, and no `local`."
+            )
         if not is_finished:
             if on_hub and name not in self.records:
                 fetch_run(on_hub, local_dir=folder)
@@ -2541,28 +2545,32 @@ def newest_checkpoint(folder, say=print):
 
 
 def read_record(folder):
-    """What a folder's run.json holds, {} if there is none; prints why one is skipped."""
+    """What a folder's run.json holds, or its checked copy in the newest checkpoint, or {}."""
+    problem = None
     try:
         record = items.read_json(folder / "run.json")
-        if not record or {"run", "mode", "recipe"} <= record.keys():
+        if {"run", "mode", "recipe"} <= record.keys():
             return record
-        problem = "is no run's"
+        problem = "is no run's" if record else None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         problem = f"can't be read ({error})"
-    print(f"{folder / 'run.json'} {problem}: skipped")
-    return {}
+    checkpoint = newest_checkpoint(folder, say=str)
+    if problem:
+        print(f"{folder / 'run.json'} {problem}: {'its copy counts' if checkpoint else 'skipped'}")
+    return read_record(Path(checkpoint)) if checkpoint else {}
 
 
 def resumable_run(folder):
-    """The Run to resume in a folder, by the checked copy of its record in its newest checkpoint.
+    """The Run to resume in a folder, by the settings that its newest checkpoint was trained with.
 
     Raises UserError if it has no record, or if another process is training it.
     """
     record = read_record(folder)
     checkpoint = newest_checkpoint(folder, say=str)  # it is said when training begins
-    kept = read_record(Path(checkpoint)) if checkpoint else {}
-    if kept and kept != record and not has_adapter(folder):
-        print(f"{folder / 'run.json'} differs from its copy in {checkpoint}, which counts")
+    kept = read_record(Path(checkpoint)) if checkpoint else record
+    changed = [name for name in kept if name not in RESULTS and kept[name] != record.get(name)]
+    if changed and not has_adapter(folder):
+        print(f"{folder / 'run.json'}: {', '.join(changed)} as in {checkpoint}, which is checked")
         record = kept
     if not record:
         raise items.UserError(f"{folder}: has no run.json, without which no run can be resumed.")
@@ -2615,7 +2623,7 @@ def lock_run(folder):
 
 
 @contextmanager
-def claimed(run):
+def claimed(run, is_new):
     """Makes a new run's folder, and locks it as long as the run is trained, by one process."""
     if not is_first_process():
         yield
@@ -2623,6 +2631,9 @@ def claimed(run):
     lock = lock_run(run.folder)
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
+        if is_new and any(run.folder.iterdir()):
+            text = f"`run_name` {run.name}: another training has just begun by this name."
+            raise items.UserError(f"{text} Give another name.")
         run.write()
         if run.wandb:
             start_wandb(run)
