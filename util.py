@@ -2326,7 +2326,11 @@ def training_log(trainer):
 # 6. Runs
 
 LOCKS = ".locks"  # the folder of the runs' locks, beside them
-RESULTS = ("steps", "val_rows", "history", "calibration", "seconds", "peak_memory_bytes")  # of it
+# Fields of run.json that say where a run goes and what came of it, not how it is trained
+OTHER_FIELDS = (
+    *("hub", "wandb", "steps", "val_rows", "history"),
+    *("calibration", "seconds", "peak_memory_bytes"),
+)
 UNTOUCHED = "base"  # what an evaluation calls the untouched base model
 WANDB_MODES_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 
@@ -2568,7 +2572,7 @@ def resumable_run(folder):
     record = read_record(folder)
     checkpoint = newest_checkpoint(folder, say=str)  # it is said when training begins
     kept = read_record(Path(checkpoint)) if checkpoint else record
-    changed = [name for name in kept if name not in RESULTS and kept[name] != record.get(name)]
+    changed = [name for name in kept if name not in OTHER_FIELDS and kept[name] != record.get(name)]
     if changed and not has_adapter(folder):
         print(f"{folder / 'run.json'}: {', '.join(changed)} as in {checkpoint}, which is checked")
         record = kept
