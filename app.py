@@ -16,8 +16,7 @@ Environment: HF_TOKEN (to use the Hub), WANDB_API_KEY (optional, for --log-wandb
 (`hf auth login`, `wandb login`) count, too.
 """
 
-# This file is the workflow: arguments, configuration, environment, which data and which run, the
-# three stages, the command line. The engine behind it is in util.py, the data in items.py.
+# This file is the workflow; the engine behind it is in util.py, the data in items.py.
 
 import argparse
 import difflib
@@ -308,8 +307,8 @@ def get_env(name: str, required: bool = False) -> str | None:
     if required and not value:
         raise items.UserError(
             f"{name} is not set, no login is saved, and the Hub is needed: `hf auth login`, or "
-            f"`export {name}=…` (on Colab: a secret of that name), or add `local` to stay on this "
-            "machine. To try the program without account and GPU, add `demo_mode`."
+            f"`export {name}=…` (on Colab: a secret of that name). `local` stays on this machine; "
+            "`demo_mode` tries the program without account and GPU."
         )
     return value
 
@@ -326,10 +325,8 @@ def login_huggingface(namespace: str | None = None, write: bool = False) -> str:
         return namespace  # so that what is cached needs no Hub
     own, others = items.look_up_accounts(write)
     if write and namespace not in (None, own, *others):
-        raise items.UserError(
-            f"{namespace}: {items.token_name()} belongs to {own} and may not write there. Name "
-            "another account."
-        )
+        text = f"{namespace}: {items.token_name()} belongs to {own} and may not write there."
+        raise items.UserError(f"{text} Name another account.")
     return namespace or own
 
 
@@ -473,19 +470,18 @@ def find_run(config, name, hf_user=None, revision=None, is_finished=True):
     Without a name it is the newest such local run of the project, and of the mode if one was asked
     for. A run that isn't on disk is fetched from the Hub, as is one at a `revision`.
     """
+    project = config.project
     mode = None if config.mode == "full" else config.mode
-    name = config.project.short(name or config.project.newest(is_finished, mode))
-    folder = config.project.folder(name)
-    print(f"Run: {folder.name}")
+    name = project.short(name or project.newest(is_finished, mode))
+    print(f"Run: {project.folder(name).name}")
     has_account = not config.local and get_env("HF_TOKEN")
     on_hub = None
-    if has_account and name != util.UNTOUCHED and (revision or not config.project.has(name)):
-        on_hub = f"{login_huggingface(hf_user)}/{folder.name}"
+    if has_account and name != util.UNTOUCHED and (revision or not project.has(name)):
+        on_hub = f"{login_huggingface(hf_user)}/{project.folder(name).name}"
     with saying_how_to_resume(config, name):
-        run = config.project.open(name, config.mode, is_finished, on_hub, revision)
+        run = project.open(name, config.mode, is_finished, on_hub, revision)
     if run.adapter and not (run.base_model or config.base_model):
-        text = f"{name}: its adapter_config.json names no base model. Give it by `base_model`."
-        raise items.UserError(text)
+        raise items.UserError(f"{name}: names no base model. Give it by `base_model`.")
     return replace(run, recipe=run.recipe and Recipe.from_record(run.recipe))
 
 
@@ -627,8 +623,7 @@ def train_model(
 def check_all(config, run, hf_user, use_bf16, micro_batch, changes):
     """(util.TrainingData, util.Base) of a run. Records data, base and name on the Hub in the run.
 
-    Checks everything that can be known to fail before weights are read, and raises one UserError
-    that names all problems.
+    Checks everything that can fail before weights are read; raises one UserError for all problems.
     """
     account = None
     if not config.local:
@@ -805,18 +800,13 @@ def export_model(
 # ------------------------------------------------------------------------------------------------
 # Command line
 
+OWN_FILE_FLAGS = "--source --input"  # as `prepare` and as `eval` call it
 ARGUMENTS = {
     "cutoff": Argument("tokens kept of title, category and text together", at_least(1)),
     "hf_dataset_user": Argument("whose account the prompts go to (default: the token's own)"),
-    "source": Argument(
-        "your own CSV, TSV, JSON or Parquet file (default: the course's)", flag="--source --input"
-    ),
+    "source": Argument("your CSV, TSV, JSON or Parquet file (default: none)", flag=OWN_FILE_FLAGS),
     "columns": Argument(
-        "the file's columns for title, price, text and category, such as title=Name (default: the "
-        "usual names; eval: first those of the data that the run was trained on)",
-        column,
-        nargs="+",
-        metavar="ROLE=NAME",
+        "ROLE=NAME for title, price, text, category (default: usual names)", column, nargs="+"
     ),
     "decimal": Argument("the file's decimal sign (default: as its prices show)", choices=". ,"),
     "unit": Argument("money that a step of 0 … 999 is (default: suits the prices)", power_of_ten),
@@ -824,21 +814,15 @@ ARGUMENTS = {
     "hf_user": Argument("whose account the adapter is in, or goes to (default: the token's own)"),
     "log_wandb": Argument("log to Weights & Biases, needs its login (default: off)", bool),
     "run_name": Argument("the run; eval: or `base` (default: date and time; newest)", plain_name),
-    "use_4bit": Argument(
-        "hold the base in 8 bits (default: 4)", bool, const=False, flag="--no-4bit"
-    ),
-    "resume": Argument(
-        "resume a run (default: the newest unfinished), or push a finished one", nargs="?", const=""
-    ),
+    "use_4bit": Argument("hold the base in 8 bits, not 4", bool, const=False, flag="--no-4bit"),
+    "resume": Argument("resume or push a run (default: the newest)", nargs="?", const=""),
     "dry_run": Argument("check everything, print the plan and stop (default: train)", bool),
     "micro_batch": Argument("rows computed at once by a process (default: what fits)", at_least(1)),
     "revision": Argument("the adapter's commit on the Hub (default: the newest)"),
     "size": Argument("test items", at_least(1, word="all"), metavar="N|all"),
     "compare_base": Argument("evaluate the base, too (default: only of the demo's runs)", bool),
     "decode": Argument("answer by median or mean, or generate", choices="median mean greedy"),
-    "earlier": Argument(
-        "evaluated runs to compare with (default: none)", plain_name, nargs="+", flag="--compare"
-    ),
+    "earlier": Argument("evaluated runs (default: none)", plain_name, nargs="+", flag="--compare"),
     "text": Argument("price the item of this description (default: evaluate)"),
     "output": Argument("also write the guesses, CSV or JSONL (default: the screen only)"),
     "folder": Argument("write a merged 16-bit model there (default: evaluate)", flag="--export"),
@@ -865,12 +849,11 @@ def defaults_of(function):
 
 def describe_default(one):
     """The default of a field of Recipe or RunConfig as text, in each mode if they differ."""
-    none = one.metadata["none"]
-    modes = one.metadata["modes"]
-    texts = [none if value is None else str(value) for value in modes.values()]
-    if len(set(texts)) == 1:
-        return texts[0].replace("False", "off")
-    return ", ".join(f"{mode} {text}" for mode, text in zip(modes, texts, strict=True))
+    none, modes = one.metadata["none"], one.metadata["modes"]
+    texts = {mode: none if value is None else str(value) for mode, value in modes.items()}
+    if len(set(texts.values())) == 1:
+        return texts["lite"].replace("False", "off")
+    return ", ".join(f"{mode} {text}" for mode, text in texts.items())
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -884,8 +867,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         fromfile_prefix_chars="@",
-        epilog="@FILE reads arguments from a text file, in which # starts a comment. With data of "
-        "your own epochs, batch size, learning rate and price loss are chosen unless given.",
+        epilog="@FILE reads arguments from a file. With data of your own, epochs, batch size, "
+        "learning rate and price loss are chosen by rows and base model unless they are given.",
     )
     parser.convert_arg_line_to_args = partial(shlex.split, comments=True)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="{prepare,train,eval}")
@@ -947,10 +930,7 @@ def parse_arguments(argv):
 
 
 class LastingFile(io.FileIO):
-    """Standard output or standard error that ends no stage: what can't be written is discarded.
-
-    As after `| head`, on a full disk or behind a closed terminal.
-    """
+    """Standard output or error that ends no stage, as after `| head`: the rest is discarded."""
 
     def write(self, data):
         with suppress(OSError):
@@ -1003,10 +983,8 @@ def main(argv=None) -> None:
         function.__wrapped__(config, **given)
         return
     except ModuleNotFoundError as error:
-        text = (
-            f"{error.name} is not installed for {sys.executable}. Activate the virtual environment "
-            "(`. .venv/bin/activate`), or `python -m pip install -r requirements.txt`."
-        )
+        text = f"{error.name} is not installed for {sys.executable}. Activate the virtual "
+        text += "environment, or `python -m pip install -r requirements.txt`."
     except (items.UserError, items.Stopped) as error:
         text, code = re.sub(r"`(\w+)`", with_flags, str(error)), error.code
     except Exception as error:
