@@ -2694,7 +2694,7 @@ def save_run(run, trainer):
     items.sync(run.folder)
     new.rmdir()
     print(
-        f"Trained to step {run.steps:,} in {run.seconds['train']:,.0f} s; "
+        f"Trained to step {run.steps:,} in {run.seconds.get('train', 0):,.0f} s; "
         f"the adapter is in {run.folder}"
     )
 
