@@ -488,9 +488,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def is_disk_full(error):
     """Whether a full disk, a used-up quota or a limit on files is the reason of an exception.
 
-    Libraries in C++ and Rust have no errno: the system's words are in their texts.
+    Libraries in C++ and Rust have no errno: the system's words are in their texts, or PyTorch's.
     """
-    words = [os.strerror(number) for number in DISK_FULL]
+    words = ["PytorchStreamWriter failed", "unexpected pos ", *map(os.strerror, DISK_FULL)]
     return any(
         getattr(one, "errno", None) in DISK_FULL or any(word in str(one) for word in words)
         for one in causes(error)

@@ -19,7 +19,6 @@ begins.
 """
 
 import csv
-import errno
 import gc
 import inspect
 import io
@@ -1649,25 +1648,17 @@ def layers_of_each_kind(model, endings):
 # ------------------------------------------------------------------------------------------------
 # 5. Training
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-FORWARDED_WITHIN = 5  # seconds in which torchrun forwards a signal that a process got as well
-MOST_SKIPPED = 10  # logged steps in a row that fp16's scaler may skip
-# What torch.save raises when its file can't be written to the end; it doesn't say why
-PYTORCH_CANT_WRITE = ("PytorchStreamWriter failed", "unexpected pos ")
-LOGGED = ("loss", "price_loss", "grad_norm", "learning_rate", "eval_loss", "eval_mae")
-
 
 def join_processes():
     """Connects the processes that a launcher started, and gives each its GPU."""
-    on_gpu = torch.cuda.is_available()
+    gpus = torch.cuda.device_count()
     if world_size() > 1:
         # gloo is for what the processes tell each other outside of training
-        options = {"backend": "cuda:nccl,cpu:gloo"} if on_gpu else {}
+        options = {"backend": "cuda:nccl,cpu:gloo"} if gpus else {}
         timeout = timedelta(hours=2)  # the first process may have much to download
-        PartialState(cpu=not on_gpu, timeout=timeout, **options)
-        print(f"Processes: {world_size()}, each with its {'GPU' if on_gpu else 'share of the CPU'}")
-    elif torch.cuda.device_count() > 1:
-        print(f"GPUs: one of {torch.cuda.device_count()}; torchrun starts a process for each")
+        PartialState(cpu=not gpus, timeout=timeout, **options)
+    elif gpus > 1:
+        print(f"GPUs: one of {gpus}; torchrun starts a process for each")
 
 
 def broadcast(value):
@@ -1680,19 +1671,14 @@ class TrainingData:
     """What a run trains and validates on."""
 
     train: object  # Dataset of input_ids and labels
-    val_tokens: object  # the same of the validation rows
-    val_rows: list  # the validation rows, of prompt and completion
+    val_rows: list  # of prompt and completion
     lengths: numpy.ndarray  # tokens of each training row
     spread: float  # money: mean absolute deviation of the training prices from their median
     scale: items.PriceScale  # that the prompts name
 
 
 def prepare_training(run, prompts, base, use_bf16, micro_batch, changes):
-    """The TrainingData of a run, in which data and base are recorded.
-
-    Raises UserError for a recipe that can't be trained here, and for other data or another base
-    than an earlier run's.
-    """
+    """The TrainingData of a run, in which data and base are recorded, or a UserError."""
     if not run.data:
         run.auto = auto_fields(run, prompts, changes)
         rows = len(prompts.splits["train"])
@@ -1701,50 +1687,34 @@ def prepare_training(run, prompts, base, use_bf16, micro_batch, changes):
     check_tokenizer(base.path, base.tokenizer, prompts.scale)
     check_recipe(run.recipe, base, prompts.scale, use_bf16, micro_batch)
     data = describe_data(prompts)
-    check_same(run, data, base)
+    if run.data and run.data["fingerprint"] != data["fingerprint"]:
+        old, new = [f"{one['source']} ({one['fingerprint']})" for one in (run.data, data)]
+        raise items.UserError(f"`resume` {run.name}: data was {old} and is {new}.")
+    if run.base_identity not in (None, base.identity):
+        old, new = f"{run.base_model} ({run.base_identity})", f"{base.name} ({base.identity})"
+        raise items.UserError(f"`resume` {run.name}: its base model was {old} and is {new}.")
     run.data, run.base_identity = data, base.identity
     return make_training_data(prompts.splits, base.tokenizer, run.recipe.val_size)
 
 
 def auto_fields(run, prompts, changes):
-    """The fields of a new run's recipe that choose_schedule is to set, a list.
-
-    Of data that aren't the course's all that `changes` don't give; demo runs, made for CPUs, keep
-    theirs.
-    """
+    """The fields of a new run's recipe to choose: with own data all that `changes` don't give."""
+    # Demo runs are made for CPUs
     is_asked = prompts.is_own and run.mode != "demo"
     values = dict.fromkeys(AUTO_FIELDS, AUTO) | changes if is_asked else vars(run.recipe)
     return [name for name in AUTO_FIELDS if values[name] == AUTO]
 
 
-def check_same(run, data, base):
-    """Raises UserError if data or base are not those that a resumed run began with."""
-    if run.data and run.data["fingerprint"] != data["fingerprint"]:
-        old, new = [f"{one['source']} ({one['fingerprint']})" for one in (run.data, data)]
-        raise items.UserError(f"`resume` {run.name}: data was {old} and is {new}.")
-    if run.base_identity not in (None, base.identity):
-        raise items.UserError(
-            f"`resume` {run.name}: its base model was {run.base_model} ({run.base_identity}) and "
-            f"is {base.name} ({base.identity})."
-        )
-
-
 def make_training_data(splits, tokenizer, val_size):
     """The TrainingData of a dataset of prompts."""
     train = items.tokenise(splits["train"], tokenizer, "train")
-    val = items.tokenise(splits["val"], tokenizer, "val")
-    validation = range(min(val_size, len(val)))
-    val_rows = list(splits["val"].select(validation))
+    val_rows = list(splits["val"].select(range(min(val_size, len(splits["val"])))))
     spread = items.price_spread(splits["train"])
-    lengths, scale = items.row_lengths(train), scale_of_rows(val_rows)
-    return TrainingData(train, val.select(validation), val_rows, lengths, spread, scale)
+    return TrainingData(train, val_rows, items.row_lengths(train), spread, scale_of_rows(val_rows))
 
 
 def collate_padded(rows):
-    """The inputs of a micro-batch, padded on the right, where no causal model looks.
-
-    `logits_to_keep` are positions in the rows one after the other, here as of the PackedCollator.
-    """
+    """What a PackedCollator returns, but padded on the right, where no causal model looks."""
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     labels = [torch.tensor(row["labels"]) for row in rows]
     labels = pad_sequence(labels, batch_first=True, padding_value=items.IGNORED)
@@ -1756,34 +1726,25 @@ def collate_padded(rows):
     }
 
 
-@contextmanager
-def logits_only_at(model, positions):
-    """Lets the head compute logits at these positions of all rows only, as one row.
-
-    Models take positions that are the same in all rows, as `logits_to_keep`. TRL multiplies by the
-    head's weights itself, which is another model where logits are scaled or capped.
-    """
-
-    def choose(head, inputs):
-        return inputs[0].flatten(0, 1)[positions][None]
-
-    head = getattr(model, "module", model).get_output_embeddings()  # a DDP model's own
-    handle = head.register_forward_pre_hook(choose)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def summed_loss(model, inputs, price_loss=None):
     """The loss of a micro-batch, padded or packed: that of its completions' tokens, summed.
 
-    From the model's own logits. `price_loss` is a PriceLoss to add, or None.
+    The logits are the model's own, of these positions only: as `logits_to_keep` models take
+    positions that are the same in all rows, and TRL multiplies by the head's weights itself, which
+    is another model where logits are scaled or capped. `price_loss` is a PriceLoss, or None.
     """
     others = {name: inputs[name] for name in inputs if name not in ("labels", "logits_to_keep")}
     labels, kept = inputs["labels"].flatten(), inputs["logits_to_keep"]
-    with logits_only_at(model, kept):
+
+    def choose(head, hidden):
+        return hidden[0].flatten(0, 1)[kept][None]
+
+    head = getattr(model, "module", model).get_output_embeddings()  # a DDP model's own
+    hook = head.register_forward_pre_hook(choose)
+    try:
         logits = model(**others, use_cache=False).logits.flatten(0, 1)
+    finally:
+        hook.remove()
     if len(logits) != len(kept):  # the model has another way to its head
         logits = logits[kept]
     logits, targets = logits.float(), labels[kept + 1]
@@ -1797,9 +1758,8 @@ def summed_loss(model, inputs, price_loss=None):
 class PriceLoss:
     """What is added to the cross-entropy of a step: weight × CRPS / spread, summed over rows.
 
-    So the weight means the same in every catalogue. The sum is divided by the step's tokens, as the
-    cross-entropy is. Lowers the error of the median: training for the score of the distribution
-    that is read, not of tokens only (RAFT, ICLR 2025; arXiv 2501.19383).
+    So the weight means the same in every catalogue. It trains for the score of the distribution
+    that is read, not of tokens only, which lowers the median's error (RAFT, arXiv 2501.19383).
     """
 
     weight: float
@@ -1808,11 +1768,8 @@ class PriceLoss:
     latest: torch.Tensor | None = None  # of the last micro-batch, without gradient
 
     def of_tokens(self, logits, targets, is_first):
-        """The loss of logits, tokens × vocabulary.
-
-        `targets` are the tokens that follow, `is_first` says which of these begin a completion. All
-        tokens are computed, and most weighted with 0: choosing some would mean waiting for the GPU.
-        """
+        """The loss of logits, tokens × vocabulary, that `targets` follow."""
+        # Only those count that begin a completion; to choose them would mean waiting for the GPU
         is_truth = targets[:, None] == self.number_ids
         reached = logits[:, self.number_ids].softmax(-1).cumsum(-1)
         # CRPS: ∑ (F(n) − [n ≥ truth])², in whole units (Gneiting & Raftery 2007)
@@ -1823,10 +1780,7 @@ class PriceLoss:
 
 
 class PriceTrainer(SFTTrainer):
-    """SFTTrainer with our loss, that also validates by the mean absolute error.
-
-    It comes from the same forward pass as the validation loss.
-    """
+    """SFTTrainer with our loss, that also validates by the mean absolute error."""
 
     def __init__(self, *, val_rows, stopper, in_tree, price_loss=None, **options):
         super().__init__(**options)
@@ -1834,7 +1788,6 @@ class PriceTrainer(SFTTrainer):
         self.sums = torch.zeros(2, device=self.args.device)  # losses and price losses to be logged
         self.val_rows = val_rows  # of prompt and completion
         self.stopper = stopper
-        self.has_begun = False  # a step; before it a checkpoint may be loaded
         self.validated = (None, [])  # step, Estimates of the validation rows
         prefix = scale_of_rows(val_rows).prefix
         self.reader = PriceReader(self.model, self.processing_class, in_tree, prefix)
@@ -1844,18 +1797,13 @@ class PriceTrainer(SFTTrainer):
         self.accelerator.ddp_handler.gradient_as_bucket_view = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of a micro-batch's share of a step.
-
-        TRL's also measures entropy and accuracy, and waits for the GPU each time.
-        """
-        self.has_begun = True
+        """A micro-batch's share of a step's loss. TRL's also waits for the GPU, to measure more."""
         torch.compiler.cudagraph_mark_step_begin()  # the last step's tensors may be overwritten
-        loss = summed_loss(model, inputs, self.price_loss)
         # DDP averages the processes' gradients, each of which is a share of the whole batch's
-        loss = loss / num_items_in_batch * world_size()
+        loss = summed_loss(model, inputs, self.price_loss) / num_items_in_batch * world_size()
         if self.price_loss:
-            share = self.price_loss.latest / num_items_in_batch * world_size()
-            self.sums += torch.stack([loss.detach(), share])
+            price_loss = self.price_loss.latest / num_items_in_batch * world_size()
+            self.sums += torch.stack([loss.detach(), price_loss])
         return loss
 
     def log(self, logs, start_time=None):
@@ -1868,24 +1816,15 @@ class PriceTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def evaluate(self, *_, **__):
-        """Logs and returns the loss per completion token and the median price's error, in money.
-
-        Each process computes them for all validation rows.
-        """
+        """Logs and returns the loss per completion token and the median price's error, in money."""
         answers = self.read_validation()
-        self.validated = (self.state.global_step, [estimate for _, estimate in answers])
         losses = [loss for losses_of_row, _ in answers for loss in losses_of_row]
         guesses = [estimate.guess for _, estimate in answers]
-        truths = [truth_of(row) for row in self.val_rows]
-        figures = {
-            "eval_loss": sum(losses) / len(losses),
-            "eval_mae": metrics(guesses, truths)["mae"],
-        }
-        self.log(figures)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, figures
-        )
-        return figures
+        mae = metrics(guesses, [truth_of(row) for row in self.val_rows])["mae"]
+        found = {"eval_loss": sum(losses) / len(losses), "eval_mae": mae}
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
 
     def read_validation(self):
         """[(losses of the completion's tokens, Estimate)] of the validation rows."""
@@ -1899,23 +1838,14 @@ class PriceTrainer(SFTTrainer):
         # Not compiled: many shapes, few batches
         with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
             answers, _ = predict(read, self.val_rows, self.reader.batch_size, name=None)
+        self.validated = (self.state.global_step, [estimate for _, estimate in answers])
         return answers
 
     def calibrate(self):
         """The calibration of the trained model's intervals on its validation rows."""
-        step, estimates = self.validated
-        if step != self.state.global_step:
-            estimates = [estimate for _, estimate in self.read_validation()]
-        return calibrate([estimate.rank for estimate in estimates])
-
-    def save_last_step(self):
-        """Writes a checkpoint of the last finished step, after a later one has failed."""
-        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        if items.manifest_problem(folder) is None:  # it was saved already
-            return
-        self.model.zero_grad()
-        self._save_checkpoint(self.model, trial=None)  # there is no public way
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if self.validated[0] != self.state.global_step:
+            self.read_validation()
+        return calibrate([estimate.rank for estimate in self.validated[1]])
 
     def load_adapter(self, checkpoint):
         """Replaces the adapters by those of a checkpoint."""
@@ -1931,191 +1861,15 @@ class PriceTrainer(SFTTrainer):
             problem = items.manifest_problem(checkpoint)
             if problem is None:
                 self.load_adapter(checkpoint)
-                return
+                break
             print(f"{checkpoint.name}, the best, is skipped: {problem}")
 
     def create_model_card(self, *_, **__):
         """Nothing: TRL would write one with each checkpoint; ours comes with the adapter."""
 
 
-class StopOnSignal(TrainerCallback):
-    """Ends training after the step in which SIGINT or SIGTERM comes, with a checkpoint.
-
-    Several processes end after the next logged step, where they wait for each other anyway, so that
-    all end after the same one. A second signal does at once what it would without this.
-    `signal_number` is 0 until a signal comes.
-    """
-
-    def __init__(self):
-        self.signal_number = 0
-        self.received_at = 0.0
-        self.previous_handlers = {}
-
-    def on_train_begin(self, args, state, control, **_):
-        for number in SIGNALS:
-            self.previous_handlers.setdefault(number, signal.signal(number, self.on_signal))
-
-    def on_signal(self, number, frame):
-        is_forwarded = world_size() > 1 and time.time() < self.received_at + FORWARDED_WITHIN
-        if self.signal_number and not is_forwarded:
-            stop_at_once = self.previous_handlers[number]
-            if not callable(stop_at_once):
-                os._exit(128 + number)
-            stop_at_once(number, frame)  # ends the program, or in a notebook the cell
-        if self.signal_number:
-            return
-        self.signal_number = number
-        self.received_at = time.time()
-        step = b"this step" if world_size() == 1 else b"the next logged step"
-        # print can't be called while a print is interrupted; nobody may read what is written
-        with suppress(OSError):
-            os.write(2, b"\nSaving after %b, then stopping; once more to stop at once\n" % step)
-
-    def on_step_end(self, args, state, control, **_):
-        if world_size() > 1:
-            if not control.should_log:
-                return
-            received = torch.tensor(self.signal_number)
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-            if not self.signal_number:  # another process got it; torchrun may forward it yet
-                self.received_at = time.time()
-            self.signal_number = int(received)
-        if self.signal_number:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def restore_handlers(self):
-        """Gives signals back to who had them before the training."""
-        for number, handler in self.previous_handlers.items():
-            signal.signal(number, handler)
-        self.previous_handlers = {}
-
-
-class Checkpoints(TrainerCallback):
-    """Logs the loss with each checkpoint, records the time until then, and completes it.
-
-    A manifest comes last, after all processes have written their part. The run ends if a logged
-    number is not finite: so no checkpoint with such numbers is saved, and a resumed run loses no
-    part of a logged loss. Checking every step would mean waiting for the GPU in every step. In fp16
-    the scaler skips steps with such gradients, and lowers the scale: there only many in a row stop
-    the run.
-    """
-
-    def __init__(self, run):
-        self.run = run
-        self.skipped = 0
-        self.counted_at = time.time()  # until then, time is in the run's seconds
-
-    def on_train_begin(self, args, state, control, **_):
-        self.counted_at = time.time()
-
-    def on_step_end(self, args, state, control, **_):
-        control.should_log = control.should_log or control.should_save
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if "grad_norm" in logs:
-            self.skipped = 0 if math.isfinite(logs["grad_norm"]) else self.skipped + 1
-        bad = None
-        if not math.isfinite(logs.get("loss", 0)):
-            bad = "loss"
-        elif self.skipped >= (MOST_SKIPPED if args.fp16 else 1):
-            bad = "gradient"
-        if bad:
-            raise items.UserError(
-                f"step {state.global_step:,}: the {bad} is not finite, at learning rate "
-                f"{logs['learning_rate']:.1e}. Older checkpoints are complete. "
-                "Start again with a lower `learning_rate`."
-            )
-
-    def on_save(self, args, state, control, **_):
-        PartialState().wait_for_everyone()
-        self.counted_at = self.run.add_seconds("train", self.counted_at)
-        if is_first_process():
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-            self.run.write()
-            self.run.write(folder)  # should that one be damaged
-            items.write_manifest(folder)
-
-
-class PushCheckpoints(TrainerCallback):
-    """Keeps the newest checkpoint on the Hub, so that a run survives the loss of its machine.
-
-    One upload at a time, in the background, for at most 5 % of the time: a checkpoint of the full
-    recipe has 5 GB. That of a stop is always pushed, the last one never, since the adapter follows.
-    A failure is reported at the next save or at the end.
-    """
-
-    def __init__(self, name):
-        self.name = name
-        self.upload = None
-        self.next_upload_at = 0.0
-
-    def on_save(self, args, state, control, **_):
-        is_last = state.global_step >= state.max_steps
-        is_stop = control.should_training_stop and not is_last
-        is_busy = self.upload is not None and not self.upload.done()
-        is_too_early = is_busy or time.time() < self.next_upload_at
-        if is_last or (is_too_early and not is_stop):
-            return
-        self.report()
-        kept = [f"checkpoint-{state.global_step}"]
-        if state.best_model_checkpoint:
-            kept.append(Path(state.best_model_checkpoint).name)
-        self.upload = HfApi().run_as_future(self.push, args.output_dir, kept)
-
-    def push(self, folder, checkpoints):
-        """Uploads run.json and these checkpoints, the newest first; deletes others on the Hub."""
-        start = time.time()
-        with items.hub_errors(self.name):
-            HfApi().create_repo(self.name, private=True, exist_ok=True)
-            HfApi().upload_folder(
-                repo_id=self.name,
-                folder_path=folder,
-                allow_patterns=["run.json", *(f"{checkpoint}/*" for checkpoint in checkpoints)],
-                delete_patterns="checkpoint-*",
-                commit_message=checkpoints[0],
-            )
-        self.next_upload_at = time.time() + 19 * (time.time() - start)
-
-    def on_train_end(self, *_, **__):
-        self.report()
-
-    def report(self):
-        """Waits for the upload, and prints why it failed, if it did."""
-        error = self.upload.exception() if self.upload else None
-        if error:
-            print(f"Not pushed: {error} The next push includes it.")
-        self.upload = None
-
-
-class Progress(ProgressCallback):
-    """One bar for the steps, and a line for what is logged."""
-
-    def __init__(self, val_size, scale):
-        super().__init__()
-        self.val_size = val_size  # rows
-        self.scale = scale
-
-    def on_log(self, args, state, control, logs=None, **_):
-        error = self.scale.format(logs.get("eval_mae", 0.0))
-        texts = {
-            "loss": "loss {:.3f}",
-            "price_loss": "price loss {:.3f}",
-            "eval_loss": "validation loss {:.3f}",
-            "eval_mae": f"validation error {error} (n = {self.val_size})",
-            "learning_rate": "LR {:.1e}",
-        }
-        parts = [text.format(logs[name]) for name, text in texts.items() if name in logs]
-        if parts and self.training_bar is not None:
-            self.training_bar.write(f"step {state.global_step:>5}  {'  '.join(parts)}")
-
-
 def build_trainer(model, tokenizer, data, run, plan, stopper):
-    """The PriceTrainer of a run: LoRA on the quantised base, adapters in fp32.
-
-    The loss is that of completions only.
-    """
+    """The PriceTrainer of a run: LoRA on the quantised base, adapters in fp32."""
     recipe = run.recipe
     if plan.fp8:
         hold_in_fp8(model)
@@ -2124,7 +1878,6 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
         lora_alpha=recipe.lora_alpha or 2 * recipe.lora_r,
         target_modules=list(plan.targets),
         lora_dropout=recipe.lora_dropout,
-        bias="none",
         task_type="CAUSAL_LM",
     )
     collator = collate_padded
@@ -2143,7 +1896,7 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
         model=model,
         processing_class=tokenizer,
         train_dataset=data.train,
-        eval_dataset=data.val_tokens,
+        eval_dataset=data.train,  # not read, but asked for: PriceTrainer.evaluate has its own rows
         data_collator=collator,
         peft_config=with_fast_lora(lora_config) if plan.fast_lora else lora_config,
         args=training_arguments(run, plan),
@@ -2157,7 +1910,7 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     # The order matters: StopOnSignal requests a checkpoint, Checkpoints logs with it and completes
     # it for PushCheckpoints
-    for callback in (stopper, Checkpoints(run), Progress(len(data.val_rows), data.scale)):
+    for callback in (stopper, Checkpoints(run), ProgressCallback()):
         trainer.add_callback(callback)
     if run.hub and is_first_process():
         trainer.add_callback(PushCheckpoints(run.hub))
@@ -2177,7 +1930,6 @@ def training_arguments(run, plan):
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps or -1,
         per_device_train_batch_size=plan.micro_batch,
-        per_device_eval_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.accumulation,
         max_length=None,
         router_aux_loss_coef=0.0,  # of a mixture of experts: the routers are frozen
@@ -2206,7 +1958,7 @@ def training_arguments(run, plan):
         eval_steps=recipe.save_steps,
         save_strategy="steps",
         save_steps=recipe.save_steps,
-        save_total_limit=KEPT_CHECKPOINTS,
+        save_total_limit=10,
         # Protects the best checkpoint from being deleted; it is loaded by PriceTrainer.load_best
         metric_for_best_model="mae" if recipe.keep_best else None,
         greater_is_better=False,
@@ -2218,11 +1970,143 @@ def training_arguments(run, plan):
     return arguments
 
 
+# ------------------------------------------------------------------------------------------------
+# Training: callbacks and going on
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends training after the step in which SIGINT or SIGTERM comes, with a checkpoint.
+
+    A second signal does at once what it would without this. Several processes end after the next
+    logged step, where they wait for each other anyway, so that all end after the same one; torchrun
+    forwards signals that they got as well, so a second one does nothing there.
+    """
+
+    def __init__(self):
+        self.signal_number = 0  # until a signal comes
+        self.previous_handlers = {}
+
+    def on_train_begin(self, args, state, control, **_):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous_handlers.setdefault(number, signal.signal(number, self.on_signal))
+
+    def on_signal(self, number, frame):
+        if not self.signal_number:
+            self.signal_number = number
+            # print can't be called while a print is interrupted; nobody may read what is written
+            with suppress(OSError):
+                os.write(2, b"\nSaving, then stopping; once more to stop at once\n")
+        elif world_size() == 1:
+            stop_at_once = self.previous_handlers[number]
+            if not callable(stop_at_once):
+                os._exit(128 + number)
+            stop_at_once(number, frame)  # ends the program, or in a notebook the cell
+
+    def on_step_end(self, args, state, control, **_):
+        if world_size() > 1:
+            if not control.should_log:
+                return
+            received = torch.tensor(self.signal_number)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self.signal_number = int(received)
+        if self.signal_number:
+            control.should_save = control.should_training_stop = True
+
+    def restore_handlers(self):
+        """Gives signals back to who had them before the training."""
+        for number, handler in self.previous_handlers.items():
+            signal.signal(number, handler)
+        self.previous_handlers = {}
+
+
+class Checkpoints(TrainerCallback):
+    """Logs the loss with each checkpoint, records the time until then, and completes it.
+
+    The run ends if a logged number is not finite: so no checkpoint with such numbers is saved, and
+    a resumed run loses no part of a logged loss. Checking every step would mean waiting for the GPU
+    in each. In fp16 the scaler skips steps with such gradients: there ten in a row stop the run.
+    """
+
+    def __init__(self, run):
+        self.run = run
+        self.skipped = 0
+        self.counted_at = time.time()  # until then, time is in the run's seconds
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_log = control.should_log or control.should_save
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" not in logs:
+            return
+        loss, norm = logs["loss"], logs["grad_norm"]
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if not math.isfinite(loss) or self.skipped >= (10 if args.fp16 else 1):
+            raise items.UserError(
+                f"step {state.global_step:,}: not finite (loss {loss:.3g}, gradient {norm:.3g}). "
+                "Older checkpoints are complete. Start again with a lower `learning_rate`."
+            )
+
+    def on_save(self, args, state, control, **_):
+        PartialState().wait_for_everyone()  # each writes a part; the manifest comes last
+        self.counted_at = self.run.add_seconds("train", self.counted_at)
+        if is_first_process():
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+            self.run.write()
+            self.run.write(folder)  # should that one be damaged
+            items.write_manifest(folder)
+
+
+class PushCheckpoints(TrainerCallback):
+    """Keeps the newest checkpoint on the Hub, so that a run survives the loss of its machine.
+
+    One upload at a time, in the background, for at most 5 % of the time: a checkpoint of the full
+    recipe has 5 GB. That of a stop is always pushed, the last one never, since the adapter follows.
+    """
+
+    def __init__(self, name):
+        self.name = name
+        self.upload = None
+        self.next_upload_at = 0.0
+
+    def on_save(self, args, state, control, **_):
+        is_free = self.upload is None or self.upload.done()
+        is_due = is_free and time.time() >= self.next_upload_at
+        if state.global_step >= state.max_steps or not (is_due or control.should_training_stop):
+            return
+        self.on_train_end()
+        kept = [f"checkpoint-{state.global_step}"]
+        if state.best_model_checkpoint:
+            kept.append(Path(state.best_model_checkpoint).name)
+        self.upload = HfApi().run_as_future(self.push, args.output_dir, kept)
+
+    def push(self, folder, checkpoints):
+        """Uploads run.json and these checkpoints, the newest first; deletes others on the Hub."""
+        start = time.time()
+        with items.hub_errors(self.name):
+            HfApi().create_repo(self.name, private=True, exist_ok=True)
+            HfApi().upload_folder(
+                repo_id=self.name,
+                folder_path=folder,
+                allow_patterns=["run.json", *(f"{checkpoint}/*" for checkpoint in checkpoints)],
+                delete_patterns="checkpoint-*",
+                commit_message=checkpoints[0],
+            )
+        self.next_upload_at = time.time() + 19 * (time.time() - start)
+
+    def on_train_end(self, *_, **__):
+        """Waits for the upload, and prints why it failed, if it did."""
+        error = self.upload.exception() if self.upload else None
+        if error:
+            print(f"Not pushed: {error} The next push includes it.")
+        self.upload = None
+
+
 def train(base, run, data, plan, quant_config):
     """Trains a run to its end, from its newest complete checkpoint if it has one: its PriceTrainer.
 
-    If memory runs out, or layers can't be compiled, it goes on from the last finished step by a
-    Plan that does with less. Raises Stopped after a signal; UserError if there is no such plan.
+    If memory runs out, or layers can't be compiled, it goes on from that checkpoint by a Plan that
+    does with less. Raises Stopped after a signal; UserError if there is no such plan.
     """
     stopper = StopOnSignal()
     while plan:
@@ -2248,10 +2132,9 @@ def train(base, run, data, plan, quant_config):
 
 
 def fit(trainer, run, plan):
-    """Trains to the end. Returns None, or the Plan that goes on from the last finished step."""
+    """Trains to the end. Returns None, or the Plan to go on by."""
     checkpoint = broadcast(newest_checkpoint(run.folder))
     try:
-        state = TrainerState()
         if checkpoint:
             state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         if checkpoint and state.global_step >= state.max_steps:  # Trainer would do one step more
@@ -2261,10 +2144,6 @@ def fit(trainer, run, plan):
             trainer.train(resume_from_checkpoint=checkpoint)
     except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
         return go_on_without(trainer, plan, error)
-    except RuntimeError as error:
-        if not any(text in str(error) for text in PYTORCH_CANT_WRITE):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run.folder)) from error
     finally:
         trainer.stopper.restore_handlers()
     number = trainer.stopper.signal_number
@@ -2275,48 +2154,31 @@ def fit(trainer, run, plan):
 
 
 def go_on_without(trainer, plan, error):
-    """Saves the last finished step; returns the Plan to go on by after an error.
-
-    Raises UserError if there is none, and with several processes, since the others are in the
-    middle of the step.
-    """
-    step = trainer.state.global_step
-    what = f"Out of memory at step {step + 1:,}"
-    remedy = f"with a `micro_batch` below {plan.micro_batch}"
-    if not isinstance(error, torch.OutOfMemoryError):
-        # Layers are compiled when they first run, and again for other shapes: GPUs and versions
-        # that the compiler doesn't support show there
-        if not plan.compiled:
-            raise error
-        line = str(error).strip().splitlines()[0]
-        what = f"The layers can't be compiled here ({type(error).__name__}: {line})"
-        remedy = "with `compile` off"
-    if not trainer.has_begun:  # smaller micro-batches don't help
-        raise items.UserError(
-            "Out of memory while the run's state was loaded; its checkpoints are complete. Free "
-            "memory, or take a larger GPU.",
-            resumes=True,
-        ) from error
-    if world_size() > 1:
-        raise items.UserError(f"{what}. Train {remedy}.", resumes=True) from error
-    if step:
-        trainer.save_last_step()
-    next_plan = plan.without(error)
-    if next_plan is None:
-        raise items.UserError(
-            f"{what} with one row at a time. Take a smaller base model, `lora_r` or `cutoff`."
-        ) from error
-    print(
-        f"{what}: resuming from step {step:,} with micro-batches of "
-        f"{next_plan.describe_micro_batch()}, {next_plan.describe_speed()}"
-    )
-    return next_plan
+    """The Plan to go on by after an error, or a UserError."""
+    is_memory = isinstance(error, torch.OutOfMemoryError)
+    # Layers are compiled when they first run, and again for other shapes: GPUs and versions that
+    # the compiler doesn't support show there
+    if not is_memory and not plan.compiled:
+        raise error
+    line = str(error).strip().splitlines()[0]
+    what = f"Step {trainer.state.global_step + 1:,}: {type(error).__name__}: {line}"
+    if world_size() > 1:  # the others are in the middle of the step
+        remedy = f"a `micro_batch` below {plan.micro_batch}" if is_memory else "`compile` off"
+        raise items.UserError(f"{what} Train with {remedy}.", resumes=True) from error
+    plan = plan.without(error)
+    if plan is None:
+        remedy = "Take a smaller base model, `lora_r` or `cutoff`"
+        raise items.UserError(f"{what} One row at a time doesn't fit. {remedy}.") from error
+    print(f"{what} Going on with micro-batches of {plan.reasons['Micro-batch']}")
+    return plan
 
 
 def training_log(trainer):
     """What training logged, without timings: the same for an interrupted and a resumed run."""
+    names = ["step", "epoch", "loss", "price_loss", "grad_norm", "learning_rate"]
+    names += ["eval_loss", "eval_mae"]
     return [
-        {name: entry[name] for name in ("step", "epoch", *LOGGED) if name in entry}
+        {name: entry[name] for name in names if name in entry}
         for entry in trainer.state.log_history
         if "loss" in entry or "eval_loss" in entry
     ]

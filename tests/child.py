@@ -284,18 +284,6 @@ def limit_validation(max_rows):
     util.PriceReader.read = read_with_limit
 
 
-def no_memory_for_optimizer():
-    """Memory runs out when a checkpoint's optimizer state is loaded."""
-    import torch
-
-    import util
-
-    def load(self, checkpoint):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    util.PriceTrainer._load_optimizer_and_scheduler = load
-
-
 def forbid_import(name):
     """An import of the package, by the stage or before by util, ends the stage with an error."""
     assert name not in sys.modules
