@@ -664,7 +664,7 @@ def open_run(config, run_name, hf_user, revision):
     run = find_run(config, run_name, hf_user, revision)
     config = config.for_run(run)
     use_bf16 = detect_bf16_support()
-    precision = util.precision_for_reading(run, use_bf16)
+    precision, _ = util.choose_precision(run.recipe.precision if run.recipe else "auto", use_bf16)
     quant_config = build_quant_config(run.use_4bit, use_bf16, util.DTYPES[precision])
     options = {"quant_config": quant_config, "precision": precision, "use_bf16": use_bf16}
     return config, run, open_base(config, run), options

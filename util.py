@@ -32,6 +32,7 @@ import sys
 import textwrap
 import time
 from base64 import b64encode
+from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -1226,35 +1227,16 @@ def fp8_agrees(layer):
 # 4. Planning
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MAX_MICRO_BATCH = 256  # rows; 512 are no faster
 MIN_MICRO_BATCH = 4  # rows; fewer are slower than activation checkpointing
-MIN_TOKENS = 1000  # of a micro-batch; with fewer a GPU before Ampere waits for its memory
-COMPILE_FROM = 16_000  # examples of a run; for fewer compiling takes longer than it saves
-KEPT_CHECKPOINTS = 10
 AUTO = "auto"  # of a recipe's fields: chosen by data and base
 AUTO_FIELDS = ("epochs", "batch_size", "learning_rate", "price_loss")
-AUTO_EPOCHS = 3
-AUTO_MAX_EPOCHS = 12  # at 1,000 rows no worse than 3
-AUTO_MIN_STEPS = 180
-AUTO_BATCH = 16  # rows
-AUTO_PRICE_LOSS = 2.5
 QUANTISED_BYTES = {"nf4": 0.5 + 1 / 64, "8 bit": 1.0}  # per weight, including block scales
-GRAPH_ROWS = 64  # at most: kernels of larger batches run longer than their launch takes
-TRITON_CAPABILITY = (7, 0)  # of GPUs that layers are compiled for
+Memory = namedtuple("Memory", "used available peak")  # bytes of the GPU's or else the machine's
 
 
 def gpu_capability():
     """The GPU's compute capability, such as (7, 5) of a T4; (0, 0) without a GPU."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of the GPU's memory or else the machine's."""
-
-    used: int
-    available: int
-    peak: int
 
 
 def memory():
@@ -1285,22 +1267,13 @@ def versions():
 
 def choose_precision(asked, use_bf16):
     """(bf16, fp16 or fp32 to compute in, why). Adapters and optimizer are always fp32."""
+    if asked in ("auto", "fp16") and not torch.cuda.is_available():
+        return "fp32", "a CPU: most have no fp16, and emulate bf16, 25 × slower"
     if asked != "auto":
         return asked, "as asked for"
-    if not torch.cuda.is_available():
-        return "fp32", "a CPU: most emulate bf16, 25 × slower"
-    major, minor = gpu_capability()
     if use_bf16:
-        return "bf16", f"capability {major}.{minor} ≥ 8"
-    return "fp16", f"capability {major}.{minor} < 8, which lacks bf16"
-
-
-def precision_for_reading(run, use_bf16):
-    """The precision to evaluate a run in: its own if this machine has it."""
-    asked = run.recipe.precision if run.recipe else "auto"
-    if asked == "fp16" and not torch.cuda.is_available():
-        asked = "auto"
-    return choose_precision(asked, use_bf16)[0]
+        return "bf16", "which the GPU has"
+    return "fp16", "since the GPU lacks bf16"
 
 
 def choose_schedule(recipe, auto, rows, base, scale):
@@ -1311,55 +1284,44 @@ def choose_schedule(recipe, auto, rows, base, scale):
     """
     batch = recipe.batch_size
     if "batch_size" in auto:
-        batch = world_size() * math.ceil(AUTO_BATCH / world_size())
-    epochs = math.ceil(AUTO_MIN_STEPS * batch / rows)
-    epochs = min(max(epochs, AUTO_EPOCHS), AUTO_MAX_EPOCHS)
-    # hyperparam_utils.py of tinker-cookbook, whose rule doesn't depend on the rank; two digits
+        batch = world_size() * math.ceil(16 / world_size())
+    epochs = math.ceil(180 * batch / rows)  # for at least 180 steps
+    # hyperparam_utils.py of tinker-cookbook, whose rule doesn't depend on the rank
     width = base.config.get_text_config().hidden_size
-    rate = float(f"{5e-4 * (2000 / width) ** 0.78:.2g}")
-    price_loss, reason = AUTO_PRICE_LOSS, ""
-    if "price_loss" in auto and find_number_ids(base.tokenizer, scale) is None:
-        price_loss, reason = 0.0, " since the base spells numbers in several tokens"
+    rate = 5e-4 * (2000 / width) ** 0.78
     chosen = {
-        "epochs": (epochs, f"epochs {epochs} for {rows:,} rows"),
-        "batch_size": (batch, f"batch size {batch}"),
-        "learning_rate": (rate, f"learning rate {rate:g} for a base of width {width:,}"),
-        "price_loss": (price_loss, f"price loss {price_loss:g}{reason}"),
+        "epochs": min(max(epochs, 3), 12),  # at 1,000 rows 12 are no worse than 3
+        "batch_size": batch,
+        "learning_rate": float(f"{rate:.2g}"),
+        "price_loss": 2.5,
     }
-    # Given steps end a run, not its epochs
-    shown = [chosen[name][1] for name in auto if name != "epochs" or not recipe.max_steps]
-    text = f"{', '.join(shown)}: chosen for these data, unless given" if shown else ""
-    return replace(recipe, **{name: chosen[name][0] for name in auto}), text
+    reason = f"{rows:,} rows and a base of width {width:,}"
+    if "price_loss" in auto and find_number_ids(base.tokenizer, scale) is None:
+        chosen["price_loss"] = 0.0
+        reason += ", which spells numbers in several tokens"
+    chosen = {name: chosen[name] for name in auto}
+    texts = [f"{name.replace('_', ' ')} {value:g}" for name, value in chosen.items()]
+    if "epochs" in chosen and recipe.max_steps:
+        texts = texts[1:]  # the steps end the run
+    text = f"{', '.join(texts)}: chosen for {reason}, unless given" if texts else ""
+    return replace(recipe, **chosen), text
 
 
 def check_recipe(recipe, base, scale, use_bf16, micro_batch=None):
     """Raises a UserError that names all that this machine or the base can't do of a recipe."""
     problems = []
-    precision, _ = choose_precision(recipe.precision, use_bf16)
-    if precision == "fp16" and not torch.cuda.is_available():
-        problems.append("`precision` fp16: needs a GPU. Leave it out, or take fp32.")
-    if recipe.base_weights == "fp8" and (precision != "bf16" or gpu_capability() < FP8_CAPABILITY):
-        problems.append(
-            "`base_weights` fp8: needs bf16 and a GPU of capability 8.9 or newer (L4, RTX 40, "
-            "H100). Leave it out."
-        )
+    if recipe.base_weights == "fp8":
+        precision, _ = choose_precision(recipe.precision, use_bf16)
+        if precision != "bf16" or gpu_capability() < FP8_CAPABILITY:
+            text = "needs bf16 and a GPU of capability 8.9 or newer. Leave it out."
+            problems.append(f"`base_weights` fp8: {text}")
     if recipe.price_loss and find_number_ids(base.tokenizer, scale) is None:
-        problems.append(
-            f"`price_loss` {recipe.price_loss:g}: needs a base whose tokenizer spells each number "
-            f"in one token, as Llama 3's does; that of {base.path} takes several. Leave it out."
-        )
-    rows, rest = divmod(recipe.batch_size, world_size())
-    each = " and process" if world_size() > 1 else ""
-    if rest:
-        problems.append(
-            f"`batch_size` {recipe.batch_size}: can't be divided among {world_size()} processes. "
-            f"Take a multiple of {world_size()}."
-        )
-    elif micro_batch and rows % micro_batch:
-        problems.append(
-            f"`micro_batch` {micro_batch}: {rows} rows a step{each} can't be divided by it. Take a "
-            f"divisor of {rows}."
-        )
+        text = "needs a base whose tokenizer spells each number in one token. Leave it out."
+        problems.append(f"`price_loss` {recipe.price_loss:g}: {text}")
+    rows = world_size() * (micro_batch or 1)
+    if recipe.batch_size % rows:
+        text = f"has to be a multiple of {rows}, which is processes × `micro_batch`."
+        problems.append(f"`batch_size` {recipe.batch_size}: {text}")
     if problems:
         raise items.UserError("\n".join(problems))
 
@@ -1388,14 +1350,11 @@ def divisors(number, limit):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run is computed on this machine.
-
-    `reasons` maps what is to be known of it to texts, for the screen and run.json.
-    """
+    """How a run is computed on this machine."""
 
     precision: str  # bf16, fp16 or fp32, of the base; adapters and optimiser are fp32
     targets: tuple  # endings of the names of the layers that are adapted
-    storage: str = "nf4"  # what the base is read in, or "8 bit"
+    storage: str = "nf4"  # or "8 bit", that the base is read in; else `precision`
     dequantised: bool = False  # the base is held in `precision`, expanded once
     micro_batch: int = 1  # rows computed at once by a process
     accumulation: int = 1  # micro-batches a step and process
@@ -1407,54 +1366,48 @@ class Plan:
     graphs: bool = False  # and recorded as CUDA graphs
     fp8: bool = False  # the base's products are computed in 8-bit floats
     in_tree: bool = True  # prices are read in one forward pass, see PriceReader
-    base_weights: str = ""  # how the base is held, and why
-    reasons: dict = field(default_factory=dict)
+    notes: dict = field(default_factory=dict)  # texts on what else is to be known of it
 
     @property
     def dtype(self):
         return DTYPES[self.precision]
 
+    @property
+    def base_weights(self):
+        """How the base is held."""
+        if not self.dequantised:
+            return self.storage
+        return f"{'fp8' if self.fp8 else self.precision} from {self.storage}, dequantised once"
+
+    @property
+    def reasons(self):
+        """{what: text} for the screen and run.json."""
+        batch = self.micro_batch * self.accumulation * world_size()
+        speed = "no padding" if self.attention else "rows padded"
+        speed += ", layers compiled" if self.compiled else ", layers not compiled"
+        micro_batch = (
+            f"{self.micro_batch}, × {self.accumulation} accumulated × {world_size()} processes "
+            f"= {batch}, activation checkpointing {'on' if self.checkpointing else 'off'}"
+        )
+        return self.notes | {"Micro-batch": micro_batch, "Speed": speed}
+
     def __str__(self):
         return "\n".join(f"{name + ':':<14}{text}" for name, text in self.reasons.items())
-
-    def describe_micro_batch(self):
-        """How a batch is made of micro-batches."""
-        batch = self.micro_batch * self.accumulation * world_size()
-        checkpointing = "on" if self.checkpointing else "off"
-        return (
-            f"{self.micro_batch}, × {self.accumulation} accumulated × {world_size()} processes "
-            f"= {batch}, activation checkpointing {checkpointing}"
-        )
-
-    def describe_speed(self):
-        """Which parts of the fast path are used."""
-        text = "no padding" if self.attention else "rows padded"
-        text += ", layers compiled" if self.compiled else ", layers not compiled"
-        if self.fp8:
-            text += ", products with the base in fp8"
-            text += "" if self.compiled else ", which pays only with compiled layers"
-        return text
-
-    def changed(self, note="", **changes):
-        """The Plan with other fields, and texts that say so; `note` is added on its speed."""
-        plan = replace(self, **changes)
-        texts = {"Micro-batch": plan.describe_micro_batch(), "Speed": plan.describe_speed() + note}
-        return replace(plan, reasons=self.reasons | texts)
 
     def without(self, error):
         """The Plan to go on by after an error, or None.
 
         Without compiling; or smaller, below MIN_MICRO_BATCH rows first by activation checkpointing.
         """
+        plan = replace(self, graphs=False)
         if not isinstance(error, torch.OutOfMemoryError):
-            return self.changed(": compiling failed", compiled=False, graphs=False)
+            return replace(plan, compiled=False)
         if not self.checkpointing and self.micro_batch <= MIN_MICRO_BATCH:
-            return self.changed(checkpointing=True, graphs=False)
+            return replace(plan, checkpointing=True)
         rows = self.micro_batch * self.accumulation
-        size = next(iter(divisors(rows, self.micro_batch - 1)), None)
-        if size is None:
-            return None
-        return self.changed(micro_batch=size, accumulation=rows // size, graphs=False)
+        for size in divisors(rows, self.micro_batch - 1):
+            return replace(plan, micro_batch=size, accumulation=rows // size)
+        return None
 
 
 def peak_bytes(plan, base, recipe, targets, lengths):
@@ -1467,7 +1420,7 @@ def peak_bytes(plan, base, recipe, targets, lengths):
     value_bytes = plan.dtype.itemsize
     parameters = sum(parameter.numel() for parameter in base.skeleton.parameters())
     quantised = sum(layer.weight.numel() for layer in quantised_layers(base.skeleton))
-    held_bytes = value_bytes if plan.dequantised else QUANTISED_BYTES[plan.storage]
+    held_bytes = value_bytes if plan.dequantised else QUANTISED_BYTES.get(plan.storage, 0)
     weights = value_bytes * (parameters - quantised) + held_bytes * quantised
     adapters = 16 * targets.count_parameters(recipe.lora_r)  # weights, gradients, Adam's moments
 
@@ -1476,17 +1429,16 @@ def peak_bytes(plan, base, recipe, targets, lengths):
         deviation = math.sqrt(plan.micro_batch) * lengths.std()
         tokens = min(tokens, plan.micro_batch * lengths.mean() + 3 * deviation)
     shape = base.config.get_text_config()
+    layers = shape.num_hidden_layers
     mlp = max(layer.in_features for layer in base.linear_layers.values())
-    layer_bytes = value_bytes * (8 * shape.hidden_size + 3 * mlp)
-    adapter_bytes = 5
+    hidden, wide, adapter_bytes = 8, 3, 5
     if plan.compiled:
-        layer_bytes = value_bytes * (7 * shape.hidden_size + 2 * mlp)
+        hidden, wide = 7, 2
         adapter_bytes = 3 if recipe.lora_dropout else 0
-    token_bytes = shape.num_hidden_layers * layer_bytes
+    token_bytes = value_bytes * layers * (hidden * shape.hidden_size + wide * mlp)
     token_bytes += adapter_bytes * sum(layer.in_features for layer in targets.layers.values())
     if plan.checkpointing:
-        inputs = shape.num_hidden_layers * value_bytes * shape.hidden_size
-        token_bytes = token_bytes / shape.num_hidden_layers + inputs
+        token_bytes = token_bytes / layers + value_bytes * layers * shape.hidden_size
     return weights + adapters + tokens * token_bytes
 
 
@@ -1495,129 +1447,108 @@ def make_plan(base, run, data, use_bf16, micro_batch=None, fast=True):
 
     `fast=False` turns the fast path off. Raises UserError for rows longer than the base can read.
     """
-    recipe = run.recipe
+    recipe, rows = run.recipe, len(data.lengths)
     base.check_length(data.lengths.max())
     targets = find_targets(base, recipe.targets)
     precision, reason = choose_precision(recipe.precision, use_bf16)
+    storage = "nf4" if run.use_4bit else "8 bit"
+    if not quantised_layers(base.skeleton):
+        storage = precision
     first = Plan(
         precision=precision,
         targets=targets.names,
-        storage="nf4" if run.use_4bit else "8 bit",
+        storage=storage,
         attention=choose_attention(precision, use_bf16) if fast else None,
         fast_lora=fast,
     )
     available = memory().available
-    for plan in possible_plans(first, base, recipe, data.lengths, micro_batch):
+    for plan in possible_plans(first, base, recipe, rows, micro_batch):
         needed = peak_bytes(plan, base, recipe, targets, data.lengths)
         if 1.1 * needed < available:
             break
-    memory_text = f"about {needed / 2**30:.1f} of {available / 2**30:.1f} GiB at the peak"
-    if needed > available:
-        memory_text += "; may not fit: a smaller base model or rank of the adapters needs less"
+    fits = "as asked for"
+    if recipe.base_weights == AUTO:
+        fits = "memory has room" if plan.dequantised else "no room for it dequantised"
     parameters = targets.count_parameters(recipe.lora_r)
-    plan = replace(plan, base_weights=describe_base_weights(plan, base, recipe))
-    reasons = {"Schedule": run.schedule} if run.schedule else {}
-    reasons |= {
-        "Device": describe_device(),
-        "Precision": f"{precision} ({reason}); adapters and optimizer in fp32",
-        "Base": f"{type(base.skeleton).__name__}, {plan.base_weights}",
-        "Trainable": f"{parameters:,} parameters (LoRA r {recipe.lora_r} on {targets})",
-        **describe_steps(recipe, data),
-        "Memory": memory_text,
-    }
-    return replace(plan, reasons=reasons).changed()
-
-
-def possible_plans(plan, base, recipe, lengths, micro_batch=None):
-    """The ways to go on with a Plan on this machine, a list, the fastest first.
-
-    The largest micro-batch; at that size the base dequantised, which has the same values and isn't
-    expanded in each layer of each step. Checkpointing costs a third of the speed: only with it are
-    micro-batches smaller than MIN_MICRO_BATCH. A given `micro_batch` is kept.
-    """
-    rows = recipe.batch_size // world_size()  # of a step and process
-    sizes = [micro_batch] if micro_batch else divisors(rows, MAX_MICRO_BATCH)
-    held = [True, False] if recipe.base_weights == "auto" else [recipe.base_weights != "nf4"]
-    if not quantised_layers(base.skeleton):
-        held = [False]
-    is_long = count_steps(recipe, len(lengths)) * rows >= COMPILE_FROM
-    pays = is_long and plan.attention is not None and gpu_capability() >= TRITON_CAPABILITY
-    plans = []
-    for checkpointing, size, dequantised in product((False, True), sizes, held):
-        if not (checkpointing or micro_batch or size >= min(MIN_MICRO_BATCH, rows)):
-            continue
-        compiling = {"on": True, "off": False, "auto": pays and not checkpointing}[recipe.compile]
-        compiled = plan.fast_lora and compiling
-        way = {"micro_batch": size, "accumulation": rows // size, "checkpointing": checkpointing}
-        way |= {"dequantised": dequantised, "fp8": dequantised and recipe.base_weights == "fp8"}
-        graphs = compiled and size == rows <= GRAPH_ROWS and torch.cuda.is_available()
-        plans.append(replace(plan, **way, compiled=compiled, graphs=graphs))
-    # A T4 writes 5 GiB in 20 ms and multiplies 1,600 tokens by as many weights in more than 200 ms:
-    # it loses nothing by fewer tokens, much by expanding. Imitated on an H100, kernels take 90.8 ms
-    # a step so, 100.7 with nf4 kept. On newer GPUs small kernels end before the next is launched.
-    if (0, 0) < gpu_capability() < (8, 0):
-        enough = MIN_TOKENS / lengths.mean()
-        plans.sort(key=lambda p: p.checkpointing or not p.dequantised or p.micro_batch < enough)
-    return plans
-
-
-def describe_base_weights(plan, base, recipe):
-    """How a Plan holds the base, and why."""
-    if not quantised_layers(base.skeleton):
-        return f"{plan.precision}: bitsandbytes can quantise none of its layers"
-    if plan.fp8:
-        return f"fp8 from {plan.storage}, a copy for products and one for gradients"
-    is_auto = recipe.base_weights == "auto"
-    if plan.dequantised:
-        reason = "memory has room" if is_auto else "as asked for"
-        return f"{plan.precision} from {plan.storage}, dequantised once: {reason}"
-    return f"{plan.storage}: {'no room for it dequantised' if is_auto else 'as asked for'}"
-
-
-def describe_steps(recipe, data):
-    """What is minimised, and in how many steps: {name: text}."""
-    rows, mean_len = len(data.lengths), data.lengths.mean()
     loss = "cross-entropy of the completions"
     if recipe.price_loss:
         spread = data.scale.format(data.spread)
         loss += f" + {recipe.price_loss:g} × CRPS of the prices / {spread}"
     steps = count_steps(recipe, rows)
     epochs = steps / math.ceil(rows / recipe.batch_size)  # of which the last step can be smaller
-    return {
+    notes = {
+        "Schedule": run.schedule or "as given",
+        "Device": describe_device(),
+        "Precision": f"{precision} ({reason}); adapters and optimizer in fp32",
+        "Base": f"{type(base.skeleton).__name__}, {plan.base_weights}: {fits}",
+        "Trainable": f"{parameters:,} parameters (LoRA r {recipe.lora_r} on {targets})",
         "Loss": loss,
         "Steps": (
             f"{steps:,} of {recipe.batch_size} rows: {epochs:.2f} epochs of {rows:,} rows, "
             f"learning rate up to {recipe.learning_rate:g}"
         ),
-        "Tokens": (
-            f"{epochs * rows * mean_len:,.0f}: {recipe.batch_size} × {mean_len:.0f} a step, "
-            f"{data.lengths.max()} in the longest row"
-        ),
+        "Memory": f"about {needed / 2**30:.1f} of {available / 2**30:.1f} GiB at the peak",
     }
+    return replace(plan, notes=notes)
+
+
+def possible_plans(plan, base, recipe, examples, micro_batch=None):
+    """Yields the ways to go on with a Plan on this machine, the fastest first.
+
+    The largest micro-batch; at that size the base dequantised, which has the same values and isn't
+    expanded in each layer of each step. Checkpointing costs a third of the speed: only with it are
+    micro-batches smaller than MIN_MICRO_BATCH. A given `micro_batch` is kept.
+    """
+    rows = recipe.batch_size // world_size()  # of a step and process
+    sizes = [micro_batch] if micro_batch else divisors(rows, 256)  # rows; 512 are no faster
+    held = {"auto": (True, False), "nf4": (False,)}.get(recipe.base_weights, (True,))
+    if not quantised_layers(base.skeleton):
+        held = (False,)
+    ways = list(product(sizes, held))
+    # A T4 writes 5 GiB in 20 ms and multiplies 1,600 tokens by as many weights in more than 200 ms:
+    # it loses nothing by fewer tokens, much by expanding. Imitated on an H100, kernels take 90.8 ms
+    # a step so, 100.7 with nf4 kept. On newer GPUs small kernels end before the next is launched.
+    if (0, 0) < gpu_capability() < (8, 0):
+        ways = [(size, dequantised) for dequantised in held for size in sizes]
+    # Compiling fewer examples takes longer than it saves; Triton needs capability 7
+    is_long = count_steps(recipe, examples) * rows >= 16_000
+    pays = is_long and plan.attention is not None and gpu_capability() >= (7, 0)
+    for checkpointing, (size, dequantised) in product((False, True), ways):
+        if size < min(MIN_MICRO_BATCH, rows) and not checkpointing and not micro_batch:
+            continue
+        compiling = {"on": True, "off": False, "auto": pays and not checkpointing}
+        compiled = plan.fast_lora and compiling[recipe.compile]
+        yield replace(
+            plan,
+            micro_batch=size,
+            accumulation=rows // size,
+            checkpointing=checkpointing,
+            dequantised=dequantised,
+            fp8=dequantised and recipe.base_weights == "fp8",
+            compiled=compiled,
+            # Kernels of more than 64 rows run longer than their launch takes
+            graphs=compiled and size == rows <= 64 and torch.cuda.is_available(),
+        )
 
 
 def check_plan(plan, model, base, data, run):
-    """The Plan without what doesn't compute the loaded model right. Prints what was compared.
-
-    All processes follow the first.
-    """
+    """The Plan without what computes the loaded model wrong. All processes follow the first."""
     layers = layers_of_each_kind(model, plan.targets) if plan.fast_lora else []
     in_fp8 = layers_of_each_kind(model, list(fp8_layers(model))) if plan.fp8 else []
     rows = [data.train[int(i)] for i in (data.lengths.argmin(), data.lengths.argmax())]
     prompts = [row["input_ids"][: row["labels"].count(items.IGNORED)] for row in rows]
     check = partial(self_check, model, base.tokenizer, prompts, plan.precision, plan.attention)
     found = broadcast(check(layers, in_fp8))
-    print(f"{'Check:':<14}{describe_checks(found)}")
+    text = describe_checks(found)
+    print(f"{'Check:':<14}{text}")
     if not found.get(FP8_PRODUCTS, True):
-        raise items.UserError(
-            f"`base_weights` fp8: its products differ by more than {FP8_TOLERANCE:.0%} from those "
-            "in bf16 on this machine. Leave it out."
-        )
+        reason = f"its products differ from bf16's by more than {FP8_TOLERANCE:.0%}"
+        refuse("`base_weights` fp8", reason, "Leave it out")
     fast_lora = plan.fast_lora and found.get(LORA_LAYERS, True)
-    plan = replace(plan, fast_lora=fast_lora, in_tree=found[ONE_PASS])
-    plan = replace(plan, reasons=plan.reasons | {"Check": describe_checks(found)})
+    notes = plan.notes | {"Check": text}
+    plan = replace(plan, fast_lora=fast_lora, in_tree=found[ONE_PASS], notes=notes)
     if plan.attention and not found[PACKED_ROWS]:
-        plan = plan.changed(attention=None, compiled=False, graphs=False)
+        plan = replace(plan, attention=None, compiled=False, graphs=False)
     collate = PackedCollator(len(rows), data.lengths) if plan.attention else collate_padded
     if not loss_agrees(model, rows, collate, plan.precision):
         refuse(base.path, "its loss on a batch of rows is not that on each of them alone")

@@ -15,13 +15,13 @@ LITE = RECIPES["lite"]
 FIELDS = ("epochs", "batch_size", "learning_rate", "price_loss")
 
 
+def choose(base, auto=FIELDS, rows=1000, recipe=LITE):
+    return util.choose_schedule(recipe, auto, rows, base, COURSE_SCALE)
+
+
 @pytest.fixture()
 def base(tiny_base):
     return util.Base(tiny_base)
-
-
-def values(recipe):
-    return tuple(getattr(recipe, name) for name in FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -29,47 +29,43 @@ def values(recipe):
 )
 def test_rows_choose_the_epochs(base, rows, epochs):
     """At least 180 steps, but no row more than 12 times."""
-    recipe, text = util.choose_schedule(LITE, FIELDS, rows, base, COURSE_SCALE)
-    assert values(recipe) == (epochs, 16, 7.3e-3, 0.0)
-    assert f"epochs {epochs} for {rows:,} rows" in text
-    assert "learning rate 0.0073 for a base of width 64" in text
+    recipe, text = choose(base, rows=rows)
+    assert [getattr(recipe, name) for name in FIELDS] == [epochs, 16, 7.3e-3, 0.0]
+    assert f"epochs {epochs}, batch size 16, learning rate 0.0073, price loss 0: " in text
+    assert f"chosen for {rows:,} rows and a base of width 64" in text
 
 
 @pytest.mark.parametrize(("width", "rate"), [(576, 1.3e-3), (2048, 4.9e-4), (3072, 3.6e-4)])
 def test_width_chooses_learning_rate(width, rate):
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=width))
-    base = SimpleNamespace(config=config)
-    recipe, _ = util.choose_schedule(LITE, ["learning_rate"], 1000, base, COURSE_SCALE)
+    recipe, _ = choose(SimpleNamespace(config=config), ["learning_rate"])
     assert recipe == replace(LITE, learning_rate=rate)
 
 
 def test_price_loss_needs_whole_numbers(tokenizer, base):
     """Where a number is one token it is free; else it is left out, or refused if it was given."""
     base.tokenizer = tokenizer
-    is_whole = len(util.spell_numbers(tokenizer)[999]) == 1
-    recipe, text = util.choose_schedule(LITE, ["price_loss"], 1000, base, COURSE_SCALE)
+    recipe, text = choose(base, ["price_loss"])
     given = replace(LITE, price_loss=1.0)
-    if is_whole:
+    if len(util.spell_numbers(tokenizer)[999]) == 1:
         assert recipe.price_loss == 2.5
         util.check_recipe(given, base, COURSE_SCALE, False)
         return
     assert recipe.price_loss == 0
-    assert "price loss 0 since the base spells numbers in several tokens" in text
+    assert "which spells numbers in several tokens" in text
     with pytest.raises(UserError, match="`price_loss` 1: needs a base whose tokenizer spells each"):
         util.check_recipe(given, base, COURSE_SCALE, False)
 
 
 def test_max_steps_hide_the_epochs(base):
     recipe = replace(LITE, max_steps=7)
-    _, text = util.choose_schedule(recipe, FIELDS, 1000, base, COURSE_SCALE)
-    assert text.startswith("batch size")
-    assert util.choose_schedule(recipe, ["epochs"], 1000, base, COURSE_SCALE)[1] == ""
+    assert choose(base, recipe=recipe)[1].startswith("batch size")
+    assert choose(base, ["epochs"], recipe=recipe)[1] == ""
 
 
 def test_batch_suits_any_processes(base, monkeypatch):
     monkeypatch.setattr(util, "world_size", lambda: 3)
-    recipe, _ = util.choose_schedule(LITE, FIELDS, 1000, base, COURSE_SCALE)
-    assert recipe.batch_size == 18
+    assert choose(base)[0].batch_size == 18
 
 
 @pytest.mark.parametrize(
@@ -90,16 +86,12 @@ def test_own_data_choose_what_is_not_given(tiny_base, tmp_path, mode, is_own, ch
     assert util.auto_fields(run, SimpleNamespace(is_own=is_own), changes) == expected
 
 
-def test_plan_states_the_schedule(call, shared, project):
+def test_plan_and_record_have_the_schedule(call, shared, project):
+    """And resuming asks for no other, also by `--epochs auto`."""
     said = call("train", *shared, "--dry-run", cwd=project)
-    chosen = "epochs 12 for 72 rows, batch size 16, learning rate 0.0073 for a base of width 64"
-    assert f"Schedule:     {chosen}, price loss 0 since the base spells numbers in several" in said
+    assert "Schedule:     epochs 12, batch size 16, learning rate 0.0073, price loss 0: " in said
     assert "Steps:        60 of 16 rows: 12.00 epochs of 72 rows" in said
     assert "Loss:         cross-entropy of the completions\n" in said
-
-
-def test_record_has_the_schedule(call, shared, project):
-    """And resuming asks for no other, also by `--epochs auto`."""
     flags = ("--max-steps", "1", "--batch-size", "2", "--price-loss", "auto")
     call("train", *shared, "--run-name", "run", *flags, cwd=project)
     record = read(project / "outputs/price-run/run.json")
