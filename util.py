@@ -2091,16 +2091,16 @@ def go_on_without(trainer, plan, error):
     # the compiler doesn't support show there
     if not is_memory and not plan.compiled:
         raise error
-    line = str(error).strip().splitlines()[0]
-    what = f"Step {trainer.state.global_step + 1:,}: {type(error).__name__}: {line}"
+    text = textwrap.shorten(f"{type(error).__name__}: {error}", 100)
+    what = f"Step {trainer.state.global_step + 1:,}: {text}"
     if world_size() > 1:  # the others are in the middle of the step
         remedy = f"a `micro_batch` below {plan.micro_batch}" if is_memory else "`compile` off"
-        raise items.UserError(f"{what} Train with {remedy}.", resumes=True) from error
+        raise items.UserError(f"{what}; train with {remedy}.", resumes=True) from error
     plan = plan.without(error)
     if plan is None:
         remedy = "Take a smaller base model, `lora_r` or `cutoff`"
-        raise items.UserError(f"{what} One row at a time doesn't fit. {remedy}.") from error
-    print(f"{what} Going on with micro-batches of {plan.reasons['Micro-batch']}")
+        raise items.UserError(f"{what}; one row at a time doesn't fit. {remedy}.") from error
+    print(f"{what}; going on with micro-batches of {plan.reasons['Micro-batch']}")
     return plan
 
 

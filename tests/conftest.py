@@ -72,7 +72,6 @@ DATASET = "outputs/datasets/items_prompts_lite"
 def pytest_addoption(parser):
     parser.addoption("--all-bases", action="store_true", help="all families in test_bases.py")
     parser.addoption("--fault-table", action="store_true", help="print what the faults came to")
-    parser.addoption("--all-kills", action="store_true", help="a kill at each file event of a save")
     if not importlib.util.find_spec("xdist"):  # of which .pytest.ini has options
         parser.addoption("--numprocesses", help="ignored")
         parser.addoption("--dist", help="ignored")

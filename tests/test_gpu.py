@@ -4,12 +4,9 @@ Skipped without a GPU of capability 8 or newer. The base is bench.py's tiny one,
 which each number is one token, as to Llama 3's.
 """
 
-import shutil
-
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from safetensors.torch import load_file
 
 import app
 import bench
@@ -178,30 +175,6 @@ def test_efficient_attention_trains_alike(build, monkeypatch, precision, compili
     assert largest_difference(found, losses(build(fast=False, **settings))) < 0.03
 
 
-def test_fast_lora_equals_peft(build):
-    """One forward and backward pass of the same adapters on the same packed rows."""
-    found = []
-    for fast_lora in (True, False):
-        trainer = build(compile="off")
-        model = trainer.model
-        layers = [m for m in model.modules() if isinstance(m, util.FastLora)]
-        assert layers
-        torch.manual_seed(3)
-        for layer in layers:
-            layer.lora_B["default"].weight.data.normal_(std=0.02)
-            if not fast_lora:
-                layer.forward = util.lora.Linear.forward.__get__(layer)
-        batch = next(iter(trainer.get_train_dataloader()))
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = trainer.compute_loss(model, batch, num_items_in_batch=100)
-        loss.backward()
-        gradient = torch.cat([layer.lora_A["default"].weight.grad.flatten() for layer in layers])
-        found.append((loss.item(), gradient))
-    (loss, gradient), (expected_loss, expected) = found
-    assert loss == pytest.approx(expected_loss, rel=2e-3)
-    assert (gradient - expected).norm() < 0.02 * expected.norm()
-
-
 def test_reading_equals_plain_reading(base_folder, splits):
     """Prices read from packed rows with fused norms: those of padded rows and the model's norms."""
     base = util.open_base(str(base_folder))
@@ -273,29 +246,3 @@ def test_fp8_trains_as_bf16(build, compiling):
     assert any(isinstance(module, util.Fp8Linear) for module in trainer.model.modules())
     found = losses(trainer)
     assert largest_difference(found, losses(build(**settings))) < 0.3
-
-
-@has_fp8
-@pytest.mark.parametrize("compiling", ["off", "on"])
-def test_fp8_resumes_exactly(build, compiling):
-    """A run that resumes from its fourth step ends with the adapter of one that went on."""
-    settings = {
-        "base_weights": "fp8",
-        "compile": compiling,
-        "micro_batch": 8,
-        "save_steps": STEPS // 2,
-        "lora_dropout": 0.1,
-    }
-    whole = build(**settings)
-    whole.train()
-    resumed = build(**settings)
-    checkpoint = f"{resumed.args.output_dir}/checkpoint-{STEPS // 2}"
-    shutil.copytree(f"{whole.args.output_dir}/checkpoint-{STEPS // 2}", checkpoint)
-    resumed.train(resume_from_checkpoint=checkpoint)
-    adapters = []
-    for trainer in (whole, resumed):
-        assert trainer.state.global_step == STEPS
-        file = f"{trainer.args.output_dir}/checkpoint-{STEPS}/adapter_model.safetensors"
-        adapters.append(load_file(file))
-    for name, weight in adapters[0].items():
-        assert torch.equal(weight, adapters[1][name])

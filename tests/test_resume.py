@@ -26,7 +26,7 @@ import app
 import child
 import items
 import util
-from conftest import cut, flip, plain_loss, read
+from conftest import flip, plain_loss, read
 from items import MANIFEST, write_manifest
 from util import ADAPTER_FILE
 
@@ -58,24 +58,16 @@ def whole(call, begin, prepared, tmp_path_factory):
     return folder
 
 
-def assert_same_run(folder, whole):
-    """Adapter bit for bit, and the same losses at the same steps."""
-    assert_same_end(folder, whole)
-    assert read(folder / RUN / "run.json")["history"] == read(whole / RUN / "run.json")["history"]
+def assert_same_run(folder, whole, only_validations=False):
+    """Adapter bit for bit, and the same losses at the same steps.
 
-
-def assert_same_end(folder, whole):
-    """Adapter bit for bit, and the same validations.
-
-    A stop between two logged steps only moves where losses are averaged.
+    A stop between two logged steps moves where losses are averaged, but no validation.
     """
     assert (folder / RUN / ADAPTER_FILE).read_bytes() == (whole / RUN / ADAPTER_FILE).read_bytes()
-    assert validations(folder) == validations(whole)
-
-
-def validations(folder):
-    history = read(folder / RUN / "run.json")["history"]
-    return [entry for entry in history if "eval_loss" in entry]
+    found, expected = [read(path / RUN / "run.json")["history"] for path in (folder, whole)]
+    if only_validations:
+        found, expected = [[e for e in log if "eval_mae" in e] for log in (found, expected)]
+    assert found == expected
 
 
 def copy_unfinished(whole, folder, last=12):
@@ -93,38 +85,22 @@ def copy_unfinished(whole, folder, last=12):
 
 
 @pytest.mark.parametrize(
-    ("hook", "option", "step"),
+    ("hook", "options", "step"),
     [
-        ("kill_at_step", 3, 2),
-        ("kill_at_step", 9, 8),
-        ("kill_at_the_end_of_epoch", 1, 6),
-        ("kill_when_opening", f"checkpoint-8/.{MANIFEST}.", 6),
+        ("kill_at_step", [3], 2),
+        ("kill_at_the_end_of_epoch", [1], 6),
+        ("kill_when_opening", [f"checkpoint-8/.{MANIFEST}."], 6),
+        ("kill_at_file_event", [11, "checkpoint-8"], 6),
+        ("kill_at_file_event", [11, "checkpoint-12"], 10),
+        ("kill_at_file_event", [11, "adapter.new"], 12),
     ],
 )
-def test_killed_run_resumes_exactly(call, begin, whole, project, hook, option, step):
-    call(*begin, cwd=project, code=-signal.SIGKILL, hook=hook, options=(option,))
+def test_killed_run_resumes_exactly(call, begin, whole, project, hook, options, step):
+    """Killed in a step, at an epoch's end, and in saves: in mid-epoch, at the end, the last."""
+    call(*begin, cwd=project, code=-signal.SIGKILL, hook=hook, options=options)
     said = call(*RESUME, cwd=project)
     assert f"Resuming from step {step}, the newest complete checkpoint" in said
     assert_same_run(project, whole)
-
-
-@pytest.mark.parametrize("part", ["checkpoint-8", "checkpoint-12", "adapter.new"])
-def test_kill_at_any_file_event(call, begin, whole, prepared, tmp_path, request, part):
-    """Of a save in mid-epoch, at the end of the second epoch, and of the last save."""
-    numbers = range(1, 200) if request.config.getoption("--all-kills") else (11,)
-    for number in numbers:
-        folder = tmp_path / str(number)
-        shutil.copytree(prepared / "outputs", folder / "outputs")
-        process = child.start(list(begin), folder, "kill_at_file_event", number, part)
-        code = child.finish(process, within=120)
-        if code == 0:  # there are fewer events
-            break
-        assert code == -signal.SIGKILL
-        call(*RESUME, cwd=folder)
-        assert_same_run(folder, whole)
-        shutil.rmtree(folder)
-    else:
-        assert not request.config.getoption("--all-kills"), "there are more events"
 
 
 def test_finished_run_is_left_alone(call, whole, tmp_path):
@@ -137,46 +113,18 @@ def test_finished_run_is_left_alone(call, whole, tmp_path):
     assert_same_run(tmp_path, whole)
 
 
-def test_missing_last_save_is_made_up(call, shared, project):
-    """Such a run does no further step, also when it ends within an epoch."""
-    call("train", *shared, "--run-name", "run", *TRAIN, "--max-steps", "4", cwd=project)
-    adapter = project / RUN / ADAPTER_FILE
-    before = adapter.read_bytes()
-    adapter.unlink()
-    call(*RESUME, cwd=project)
-    assert adapter.read_bytes() == before
-    assert read(project / RUN / "run.json")["steps"] == 4
-
-
 # Damage
 
 
-@pytest.mark.parametrize(
-    ("name", "damage", "problem"),
-    [
-        (ADAPTER_FILE, flip, "corrupt"),
-        ("optimizer.pt", cut, "corrupt"),
-        ("trainer_state.json", os.unlink, "missing"),
-        (MANIFEST, cut, "corrupt"),
-        (MANIFEST, os.unlink, "missing"),
-    ],
-)
-def test_damaged_checkpoint_is_skipped(whole, tmp_path, capsys, name, damage, problem):
-    """It is named, and the one before is taken."""
-    run = copy_unfinished(whole, tmp_path, last=8)
-    damage(run / "checkpoint-8" / name)
-    assert util.newest_checkpoint(run).endswith("checkpoint-6")
-    assert f"checkpoint-8 is skipped: {name} is {problem}" in capsys.readouterr().out
-
-
 def test_resume_skips_damage_exactly(call, whole, tmp_path):
-    """And the time that earlier sessions took is in the record."""
+    """The file is named; and the time that earlier sessions took is in the record."""
     run = copy_unfinished(whole, tmp_path, last=8)
     flip(run / "checkpoint-8" / "optimizer.pt")
     record = read(run / "run.json")
     record["seconds"] = {"load": 100, "train": 1000}
     (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
     said = call(*RESUME, cwd=tmp_path)
+    assert "checkpoint-8 is skipped: optimizer.pt is corrupt" in said
     assert "Resuming from step 6" in said
     assert_same_run(tmp_path, whole)
     seconds = read(run / "run.json")["seconds"]
@@ -230,7 +178,7 @@ def test_signals_leave_a_resumable_run(call, begin, whole, project):
     for stopped, resumed in re.findall(pattern, said, re.DOTALL):
         assert stopped == resumed
     assert "Traceback" not in said
-    assert_same_end(project, whole)
+    assert_same_run(project, whole, only_validations=True)
 
 
 def test_second_signal_ends_at_once(begin, project):
@@ -290,41 +238,34 @@ def test_bad_loss_stops_the_run(call, begin, whole, project):
     assert "step 6: not finite (loss nan" in said
     assert not (project / RUN / "checkpoint-6").exists()
     call(*RESUME, cwd=project)
-    assert_same_end(project, whole)
+    assert_same_run(project, whole, only_validations=True)
 
 
 # What must not change
 
 
-def change_base(folder, base):
-    shutil.copytree(base, folder / "base")
-    config = folder / "base" / "config.json"
-    config.write_text(config.read_text().replace("512", "513"))
-
-
-def change_data(folder, base):
+def change_data(folder):
     data = folder / "outputs/datasets/items_prompts_lite"
     shutil.copy(data / "test.parquet", data / "val.parquet")
     write_manifest(data)
 
 
-def change_nothing(folder, base):
-    pass
-
-
 @pytest.mark.parametrize(
     ("change", "flags", "problem"),
     [
-        (change_nothing, ("--lora-r", "8", "--epochs", "2"), "lora r was 32 and is 8."),
-        (change_nothing, ("--precision", "bf16"), "precision was auto and is bf16."),
-        (change_nothing, ("--seed", "7"), "seed was 42 and is 7."),
-        (change_base, ("--base-model", "base"), "base model was "),
+        (None, ("--lora-r", "8", "--epochs", "2"), "lora r was 32 and is 8."),
+        (None, ("--seed", "7"), "seed was 42 and is 7."),
+        (None, ("--base-model", "base"), "its base model was "),
         (change_data, (), "data was "),
     ],
 )
 def test_changes_are_refused_on_resume(call, whole, tiny_base, tmp_path, change, flags, problem):
     copy_unfinished(whole, tmp_path)
-    change(tmp_path, tiny_base)
+    shutil.copytree(tiny_base, tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(config.read_text().replace("512", "513"))
+    if change:
+        change(tmp_path)
     said = call(*RESUME, *flags, cwd=tmp_path, code=1)
     assert f"--resume run: {problem}" in said
 
@@ -407,7 +348,8 @@ def test_out_of_memory_takes_smaller_micro_batches(call, shared, project):
     start = ("train", *shared, "--run-name", "run", "--batch-size", "12", "--max-steps", "8")
     options = (6, 6, 4)  # rows; in the fourth step of two micro-batches 4
     said = call(*start, "--save-steps", "2", cwd=project, hook="limit_memory", options=options)
-    found = re.findall(r"Step (\d): OutOfMemoryError: .* Going on with micro-batches of (\d)", said)
+    pattern = r"Step (\d): OutOfMemoryError: .*; going on with micro-batches of (\d)"
+    found = re.findall(pattern, said)
     assert found == [("1", "6"), ("4", "4")]
     assert "Resuming from step 2, the newest complete checkpoint" in said
     assert "Trained to step 8" in said
@@ -418,7 +360,7 @@ def test_out_of_memory_with_one_row(call, shared, project):
     start = ("train", *shared, "--batch-size", "12", "--micro-batch", "1", "--max-steps", "2")
     said = call(*start, cwd=project, code=1, hook="limit_memory", options=(0,))
     assert "micro-batches of 1, × 12 accumulated × 1 processes = 12, activation ch" in said
-    assert "One row at a time doesn't fit. Take a smaller base model" in said
+    assert "one row at a time doesn't fit. Take a smaller base model" in said
 
 
 def test_validation_out_of_memory_halves_its_batch(call, shared, project):
@@ -545,18 +487,15 @@ def test_weights_suit_the_gpu(plan_for, monkeypatch, capability, changes, rows, 
         ((4, False), (4, True)),
         ((4, True), (2, True)),
         ((1, False), (1, True)),
-        ((1, True), None),
+        ((1, True), (None, None)),
     ],
 )
 def test_smaller_plans_need_less_memory(before, after):
     """Smaller micro-batches; below four rows activation checkpointing comes first."""
     plan = util.Plan("fp32", (), micro_batch=before[0], accumulation=32 // before[0])
     plan = replace(plan, checkpointing=before[1]).without(torch.OutOfMemoryError())
-    if after is None:
-        assert plan is None
-        return
-    assert (plan.micro_batch, plan.checkpointing) == after
-    assert plan.micro_batch * plan.accumulation == 32
+    assert (getattr(plan, "micro_batch", None), getattr(plan, "checkpointing", None)) == after
+    assert plan is None or plan.micro_batch * plan.accumulation == 32
 
 
 @pytest.mark.parametrize(
