@@ -583,9 +583,8 @@ def train_model(
     """
     # 1) Open a new run or one to resume
     util.join_processes()
+    changes |= {"seed": seed}
     changes = {name: value for name, value in changes.items() if value is not None}
-    if seed is not None:
-        changes["seed"] = seed
     name = datetime.now().strftime("%Y-%m-%d_%H.%M.%S")
     name = util.broadcast(name if config.mode == "full" else f"{name}-{config.mode}")
     with util.PartialState().main_process_first():
@@ -926,6 +925,8 @@ def parse_arguments(argv):
         useless |= given.keys() & {"hf_user", "hf_dataset_user", "revision"}
     for one in sorted(useless):
         parser.error(f"{ARGUMENTS[one].flags_of(one)[0]}: does nothing here; leave it out")
+    if function is train_model and "seed" in shared:
+        given["seed"] = config.seed  # a run that is resumed keeps its own
     return name, function, config, given
 
 

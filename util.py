@@ -2042,6 +2042,7 @@ def train(base, run, data, plan, quant_config):
     stopper = StopOnSignal()
     while plan:
         start = time.time()
+        run.follow(plan)  # should it be stopped before its first step
         model = load_base(base, plan, quant_config)
         plan = check_plan(plan, model, base, data, run)
         run.follow(plan)
