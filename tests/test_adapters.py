@@ -26,14 +26,16 @@ RIGHT = {
     "rslora": lambda: lora_config(use_rslora=True),
     "dora": lambda: lora_config(use_dora=True),
     "patterns": lambda: lora_config(rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 32}),
-    "saved_norm": lambda: lora_config(modules_to_save=["norm"]),
 }
 REFUSED = {
-    "ia3": (lambda: IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "but IA3"),
-    "prompt": (lambda: PromptTuningConfig(num_virtual_tokens=4), "but PROMPT_TUNING"),
-    "bias": (lambda: lora_config(bias="all"), "no LoRA adapter without biases"),
-    "lora_bias": (lambda: lora_config(lora_bias=True), "no LoRA adapter without biases"),
-    "saved_head": (lambda: lora_config(modules_to_save=["lm_head"]), "adapts head or embeddings"),
+    "ia3": (
+        lambda: IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        "is IA3",
+    ),
+    "prompt": (lambda: PromptTuningConfig(num_virtual_tokens=4), "is PROMPT_TUNING"),
+    "bias": (lambda: lora_config(bias="all"), "only LoRA without biases"),
+    "lora_bias": (lambda: lora_config(lora_bias=True), "only LoRA without biases"),
+    "saved_norm": (lambda: lora_config(modules_to_save=["norm"]), "biases or whole layers"),
     "lm_head": (lambda: lora_config(target_modules=["lm_head"]), "adapts head or embeddings"),
     "embed": (lambda: lora_config(target_modules=["embed_tokens"]), "adapts head or embeddings"),
 }
@@ -86,21 +88,56 @@ def test_odd_adapter_is_refused(kind, tiny_base, tmp_path):
         load_merged(util.Base(tiny_base), folder)
 
 
-def rename(folder, old, new):
-    file = folder / util.ADAPTER_FILE
-    save_file({name.replace(old, new, 1): w for name, w in load_file(file).items()}, file)
+def merge_anew(tiny_base, folder, precision, dtype=torch.float32):
+    """{name: weight} of the base with the adapter merged into it in `dtype`."""
+    model = util.dequantise(load_quantised(util.Base(tiny_base), precision), dtype)
+    return util.load_adapter(model, folder).merge_and_unload().state_dict()
 
 
-def keep_second_layer(folder):
-    file = folder / util.ADAPTER_FILE
-    save_file({name: w for name, w in load_file(file).items() if ".layers.1." in name}, file)
+def test_merged_weights_are_rounded_once(tiny_base, tmp_path):
+    """They are added in 32 bits, also where the run is read in 16."""
+    folder = make_adapter("plain", tiny_base, tmp_path / "adapter")
+    exact = merge_anew(tiny_base, folder, "bf16")
+    rounded = merge_anew(tiny_base, folder, "bf16", torch.bfloat16)
+    merged = load_merged(util.Base(tiny_base), folder, "bf16").state_dict()
+    assert merged.keys() == exact.keys()
+    assert all(merged[name].equal(weight.bfloat16()) for name, weight in exact.items())
+    assert not all(merged[name].equal(weight) for name, weight in rounded.items())
 
 
-def make_one_nan(folder):
-    file = folder / util.ADAPTER_FILE
-    weights = load_file(file)
+def test_little_memory_keeps_base_quantised(tiny_base, tmp_path, monkeypatch):
+    """Without room for the dequantised weights nothing is merged, unless it has to be."""
+    folder = make_adapter("plain", tiny_base, tmp_path / "adapter")
+    no_room = util.Memory(used=2**30, available=2**30, peak=2**30)
+    monkeypatch.setattr(util, "memory", lambda: no_room)
+    base = util.Base(tiny_base)
+    kept, exported = load_merged(base, folder), load_merged(base, folder, out_precision="bf16")
+    for model, is_quantised in ((kept, True), (exported, False)):
+        assert any(isinstance(one, util.QUANTISED) for one in model.modules()) == is_quantised
+    assert exported.dtype == torch.bfloat16
+
+
+def change_weights(change):
+    """A damage: the adapter's file has the weights that `change` makes of {name: weight}."""
+
+    def damage(folder):
+        file = folder / util.ADAPTER_FILE
+        save_file(change(load_file(file)), file)
+
+    return damage
+
+
+def rename(old, new):
+    return change_weights(lambda weights: {n.replace(old, new, 1): weights[n] for n in weights})
+
+
+def keep_second_layer(weights):
+    return {name: weight for name, weight in weights.items() if ".layers.1." in name}
+
+
+def make_one_nan(weights):
     weights[next(iter(weights))][0, 0] = float("nan")
-    save_file(weights, file)
+    return weights
 
 
 def make_pointer(folder):
@@ -114,11 +151,11 @@ def change_config(folder, **changes):
 
 
 DAMAGES = {
-    "empty": (lambda folder: save_file({}, folder / util.ADAPTER_FILE), "it holds no weights"),
-    "compiled": (lambda folder: rename(folder, "base", "_orig_mod.base"), "misplaced"),
-    "nested": (lambda folder: rename(folder, "layers", "language_model.layers"), "misplaced"),
-    "half": (keep_second_layer, "8 of its tensors are missing"),
-    "nan": (make_one_nan, "1 of its tensors are missing, misplaced or not finite"),
+    "empty": (change_weights(lambda weights: {}), "it holds no weights"),
+    "compiled": (rename("base", "_orig_mod.base"), "misplaced"),
+    "nested": (rename("layers", "language_model.layers"), "misplaced"),
+    "half": (change_weights(keep_second_layer), "8 of its tensors are missing"),
+    "nan": (change_weights(make_one_nan), "1 of its tensors are missing, misplaced or not finite"),
     "cut": (lambda folder: cut(folder / util.ADAPTER_FILE), "is no complete safetensors file"),
     "pointer": (make_pointer, "git lfs pull"),
     "rank": (lambda folder: change_config(folder, r=4), "its adapter doesn't fit"),
