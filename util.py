@@ -458,8 +458,6 @@ def load_adapter(model, folder):
 # 2. Reading prices
 
 NUMBERS = range(1000)  # the prices that are read, in units
-EVAL_BATCH = 256  # prompts read at once on a GPU, at most
-EVAL_BATCH_CPU = 8  # on a CPU larger batches only make the bar jump
 
 
 def spell_numbers(tokenizer, prefix=items.PREFIX):
@@ -473,10 +471,10 @@ def spell_numbers(tokenizer, prefix=items.PREFIX):
 
 
 class NumberTree:
-    """All beginnings of the numbers, as a tokenizer spells them.
+    """All beginnings of the numbers, as a tokenizer spells them, tuples of tokens: its nodes.
 
-    A node is a beginning, a tuple of tokens; the first is the empty one. The others are `branches`,
-    which follow each prompt in a sequence; there are none where every number is one token.
+    The first is the empty one. The others are `branches`, which follow each prompt in a sequence;
+    there are none where every number is one token.
     """
 
     def __init__(self, spellings, device):
@@ -529,17 +527,16 @@ class NumberTree:
         of_children = logits[..., self.token_ids].masked_fill(~self.is_child, -math.inf)
         best = of_children.max(-1)
         ends = best.values < logits.max(-1).values  # another token is likelier than all children
-        return list(map(self.follow, best.indices.tolist(), ends.tolist()))
-
-    def follow(self, best_child, ends):
-        """The number to which the likeliest children lead, from the first node on."""
-        spelled = ()
-        while spelled in self.node_at:
-            node = self.node_at[spelled]
-            if spelled in self.number_of and ends[node]:
-                break
-            spelled = (*spelled, self.tokens[best_child[node]])
-        return self.number_of[spelled]
+        numbers = []
+        for best_child, may_end in zip(best.indices.tolist(), ends.tolist(), strict=True):
+            spelled = ()
+            while spelled in self.node_at:
+                node = self.node_at[spelled]
+                if spelled in self.number_of and may_end[node]:
+                    break
+                spelled = (*spelled, self.tokens[best_child[node]])
+            numbers.append(self.number_of[spelled])
+        return numbers
 
 
 @dataclass
@@ -567,13 +564,13 @@ class PriceReader:
         self.in_tree = in_tree
         self.prefix = prefix  # the end of the prompts
         self.tree = NumberTree(spell_numbers(tokenizer, prefix), model.device)
-        self.in_one_row = in_tree and is_packed(model) and not self.tree.branches
         on_gpu = torch.cuda.is_available()
         # A row's logits take 4 bytes a value three times and 2 once
         vocab_size = model.get_output_embeddings().weight.shape[0]
         row_bytes = 14 * (4 + len(self.tree.branches)) * vocab_size
         rows_that_fit = memory().available // 8 // row_bytes
-        self.batch_size = max(1, min(EVAL_BATCH if on_gpu else EVAL_BATCH_CPU, rows_that_fit))
+        # Prompts at once; on a CPU larger batches only make the bar jump
+        self.batch_size = max(1, min(256 if on_gpu else 8, rows_that_fit))
         self.threads = 2 if on_gpu else 1  # while the GPU computes one batch, the next is prepared
 
     def read(self, rows, with_loss=False):
@@ -589,26 +586,25 @@ class PriceReader:
             probabilities = self.tree.number_logs(at_nodes).exp().cpu().numpy()
             return Reading(probabilities, self.tree.greedy_numbers(at_nodes), losses)
 
-    def estimate(self, rows, **options):
-        """The Estimates of rows; `options` as of estimate_prices."""
-        reading = self.read(rows)
-        return estimate_prices(reading.probabilities, reading.greedy, rows, **options)
-
     def answer(self, rows, name=None, **options):
-        """(the Estimates of any number of rows, the seconds they took); `name` as of `predict`."""
-        function = partial(self.estimate, **options)
-        return predict(function, rows, self.batch_size, name, self.threads)
+        """(Estimates of rows, the seconds they took); `options` as of estimate_prices."""
+
+        def estimate(batch):
+            reading = self.read(batch)
+            return estimate_prices(reading.probabilities, reading.greedy, batch, **options)
+
+        return predict(estimate, rows, self.batch_size, name, self.threads)
 
     def logits(self, prompts, completions):
-        """(logits along each completion, logits at each node of the tree), lists of tokens given.
+        """(logits along the completions, logits at the tree's nodes), lists of tokens given.
 
-        The first are rows × tokens × vocabulary, of the longest completion; the second rows × nodes
-        × vocabulary.
+        Rows × tokens of the longest completion × vocabulary, and rows × nodes × vocabulary.
         """
         if not self.in_tree:
-            return self.separate_logits(prompts, completions)
+            return self.separate_logits(prompts, completions, self.tree.nodes)
         completion_len = max(map(len, completions))
-        make_inputs = self.one_row_inputs if self.in_one_row else self.tree_inputs
+        in_one_row = is_packed(self.model) and not self.tree.branches
+        make_inputs = self.one_row_inputs if in_one_row else self.tree_inputs
         inputs = BatchEncoding(make_inputs(prompts, completions, completion_len))
         logits = self.model(**inputs.to(self.model.device), use_cache=False).logits
         logits = logits.view(len(prompts), -1, logits.shape[-1])
@@ -616,24 +612,24 @@ class PriceReader:
         at_nodes = torch.cat([logits[:, :1], at_branches], 1).float()  # the first: behind prompts
         return logits[:, :completion_len], at_nodes
 
-    def separate_logits(self, prompts, completions):
-        """The same from forward passes of a prompt with a beginning or its completion each."""
+    def separate_logits(self, prompts, completions, nodes):
+        """The same from forward passes of a prompt with a node or its completion each."""
         along, at_nodes = [], []
         for prompt, completion in zip(prompts, completions, strict=True):
             text = [prompt + completion]
             along.append(plain_logits(self.model, text, len(completion) + 1)[0, :-1])
-            for _, nodes in groupby(self.tree.nodes, key=len):
-                texts = [prompt + list(node) for node in nodes]
+            for _, alike in groupby(nodes, key=len):
+                texts = [prompt + list(node) for node in alike]
                 for start in range(0, len(texts), self.batch_size):
                     batch = texts[start : start + self.batch_size]
                     at_nodes.append(plain_logits(self.model, batch, 1))
-        at_nodes = torch.cat(at_nodes).view(len(prompts), len(self.tree.nodes), -1)
+        at_nodes = torch.cat(at_nodes).view(len(prompts), len(nodes), -1)
         return pad_sequence(along, batch_first=True), at_nodes.float()
 
     def tree_inputs(self, prompts, completions, completion_len):
-        """The model's inputs of padded prompts, each before its completion and the branches.
+        """Inputs of prompts, padded on the left, each before its completion and the branches.
 
-        Padding is on the left. The mask is four-dimensional: true where a token sees another.
+        The mask is four-dimensional: true where a token sees another.
         """
         branches = self.tree.branches
         prompt_len = torch.tensor([len(prompt) for prompt in prompts])[:, None]
@@ -670,21 +666,14 @@ class PriceReader:
         }
 
     def one_row_inputs(self, prompts, completions, completion_len):
-        """The model's inputs of all prompts and completions in one row, without padding.
-
-        There are no branches.
-        """
+        """The same in one row, without padding; there are no branches."""
         texts = [prompt + text for prompt, text in zip(prompts, completions, strict=True)]
-        sizes = [len(text) for text in texts]
-        ends = torch.tensor([0, *sizes]).cumsum(0)
-        starts = ends[:-1] + torch.tensor([len(prompt) - 1 for prompt in prompts])
+        inputs = packed_inputs(texts, max(map(len, texts)))
+        prompt_len = torch.tensor([len(prompt) for prompt in prompts])
+        starts = inputs["cu_seq_lens_q"][:-1] + prompt_len - 1
         kept = starts[:, None] + torch.arange(max(completion_len, 1))
-        inputs = {
-            "input_ids": torch.tensor([[token for text in texts for token in text]]),
-            "position_ids": torch.cat([torch.arange(size) for size in sizes])[None],
-            "logits_to_keep": kept.clamp(max=int(ends[-1]) - 1).flatten(),
-        }
-        return inputs | packed_attention_inputs(ends, max(sizes))
+        last = inputs["input_ids"].shape[1] - 1
+        return inputs | {"logits_to_keep": kept.clamp(max=last).flatten()}
 
 
 def plain_logits(model, texts, last):
@@ -693,8 +682,7 @@ def plain_logits(model, texts, last):
     An ordinary forward pass without a mask or padding, which every causal model computes right.
     """
     ids = torch.tensor(texts, device=model.device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=last).logits
-    return logits[:, -last:]
+    return model(input_ids=ids, use_cache=False, logits_to_keep=last).logits[:, -last:]
 
 
 def completion_losses(logits, completions):
@@ -710,8 +698,8 @@ def completion_losses(logits, completions):
 def open_reader(base, adapter, rows, quant_config, precision, use_bf16, fast=True):
     """The PriceReader of a Base with the adapter from the folder `adapter`, or without one.
 
-    Checked on the longest and the shortest of the rows. `fast=False` turns all off that is there
-    for speed only. Raises UserError if a row is too long for the base.
+    Checked on the longest and the shortest of the rows. `fast=False` turns off what is there for
+    speed only. Raises UserError if a row is too long for the base.
     """
     prefix = scale_of_rows(rows).prefix
     prompts = sorted(base.tokenizer([row["prompt"] for row in rows])["input_ids"], key=len)
@@ -730,19 +718,18 @@ def open_reader(base, adapter, rows, quant_config, precision, use_bf16, fast=Tru
 def load_merged(base, adapter, quant_config, precision, out_precision=None):
     """The model of a Base with the adapter from the folder `adapter`, if any.
 
-    Merged if memory has room for the dequantised weights, which is faster, or if an
-    `out_precision` is asked for. They are added in 32 bits if there is room for that, and rounded
-    once: early in training an adapter changes weights by less than 16 bits resolve.
+    Merged if memory has room for the dequantised weights, which is faster, or for an
+    `out_precision`. They are added in 32 bits if there is room for that, and rounded once: early in
+    training an adapter changes weights by less than 16 bits resolve.
     """
     model = load_quantised(base, quant_config, precision)
     layers = [module for module in model.modules() if hasattr(module, "in_features")]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     now = memory()
-    for merge_dtype in (torch.float32, model.dtype):
-        has_room = now.used + weights * merge_dtype.itemsize < 0.8 * now.available
-        if has_room:
-            break
-    if not has_room and not out_precision:
+    room = 0.8 * now.available - now.used
+    dtypes = (torch.float32, model.dtype)
+    merge_dtype = next((one for one in dtypes if weights * one.itemsize < room), None)
+    if merge_dtype is None and not out_precision:
         return load_adapter(model, adapter) if adapter else model
     model = dequantise(model, merge_dtype)
     if adapter:
@@ -762,12 +749,10 @@ def load_merged(base, adapter, quant_config, precision, out_precision=None):
 PACKED = "packed"
 PACKED_EFFICIENT = "packed_efficient"
 PACKING_MULTIPLE = 64  # tokens; total lengths are multiples of it, so that few shapes occur
-SPARE_SEQUENCES = 8  # at most so many sequences of padding end a packed row
 QUANTISED = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
 FP8_CAPABILITY = (8, 9)  # of GPUs that multiply matrices of 8-bit floats
 FP8 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of mantissa
 FP8_MAX = 448.0  # the largest number of FP8
-FP8_MULTIPLE = 16  # of a layer's sizes, which torch._scaled_mm asks for
 
 # Relative differences of a model's logits that may be rounding. SmolLM2-135M has 0.01 in fp16 and
 # 0.10 in bf16, and 0.44 and more where tokens see others that they shouldn't.
@@ -869,10 +854,13 @@ ALL_ATTENTION_FUNCTIONS.register(PACKED, partial(packed_attention, flash_kernel)
 ALL_ATTENTION_FUNCTIONS.register(PACKED_EFFICIENT, partial(packed_attention, efficient_kernel))
 
 
-def packed_attention_inputs(ends, longest):
-    """What the model hands to `packed_attention`: ends and longest of the sequences."""
-    ends = ends.int()
+def packed_inputs(texts, longest):
+    """The model's inputs of texts, lists of tokens, in one row; none is longer than `longest`."""
+    sizes = [len(text) for text in texts]
+    ends = torch.tensor([0, *sizes]).cumsum(0).int()
     return {
+        "input_ids": torch.tensor([[token for text in texts for token in text]]),
+        "position_ids": torch.cat([torch.arange(size) for size in sizes])[None],
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
         "max_length_q": longest,
@@ -891,32 +879,23 @@ class PackedCollator:
 
     def __init__(self, micro_batch, lengths, one_shape=False):
         self.longest = int(lengths.max())
-        self.sequences = micro_batch + SPARE_SEQUENCES
+        self.sequences = micro_batch + 8  # at most so many sequences of padding end a packed row
         spread = 3.5 * math.sqrt(micro_batch) * lengths.std()
         self.min_tokens = micro_batch * lengths.mean() + spread if one_shape else 0
 
     def __call__(self, rows):
-        sizes = [len(row["input_ids"]) for row in rows]
-        tokens = sum(sizes)
-        multiples = math.ceil(max(tokens, self.min_tokens) / PACKING_MULTIPLE)
+        texts = [row["input_ids"] for row in rows]
+        labels = [label for row in rows for label in row["labels"]]
+        multiples = math.ceil(max(len(labels), self.min_tokens) / PACKING_MULTIPLE)
         spare = (self.sequences - len(rows)) * self.longest
-        filling = min(multiples * PACKING_MULTIPLE - tokens, spare)
-
+        filling = min(multiples * PACKING_MULTIPLE - len(labels), spare)
         full, rest = divmod(filling, self.longest)
-        sizes += [self.longest] * full + [rest]
-        unused = self.sequences - len(sizes)
-        ends = torch.tensor([0, *sizes, *[0] * unused]).cumsum(0)
-
-        ids = [token for row in rows for token in row["input_ids"]] + [0] * filling
-        labels = [label for row in rows for label in row["labels"]] + [items.IGNORED] * filling
-        labels = torch.tensor(labels)
-        inputs = {
-            "input_ids": torch.tensor([ids]),
-            "labels": labels[None],
-            "position_ids": torch.cat([torch.arange(size) for size in sizes])[None],
-            "logits_to_keep": (labels != items.IGNORED).nonzero().flatten() - 1,
-        }
-        return inputs | packed_attention_inputs(ends, self.longest)
+        texts += [[0] * self.longest] * full + [[0] * rest]
+        texts += [[]] * (self.sequences - len(texts))
+        labels = torch.tensor(labels + [items.IGNORED] * filling)
+        kept = (labels != items.IGNORED).nonzero().flatten() - 1
+        inputs = packed_inputs(texts, self.longest)
+        return inputs | {"labels": labels[None], "logits_to_keep": kept}
 
 
 class FastLora(lora.Linear):
@@ -943,8 +922,8 @@ def with_fast_lora(config):
 def quantise_rows(matrix):
     """(a matrix in 8-bit floats, the scale of each row, a column of 32-bit floats).
 
-    A row times its scale is the original, each value to 1/16. Each row's largest value becomes
-    FP8_MAX. Plain operations, which the compiler fuses with what precedes them.
+    A row times its scale is the original, each value to 1/16. Plain operations, which the compiler
+    fuses with what precedes them.
     """
     values = matrix.float()
     largest = values.abs().amax(-1, keepdim=True).clamp(min=1e-24)  # a row of zeros has no scale
@@ -959,9 +938,8 @@ def fp8_product(matrix, weight, scales):
     The scales are 1 × outputs.
     """
     quantised, row_scales = quantise_rows(matrix)
-    scaling = {"scale_a": row_scales, "scale_b": scales}
     options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
-    return torch._scaled_mm(quantised, weight.t(), **scaling, **options)
+    return torch._scaled_mm(quantised, weight.t(), row_scales, scales, **options)
 
 
 class Fp8Product(torch.autograd.Function):
@@ -1012,22 +990,19 @@ class Fp8Linear(torch.nn.Linear):
 
 
 def fp8_layers(model):
-    """{name: linear layer} that can be an Fp8Linear: quantised ones of sizes that the kernel takes.
-
-    The model is dequantised and has no adapters yet.
-    """
+    """Names of the layers that can be an Fp8Linear, in a dequantised model without adapters."""
     quantised = set(quantised_layers(model))
-    return {
-        name: module
+    return [
+        name
         for name, module in model.named_modules()
-        if module in quantised
-        if module.in_features % FP8_MULTIPLE == module.out_features % FP8_MULTIPLE == 0
-    }
+        # torch._scaled_mm asks for sizes that are multiples of 16
+        if module in quantised and module.in_features % 16 == module.out_features % 16 == 0
+    ]
 
 
 def hold_in_fp8(model):
     """Replaces a dequantised base's linear layers by Fp8Linear ones, one by one."""
-    for name in list(fp8_layers(model)):  # no layers, so that each is freed
+    for name in fp8_layers(model):  # no layers, so that each is freed
         model.set_submodule(name, Fp8Linear(model.get_submodule(name)))
 
 
@@ -1038,23 +1013,22 @@ def fuse_norms(model, precision):
     does it.
     """
     for module in model.modules():
-        if not hasattr(module, "variance_epsilon") or not hasattr(module, "weight"):
+        is_norm = hasattr(module, "variance_epsilon") and hasattr(module, "weight")
+        if not is_norm or len(inspect.signature(module.forward).parameters) > 1:  # a gate
             continue
-        if len(inspect.signature(module.forward).parameters) > 1:  # a gate
-            continue
-        options = {"normalized_shape": module.weight.shape, "eps": module.variance_epsilon}
-        fused = partial(torch.nn.functional.rms_norm, weight=module.weight, **options)
-        x = 1 + torch.randn(4, *module.weight.shape).to(module.weight)
+        weight, eps = module.weight, module.variance_epsilon
+        rms_norm = torch.nn.functional.rms_norm
+        fused = partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
+        x = 1 + torch.randn(4, *weight.shape).to(weight)
         with torch.no_grad():
             if agrees(partial(fused, x), module(x), LAYER_TOLERANCES[precision]):
                 module.forward = fused
 
 
 def dequantise(model, dtype=None):
-    """Expands the quantised weights once to what they stand for. Returns the model.
+    """Expands the quantised weights once, to `dtype` or the model's. Returns the model.
 
-    They are of `dtype`, by default the model's: the values that bitsandbytes' kernels would compute
-    400 times a step.
+    They are the values that bitsandbytes' kernels would compute 400 times a step.
     """
     dtype = dtype or model.dtype
     layers = [module for module in model.modules() if isinstance(module, QUANTISED)]
@@ -1092,32 +1066,34 @@ def self_check(model, tokenizer, prompts, precision, attention=None, layers=(), 
 
     Architectures differ in what their layers do with masks and positions, and new ones appear, so
     it is measured on each model that is loaded; two prompts of different lengths show most. The
-    model keeps the `attention` of packed rows if it may be used. `layers` are some that FastLora is
-    to adapt, `fp8_layers` some that are to be Fp8Linear. The model itself is in 16 bits: fp8
-    differs from it by so much that errors elsewhere wouldn't show.
+    model keeps the `attention` of packed rows if it may be used. `layers` are to be FastLora,
+    `fp8_layers` Fp8Linear: the model itself is in 16 bits, since fp8 differs from it by so much
+    that errors elsewhere wouldn't show. Raises UserError if plain answers aren't finite or causal.
     """
     tolerance = TOLERANCES[precision]
     completions = items.completion_tokens([ANY_COMPLETION] * len(prompts), tokenizer)
-    pairs = list(zip(prompts, completions, strict=True))
-    nodes = NumberTree(spell_numbers(tokenizer), model.device).nodes
+    reader = PriceReader(model, tokenizer)
     # The last node of each depth: all others of its depth precede it in the tree
-    chosen = list({len(node): i for i, node in enumerate(nodes)}.values())
+    chosen = list({len(node): i for i, node in enumerate(reader.tree.nodes)}.values())
 
     def read_in_one_pass():
-        along, at_nodes = PriceReader(model, tokenizer).logits(prompts, completions)
+        along, at_nodes = reader.logits(prompts, completions)
         return torch.cat([along, at_nodes[:, chosen]], 1)
 
     def read_packed_rows():
-        rows = [{"input_ids": p + c, "labels": [items.IGNORED] * len(p) + c} for p, c in pairs]
-        inputs = PackedCollator(len(rows), numpy.array([len(p + c) for p, c in pairs]))(rows)
-        del inputs["labels"]
-        return model(**BatchEncoding(inputs).to(model.device), use_cache=False).logits
+        inputs = BatchEncoding(reader.one_row_inputs(prompts, completions, len(completions[0])))
+        return model(**inputs.to(model.device), use_cache=False).logits
 
     found = {}
     with torch.no_grad():
-        plain = partial(plain_answers, model, precision, [nodes[i] for i in chosen])
-        expected = torch.stack([plain(*pair) for pair in pairs])
-        along = expected[:, : len(completions[0])]
+        nodes = [reader.tree.nodes[i] for i in chosen]
+        along, at_nodes = reader.separate_logits(prompts, completions, nodes)
+        name = model.config.name_or_path
+        if not at_nodes.isfinite().all():
+            raise items.UserError(f"{name}: its answers aren't finite. Take `precision` fp32.")
+        if difference(along[:, 0], at_nodes[:, 0]) > tolerance:  # the first node: prompts alone
+            refuse(name, "is no causal language model: its answers change with what follows")
+        expected = torch.cat([along, at_nodes], 1)
         if attention:
             plain_attention = model.config._attn_implementation
             model.set_attn_implementation(attention)
@@ -1142,25 +1118,6 @@ def describe_checks(found):
     unused = " and ".join(way for way, is_right in found.items() if not is_right)
     text = f"{used or 'nothing'} as by plain forward passes"
     return f"{text}; not so, and not used: {unused}" if unused else text
-
-
-def plain_answers(model, precision, nodes, prompt, completion):
-    """The logits of plain forward passes, along the completion and at the nodes behind the prompt.
-
-    Raises UserError if they are not finite, or depend on what follows.
-    """
-    along = plain_logits(model, [prompt + completion], len(completion) + 1)[0, :-1]
-    at_nodes = torch.cat([plain_logits(model, [prompt + list(node)], 1)[0] for node in nodes])
-    name = model.config.name_or_path
-    if not at_nodes.isfinite().all():
-        raise items.UserError(f"{name}: its answers aren't finite. Take `precision` fp32.")
-    # The first node is the prompt alone
-    if difference(along[0], at_nodes[0]) > TOLERANCES[precision]:
-        raise items.UserError(
-            f"{name}: what it says of a text changes with what follows, so it is no causal "
-            "language model. Take another base model."
-        )
-    return torch.cat([along, at_nodes])
 
 
 def difference(found, expected):

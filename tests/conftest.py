@@ -53,7 +53,7 @@ import app
 import child
 import util
 from app import RECIPES, RunConfig, build_quant_config
-from items import IGNORED, demo_items, load_prompts
+from items import IGNORED, PREFIX, demo_items, load_prompts
 
 LLAMA_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -129,6 +129,30 @@ def plain_loss(model, row):
     labels = torch.tensor([row["labels"]])
     loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss
     return loss.item() * (labels != IGNORED).sum().item()
+
+
+def read_by_brute_force(model, tokenizer, prompt):
+    """The log probability of each number behind a prompt, by a forward pass for each beginning."""
+    prefix = tokenizer(PREFIX, add_special_tokens=False)["input_ids"]
+    texts = [f"{PREFIX}{number}" for number in range(1000)]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    spellings = [tuple(row[len(prefix) :]) for row in ids]
+    longest = max(map(len, spellings))
+    number_tokens = sorted({token for spelling in spellings for token in spelling})
+    logs = {}
+    for beginning in {spelling[:k] for spelling in spellings for k in range(longest)}:
+        text = torch.tensor([tokenizer(prompt)["input_ids"] + list(beginning)])
+        with torch.no_grad():
+            logits = model(input_ids=text, use_cache=False).logits[0, -1]
+        logs[beginning] = logits.double().log_softmax(-1)
+    found = []
+    for spelling in spellings:
+        log = sum(logs[spelling[:k]][token] for k, token in enumerate(spelling))
+        if spelling in logs:  # another digit could follow
+            others = 1 - logs[spelling][number_tokens].exp().sum()
+            log = log + others.clamp(min=1e-300).log()
+        found.append(float(log))
+    return torch.tensor(found)
 
 
 def load_quantised(base, precision="fp32"):

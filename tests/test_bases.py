@@ -14,12 +14,12 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import app
 import items
 import util
-from conftest import DATASET, attend_on_cpu, load_quantised
+from conftest import DATASET, attend_on_cpu, load_quantised, read_by_brute_force
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 VOCABULARY = 49152
@@ -84,14 +84,8 @@ FAMILIES = {
     "qwen3_moe": ("Qwen3MoeConfig", SHAPE | HEAD | EXPERTS),
     "mixtral": ("MixtralConfig", SHAPE | {"num_local_experts": 4}),
     "glm4_moe": ("Glm4MoeConfig", FOUR_LAYERS | HEAD | SHARED_EXPERTS),
-    "gpt_oss": (
-        "GptOssConfig",
-        SHAPE | HEAD | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    ),
-    "lfm2": (
-        "Lfm2Config",
-        FOUR_LAYERS | {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
-    ),
+    "gpt_oss": ("GptOssConfig", SHAPE | HEAD | EXPERTS | {"num_local_experts": 4}),
+    "lfm2": ("Lfm2Config", FOUR_LAYERS | {"layer_types": 2 * ["conv", "full_attention"]}),
     "qwen3_5_text": ("Qwen3_5TextConfig", FOUR_LAYERS | HEAD | LINEAR_ATTENTION),
     "bamba": ("BambaConfig", SHAPE | MAMBA | {"attn_layer_indices": [1]}),
 }
@@ -148,12 +142,7 @@ def run(base, prepared, tmp_path_factory):
 
 def load_plainly(base, adapter=None):
     """The base in nf4 with the adapter beside it, by transformers and PEFT alone."""
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
+    quantisation = app.build_quant_config(True, False, torch.float32)
     model = AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.float32, quantization_config=quantisation, device_map="cpu"
     )
@@ -161,29 +150,6 @@ def load_plainly(base, adapter=None):
         if hasattr(module, "support_avx512bf16_for_cpu"):  # its packed form can't be this small
             module.support_avx512bf16_for_cpu = False
     return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
-
-
-def read_by_brute_force(model, tokenizer, prompt):
-    """The log probability of each number behind a prompt, by a forward pass for each beginning."""
-    prefix = tokenizer(items.PREFIX, add_special_tokens=False)["input_ids"]
-    texts = [f"{items.PREFIX}{number}" for number in range(1000)]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    spellings = [tuple(row[len(prefix) :]) for row in ids]
-    longest = max(map(len, spellings))
-    digits = sorted({token for spelling in spellings for token in spelling})
-    logs = {}
-    for beginning in {spelling[:k] for spelling in spellings for k in range(longest)}:
-        text = torch.tensor([tokenizer(prompt)["input_ids"] + list(beginning)])
-        with torch.no_grad():
-            logits = model(input_ids=text, use_cache=False).logits[0, -1]
-        logs[beginning] = logits.double().log_softmax(-1)
-    found = []
-    for spelling in spellings:
-        log = sum(logs[spelling[:k]][token] for k, token in enumerate(spelling))
-        if spelling in logs:  # another digit could follow
-            log = log + (1 - logs[spelling][digits].exp().sum()).clamp(min=1e-300).log()
-        found.append(float(log))
-    return torch.tensor(found)
 
 
 def read_rows(base, adapter, rows, fast):
@@ -196,10 +162,9 @@ def read_rows(base, adapter, rows, fast):
 @pytest.fixture(scope="module")
 def rows(prepared):
     """The longest and the shortest test row."""
-    test = sorted(
-        items.load_prompts(prepared / DATASET)["test"], key=lambda row: len(row["prompt"])
-    )
-    return [test[-1], test[0]]
+    test = items.load_prompts(prepared / DATASET)["test"]
+    by_length = sorted(test, key=lambda row: len(row["prompt"]))
+    return [by_length[-1], by_length[0]]
 
 
 @pytest.mark.parametrize("is_taught", [True, False], ids=["taught", "untaught"])
@@ -338,13 +303,11 @@ def test_unusable_base_is_refused(tiny_base, tmp_path, kind):
     assert "\n" not in str(refusal.value)
 
 
-def test_refusal_names_all_problems(call, tiny_base, project):
-    folder = copy_base(tiny_base, project / "base", quantization_config={"quant_method": "gptq"})
+def test_refusal_names_all_problems(tiny_base, tmp_path):
+    folder = copy_base(tiny_base, tmp_path / "base", **stored_as("gptq"))
     without_end_of_text(folder)
-    flags = ("--lite", "--local", "--base-model", str(folder))
-    said = call("train", *flags, cwd=project, code=1)
-    assert "weights are stored as gptq" in said
-    assert "has no end-of-text token" in said
+    with pytest.raises(items.UserError, match="stored as gptq.*\n.*no end-of-text token"):
+        util.open_base(str(folder))
 
 
 def test_recipe_that_reaches_nothing_is_refused(smol_tokenizer, tmp_path):
@@ -390,42 +353,44 @@ def check(tiny_model, rows, attention=util.PACKED):
     return util.self_check(model, base.tokenizer, prompts, "fp32", attention, layers)
 
 
-def test_check_passes_a_right_model(tiny_model, rows, packed_attention):
-    ways = [util.PACKED_ROWS, util.ONE_PASS, util.LORA_LAYERS]
-    assert check(tiny_model, rows) == dict.fromkeys(ways, True)
-
-
-def test_check_sees_attention_without_mask(tiny_model, rows, packed_attention, monkeypatch):
-    """One that is causal, but lets the branches of the tree see each other."""
+def ignore_the_mask(patch):
+    """Attention that is causal, but lets the branches of the tree see each other."""
     plain = util.ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def broken(module, query, key, value, mask, **options):
         return plain(module, query, key, value, None, **options | {"is_causal": True})
 
-    monkeypatch.setitem(util.ALL_ATTENTION_FUNCTIONS, "sdpa", broken)
-    found = check(tiny_model, rows)
-    assert not found[util.ONE_PASS]
-    assert not found[util.PACKED_ROWS]
+    patch.setitem(util.ALL_ATTENTION_FUNCTIONS, "sdpa", broken)
 
 
-def test_check_sees_packed_rows_mixed(tiny_model, rows, monkeypatch):
+def mix_packed_rows(patch):
     """Packed attention that ignores where a row ends."""
 
-    def broken(query, key, value, starts, _, longest, __, scale, window_size, enable_gqa=True):
-        ends = starts[[0, -1]]
-        return attend_on_cpu(query, key, value, ends, _, longest, __, scale, window_size)
+    def broken(query, key, value, starts, *others, **options):
+        return attend_on_cpu(query, key, value, starts[[0, -1]], *others, **options)
 
-    monkeypatch.setattr(util, "varlen_attn", broken)
+    patch.setattr(util, "varlen_attn", broken)
+
+
+def skip_adapters(patch):
+    patch.setattr(util.FastLora, "forward", lambda layer, x: layer.base_layer(x))
+
+
+@pytest.mark.parametrize(
+    ("damage", "unused"),
+    [
+        (lambda patch: None, set()),
+        (ignore_the_mask, {util.ONE_PASS, util.PACKED_ROWS}),
+        (mix_packed_rows, {util.PACKED_ROWS}),
+        (skip_adapters, {util.LORA_LAYERS}),
+    ],
+)
+def test_check_sees_what_is_wrong(tiny_model, rows, packed_attention, monkeypatch, damage, unused):
+    damage(monkeypatch)
     found = check(tiny_model, rows)
-    assert found[util.ONE_PASS]
-    assert not found[util.PACKED_ROWS]
-    assert tiny_model[1].config._attn_implementation == "sdpa"
-
-
-def test_check_sees_wrong_lora(tiny_model, rows, monkeypatch):
-    monkeypatch.setattr(util.FastLora, "forward", lambda layer, x: layer.base_layer(x))
-    found = check(tiny_model, rows, attention=None)
-    assert found == {util.ONE_PASS: True, util.LORA_LAYERS: False}
+    assert {way for way, is_right in found.items() if not is_right} == unused
+    is_packed = tiny_model[1].config._attn_implementation == util.PACKED
+    assert is_packed == (util.PACKED_ROWS not in unused)
 
 
 def test_check_hides_no_bug(tiny_model, rows, monkeypatch):
@@ -495,9 +460,7 @@ def test_stored_nf4_computes_in_the_plans_type(tiny_base, tmp_path):
     )
     stored.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path)
-    base = util.Base(str(tmp_path))
-    base.check()
-    model = load_quantised(base)
+    model = load_quantised(util.open_base(str(tmp_path)))
     layers = [m for m in model.modules() if isinstance(m, util.QUANTISED)]
     assert len(layers) == 14
     assert {layer.compute_dtype for layer in layers} == {torch.float32}

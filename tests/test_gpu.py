@@ -109,7 +109,7 @@ def test_packed_attention_equals_separate_rows(attention, scaling, window, preci
     """Forward and backward, for grouped heads, also with empty sequences as padding makes them."""
     torch.manual_seed(0)
     sizes = [5, 64, 17, 0, 1, 41, 0, 0]
-    ends = torch.tensor([0, *sizes], device="cuda").cumsum(0)
+    ends = torch.tensor([0, *sizes], device="cuda").cumsum(0).int()
     dtype = util.DTYPES[precision]
     query, key, value = (
         torch.randn(1, sum(sizes), heads, 64, device="cuda", dtype=dtype).transpose(1, 2)
@@ -119,8 +119,8 @@ def test_packed_attention_equals_separate_rows(attention, scaling, window, preci
     module = torch.nn.Module()
     module.num_key_value_groups = 4
     module.is_causal = True
-    inputs = util.packed_attention_inputs(ends, max(sizes))
-    options = inputs | {"scaling": scaling, "sliding_window": window}
+    options = {"scaling": scaling, "sliding_window": window}
+    options |= {"cu_seq_lens_q": ends, "max_length_q": max(sizes)}
     attend = util.ALL_ATTENTION_FUNCTIONS[attention]
     if is_compiled:
         torch.compiler.reset()
