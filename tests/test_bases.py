@@ -420,7 +420,7 @@ def test_wrong_loss_is_seen(tiny_model, prepared):
 
     def without_positions(rows):
         inputs = util.collate_padded(rows)
-        return inputs | {"position_ids": torch.zeros_like(inputs["position_ids"])}
+        return inputs | {"position_ids": torch.zeros_like(inputs["input_ids"])}
 
     assert util.loss_agrees(model, rows, util.collate_padded, "fp32")
     assert not util.loss_agrees(model, rows, without_positions, "fp32")

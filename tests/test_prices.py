@@ -106,22 +106,12 @@ def assert_close(found, expected):
 
 
 def test_one_pass_equals_many(model, tokenizer):
-    """The probability of a number is that of a pass for each of its beginnings."""
+    """In a batch of rows of other lengths, as in a pass for each beginning of a number."""
     found = PriceReader(model, tokenizer).read(ROWS).probabilities
     assert (found.sum(1) < 1).all()  # the rest is that of answers that are no price
     for row, probabilities in zip(ROWS, found, strict=True):
         expected = read_by_brute_force(model, tokenizer, row["prompt"]).exp()
         numpy.testing.assert_allclose(probabilities, expected, rtol=1e-4)
-
-
-def test_rows_read_alike_in_batches(model, tokenizer):
-    """A row's prices don't depend on the rows that are read with it."""
-    reader = PriceReader(model, tokenizer)
-    together = reader.read(ROWS)
-    alone = [reader.read([row]) for row in ROWS]
-    probabilities = numpy.concatenate([reading.probabilities for reading in alone])
-    numpy.testing.assert_allclose(together.probabilities, probabilities, rtol=1e-4)
-    assert together.greedy == [reading.greedy[0] for reading in alone]
 
 
 def test_greedy_equals_generation(speaker):
@@ -256,13 +246,6 @@ def test_estimate_without_truth():
     assert estimate.outside == pytest.approx(0.5)
     for score in (estimate.nll, estimate.crps, estimate.rank):
         assert math.isnan(score)
-
-
-@pytest.mark.parametrize("decode", util.DECODINGS)
-def test_decode_names_the_guess(decode):
-    estimate = estimate_one({10: 0.4, 20: 0.3, 300: 0.3}, 10, decode=decode)
-    assert len(set(estimate.answers.values())) == 3
-    assert estimate.guess == estimate.answers[decode]
 
 
 def test_median_has_least_absolute_error():
