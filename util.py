@@ -10,9 +10,8 @@
     5. Training             the trainer, its callbacks, signals, memory that runs out
     6. Runs                 run.json, checkpoints, the Hub, Weights & Biases
     7. Figures              answers and distributions → errors, scores and their intervals
-    8. Evaluation           of runs, and of the user's own items
-    9. Charts and reports
-    10. Templates           of report and model cards
+    8. Evaluations          of runs, and of the user's own items; their tables
+    9. Charts and report    and model cards
 
 app.py imports this module where a stage begins: it takes seconds.
 """
@@ -32,7 +31,6 @@ import textwrap
 import time
 from base64 import b64encode
 from collections import namedtuple
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -2526,11 +2524,8 @@ def log_evaluation(run, folder, results):
 # ------------------------------------------------------------------------------------------------
 # 7. Figures
 
-BAND_STARTS = (0, 20, 50, 100, 250)  # units, of the bands that errors are grouped by
-BAND_END = 1000
-WORST_ITEMS = 100  # of an evaluation, in results.json and the report
+BANDS = (0, 20, 50, 100, 250, 1000)  # units: where the bands begin that errors are grouped by
 INTERVAL_WIDTHS = range(0, 101, 5)  # %, of the central intervals that are calibrated and charted
-FEWEST_TO_CALIBRATE = 20  # validation rows: with fewer the levels are mostly chance
 
 
 def quantile(shares, level):
@@ -2538,20 +2533,12 @@ def quantile(shares, level):
     return (shares.cumsum(1) >= level - 1e-12).argmax(1)  # the first one
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """A way in which price distributions become answers."""
-
-    words: str
-    numbers: Callable  # from shares, rows × NUMBERS, and the greedy numbers to one number a row
-
-
-DECODINGS = {
+DECODINGS = {  # {name: (in words, its numbers of shares, rows × NUMBERS, and greedy numbers)}
     # It minimises the expected absolute error
-    "median": Decoding("the median price", lambda shares, greedy: quantile(shares, 0.5)),
-    "mean": Decoding("the mean price", lambda shares, greedy: shares @ numpy.array(NUMBERS)),
+    "median": ("the median price", lambda shares, greedy: quantile(shares, 0.5)),
+    "mean": ("the mean price", lambda shares, greedy: shares @ numpy.array(NUMBERS)),
     # Token by token, which is not always the likeliest number
-    "greedy": Decoding("what generation answers", lambda shares, greedy: greedy),
+    "greedy": ("what generation answers", lambda shares, greedy: greedy),
 }
 
 
@@ -2560,9 +2547,6 @@ class Estimate:
     """What a distribution over the prices of NUMBERS says of one item.
 
     In money unless noted. The scores need a true price and are NaN without one.
-    `nll` is the negative log of the probability given to the truth, to the unit; `crps` the
-    continuous ranked probability score (Gneiting & Raftery 2007); `rank` the share of the
-    distribution below the truth, half of the truth's own share included.
     """
 
     guess: float  # one of the answers
@@ -2571,17 +2555,16 @@ class Estimate:
     high: float
     mass: float  # share of the distribution in it, both ends included
     outside: float  # probability of an answer that is none of these prices
-    nll: float
-    crps: float
-    rank: float
+    nll: float  # negative log of the probability given to the truth, to the unit
+    crps: float  # continuous ranked probability score (Gneiting & Raftery 2007)
+    rank: float  # share of the distribution below the truth, half of its own included
 
 
 def estimate_prices(probabilities, greedy, rows, decode="median", width=0.8):
     """The Estimates of rows from their probabilities of NUMBERS, an array of rows × 1,000.
 
-    What a number means in money is the rows' PriceScale. `decode` names the answer, `width` is the
-    share of a distribution that the 80 % interval has: see `calibrate`. Probability outside the
-    prices counts in `outside` and `nll` only.
+    `decode` names the answer, `width` is the share of a distribution that the 80 % interval has:
+    see `calibrate`. Probability outside the prices counts in `outside` and `nll` only.
     """
     scale = scale_of_rows(rows)
     inside = probabilities.sum(1, keepdims=True)
@@ -2596,36 +2579,35 @@ def estimate_prices(probabilities, greedy, rows, decode="median", width=0.8):
     at_truth = each_row, numpy.nan_to_num(truths).round().clip(0, prices[-1]).astype(int)
     distance = (shares * abs(prices - truths[:, None])).sum(1)
     spread = (reached * (1 - reached)).sum(1)
+    columns = {
+        "low": scale.amount(low),
+        "high": scale.amount(high),
+        "mass": reached[each_row, high] - below_low,
+        "outside": 1 - inside[:, 0],
+        "nll": -numpy.log(probabilities[at_truth].clip(1e-12)) * is_known,
+        "crps": scale.amount(distance - spread),
+        "rank": (reached[at_truth] - shares[at_truth] / 2) * is_known,
+    }
     answers = {}
-    for how, decoding in DECODINGS.items():
-        numbers = numpy.asarray(decoding.numbers(shares, greedy), dtype=float)
-        answers[how] = scale.amount(numbers).tolist()
-    of_rows = [dict(zip(answers, one, strict=True)) for one in zip(*answers.values(), strict=True)]
-    others = [
-        scale.amount(low),
-        scale.amount(high),
-        reached[each_row, high] - below_low,  # mass
-        1 - inside[:, 0],  # outside
-        -numpy.log(probabilities[at_truth].clip(1e-12)) * is_known,  # nll
-        scale.amount(distance - spread),  # crps
-        (reached[at_truth] - shares[at_truth] / 2) * is_known,  # rank
-    ]
-    columns = numpy.stack(others, axis=1).astype(float).tolist()
-    return [
-        Estimate(one[decode], one, *values) for one, values in zip(of_rows, columns, strict=True)
-    ]
+    for name, (_, numbers_of) in DECODINGS.items():
+        answers[name] = scale.amount(numpy.asarray(numbers_of(shares, greedy), dtype=float))
+    estimates = []
+    for i in range(len(rows)):
+        answer = {name: float(column[i]) for name, column in answers.items()}
+        scores = {name: float(column[i]) for name, column in columns.items()}
+        estimates.append(Estimate(answer[decode], answer, **scores))
+    return estimates
 
 
 def calibrate(ranks):
     """How wide central intervals must be to keep their promise: {"rows": n, "widths": shares}.
 
     For each of INTERVAL_WIDTHS the share of a distribution that the central interval must have to
-    hold so many true prices, from the `ranks` of n validation rows: by split conformal prediction
-    (Lei et al. 2018, arXiv 1604.04173) the ⌈(n + 1) · promise⌉-th smallest distance from the
-    middle. {} for fewer than FEWEST_TO_CALIBRATE ranks.
+    hold so many true prices: by split conformal prediction (Lei et al. 2018, arXiv 1604.04173) the
+    ⌈(n + 1) · promise⌉-th smallest of the distances from the middle. {} for too few of the `ranks`.
     """
     count = len(ranks)
-    if count < FEWEST_TO_CALIBRATE:
+    if count < 20:  # the levels would be mostly chance
         return {}
     distances = [0.0, *sorted(abs(2 * rank - 1) for rank in ranks), 1.0]
     places = [math.ceil((count + 1) * promise / 100) for promise in INTERVAL_WIDTHS]
@@ -2641,20 +2623,13 @@ def interval_width(calibration, promise=80):
 
 def shares_within(ranks, calibration=None):
     """The share of true prices in the central intervals of each of INTERVAL_WIDTHS."""
-    distances = [abs(2 * rank - 1) for rank in ranks]
-    shares = []
-    for promise in INTERVAL_WIDTHS:
-        width = interval_width(calibration, promise)
-        shares.append(statistics.fmean(distance <= width for distance in distances))
-    return shares
+    distances = abs(2 * numpy.array(ranks) - 1)
+    widths = [interval_width(calibration, promise) for promise in INTERVAL_WIDTHS]
+    return [float((distances <= width).mean()) for width in widths]
 
 
 def parse_price(answer):
-    """The price that an answer names, or None if it names none.
-
-    Numbers are taken as they are, of an Estimate the guess; of a text the first number, after
-    dropping `$` and `,`, as in the course.
-    """
+    """The price that an answer names, or None: of a text its first number, as in the course."""
     if isinstance(answer, Estimate):
         answer = answer.guess
     if isinstance(answer, str):
@@ -2665,48 +2640,38 @@ def parse_price(answer):
 
 
 def color(error, truth, unit=1):
-    """green below 40 units or 20 % of the truth, orange below 80 or 40 %, else red.
-
-    In the course, which has unit 1, these are $40 and $80.
-    """
+    """green below 40 units or 20 % of the truth, orange below 80 or 40 %, else red."""
     if error < 40 * unit or error < 0.2 * truth:
         return "green"
     return "orange" if error < 80 * unit or error < 0.4 * truth else "red"
 
 
-def half_interval(errors):
-    """Half the 95 % interval of the mean; NaN for a single error, which has no spread."""
-    if len(errors) < 2:
-        return math.nan
-    return 1.96 * statistics.pstdev(errors) / math.sqrt(len(errors))
+def mean_error(errors):
+    """{n, mae, mae_ci95}: with half the 95 % interval of the mean, NaN for a single error."""
+    interval = math.nan
+    if len(errors) > 1:
+        interval = 1.96 * statistics.pstdev(errors) / math.sqrt(len(errors))
+    return {"n": len(errors), "mae": statistics.fmean(errors), "mae_ci95": interval}
 
 
 def metrics(guesses, truths):
     """{n, mae, mae_ci95, mse, r2} of guesses against truths, two lists of money.
 
-    The errors are in money, mse in its square, r2 in %. NaN is what has no meaning: the interval of
-    a single item, r² of that or of truths that are all the same.
+    r2 is in %, and NaN for truths that are all the same.
     """
     errors = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
     mse = statistics.fmean(error * error for error in errors)
     spread = statistics.pvariance(truths)
-    return {
-        "n": len(errors),
-        "mae": statistics.fmean(errors),
-        "mae_ci95": half_interval(errors),
-        "mse": mse,
-        "r2": 100 * (1 - mse / spread) if spread else math.nan,
-    }
+    r2 = 100 * (1 - mse / spread) if spread else math.nan
+    return mean_error(errors) | {"mse": mse, "r2": r2}
 
 
 def compare_guesses(guesses, of_run, truths, seed, draws=2000):
     """The `metrics` of guesses, and how much larger the mean error of a run's guesses is.
 
-    {…, difference, low, high}: with the 95 % interval of the bootstrap over items (Efron 1979),
-    which is NaN for a single item.
+    {…, difference, low, high}: with its 95 % interval, by bootstrap over items (Efron 1979).
     """
-    others, errors = (abs(numpy.subtract(one, truths)) for one in (guesses, of_run))
-    differences = errors - others
+    differences = abs(numpy.subtract(of_run, truths)) - abs(numpy.subtract(guesses, truths))
     low = high = math.nan
     if len(differences) > 1:
         rng = numpy.random.default_rng(seed)
@@ -2743,40 +2708,31 @@ def category_of(prompt):
     return re.split(r"\s*[>|]\s*", field_of(prompt, "Category"))[0]
 
 
-def band_of(price, scale=items.COURSE_SCALE):
-    """The band that a price is in, as text."""
-    ends = [scale.amount(end) for end in (*BAND_STARTS[1:], BAND_END)]
-    band = next(i for i, end in enumerate(ends) if price < end or end == ends[-1])
-    start = scale.format_whole(scale.amount(BAND_STARTS[band]))
-    return f"{start} to {ends[band]:,.{scale.digits}f}"
+def band_of(price, scale):
+    """The band that a price is in, as text; the last one holds all that is dearer, too."""
+    starts = [scale.amount(start) for start in BANDS]
+    band = sum(price >= start for start in starts[1:-1])
+    return f"{scale.format_whole(starts[band])} to {starts[band + 1]:,.{scale.digits}f}"
 
 
 def errors_by(table, group_of):
-    """{group: {n, mae, mae_ci95}} of a table of predictions; {} if there is one group."""
+    """{group: mean_error} of a table of predictions; {} if there is one group."""
     errors = {}
     for row in sorted(table, key=lambda row: row["truth"]):
         errors.setdefault(group_of(row), []).append(row["error"])
-    if len(errors) == 1:
-        return {}
-    return {
-        group: {"n": len(found), "mae": statistics.fmean(found), "mae_ci95": half_interval(found)}
-        for group, found in errors.items()
-    }
+    return {group: mean_error(found) for group, found in errors.items() if len(errors) > 1}
 
 
 def evaluate(function, data, size=200, workers=1, batch_size=None, folder=None, title=None):
     """Evaluates `function`, from an item to an answer, on the first `size` items of `data`.
 
-    `data` are rows of prompt and completion, Items or whatever else has a price, in a list, a
-    Dataset or a slice of one, a DataFrame or any iterable. `size=None` takes all, as do fewer than
-    `size`. `workers` calls run at the same time. See `predict` for `batch_size` and `score` for
-    what is printed and returned; charts and predictions.csv are written to `folder`, if given, the
-    charts shown in a notebook. Raises ValueError without items, or for one without a price.
+    `data` are rows of prompt and completion, Items or dicts with a price, in a list, a Dataset or a
+    slice of one, a DataFrame or any iterable. `size=None` takes all. `workers` calls run at the
+    same time. See `predict` for `batch_size`, `score` for what is printed and returned,
+    `save_predictions` for `folder`. Raises ValueError without items, or for one without a price.
     """
-    if isinstance(data, dict):  # a slice of a Dataset
-        data = pandas.DataFrame(data)
-    if isinstance(data, pandas.DataFrame):
-        data = data.to_dict("records")
+    if isinstance(data, dict | pandas.DataFrame):  # dict: a slice of a Dataset
+        data = pandas.DataFrame(data).to_dict("records")
     rows = [row_to_judge(item) for item in islice(data, size)]
     if not rows:
         raise ValueError("evaluate needs at least one row of prompt and completion, or Item")
@@ -2788,44 +2744,35 @@ def evaluate(function, data, size=200, workers=1, batch_size=None, folder=None, 
     answers, seconds = predict(ask, rows, batch_size or 1, threads=workers)
     title = title or getattr(function, "__name__", "model").replace("__", ".").replace("_", " ")
     figures, table = score(rows, answers, title)
-    if folder or in_notebook():
-        draw_figures(figures, table, title, folder)
-    if folder:
-        items.write_table(Path(folder) / "predictions.csv", table)
+    save_predictions(figures, table, title, folder)
     return figures | {"items_per_s": len(rows) / seconds, "seconds": seconds}
 
 
 def row_to_judge(item):
-    """A row of prompt and completion with what `score` needs of an item, and the `item` itself.
-
-    Raises ValueError if it has neither a completion nor a price.
-    """
+    """A row of prompt and completion of what `evaluate` is given, and the `item` itself."""
     if isinstance(item, dict) and item.get("completion") is not None:
-        return item | {"prompt": item.get("prompt") or "", "item": item}
-    get = item.get if isinstance(item, dict) else partial(getattr, item)
-    price = parse_price(get("price", None))
+        return {"prompt": item.get("prompt") or "", "completion": item["completion"], "item": item}
+    fields = item if isinstance(item, dict) else getattr(item, "__dict__", {})
+    price = parse_price(fields.get("price"))
     if price is None:
         raise ValueError(f"evaluate needs a completion or a price, which {item!r:.80} has not")
-    scale = items.scale_of(get("prompt", None) or "")
-    category = get("category", None)
-    description = f"Title: {get('title', None)}" + (f"\nCategory: {category}" if category else "")
-    completion = scale.completion(price, do_round=False)
-    return {"prompt": scale.prompt(description), "completion": completion, "item": item}
+    scale = items.scale_of(fields.get("prompt") or "")
+    prompt = scale.prompt(f"Title: {fields.get('title')}\nCategory: {fields.get('category') or ''}")
+    return {"prompt": prompt, "completion": scale.completion(price, do_round=False), "item": item}
 
 
 def predict(function, rows, batch_size, name="the model", threads=1):
     """(the answers to `rows`, in their order; the seconds they took).
 
-    The function gets lists of at most so many rows of similar length, the longest first, and
-    returns a list of answers. `threads` calls run at the same time. Without a `name` there is no
-    progress bar.
+    The function returns the answers to a list of at most `batch_size` rows of similar length, the
+    longest first. `threads` calls run at the same time. Without a `name` there is no progress bar.
     """
     order = list(range(len(rows)))
     if batch_size > 1:  # rows of similar length together need less padding
         order.sort(key=lambda i: len(rows[i]["prompt"]), reverse=True)
     batches = [order[first : first + batch_size] for first in range(0, len(rows), batch_size)]
     chosen = [[rows[i] for i in batch] for batch in batches]
-    answers, errors = [None] * len(rows), []
+    answers = [None] * len(rows)
     pool = ThreadPoolExecutor(threads)
     answer_all = pool.map if threads > 1 else map
     start = time.perf_counter()
@@ -2833,13 +2780,8 @@ def predict(function, rows, batch_size, name="the model", threads=1):
     try:
         ask = partial(answer_in_memory, function)
         for batch, found in zip(batches, answer_all(ask, chosen), strict=True):
-            for i, one in zip(batch, found, strict=True):
-                answers[i] = one
-                if name and rows[i].get("completion"):
-                    errors.append(abs((parse_price(one) or 0.0) - truth_of(rows[i])))
-            if errors:
-                error = scale_of_rows(rows).format(statistics.fmean(errors))
-                bar.set_postfix_str(f"mean error {error}", refresh=False)
+            for i, answer in zip(batch, found, strict=True):
+                answers[i] = answer
             bar.update(len(batch))
     finally:
         bar.close()
@@ -2848,38 +2790,33 @@ def predict(function, rows, batch_size, name="the model", threads=1):
 
 
 def answer_in_memory(function, rows):
-    """The answers of `function` to rows, in smaller batches if memory runs out.
-
-    Raises UserError if it runs out with one row.
-    """
+    """The answers of `function` to rows, in smaller batches if memory runs out."""
     try:
         return function(rows)
     except torch.OutOfMemoryError as error:
         if len(rows) == 1:
-            raise items.UserError(
-                f"Out of memory with one row of {len(rows[0]['prompt']):,} characters. Free the "
-                "GPU, or take a smaller `base_model`."
-            ) from error
+            text = f"Out of memory with one row of {len(rows[0]['prompt']):,} characters"
+            raise items.UserError(f"{text}. Take a smaller `base_model`.") from error
     torch.cuda.empty_cache()
-    halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-    return [answer for half in halves for answer in answer_in_memory(function, half)]
+    half = len(rows) // 2
+    parts = rows[:half], rows[half:]
+    return [answer for part in parts for answer in answer_in_memory(function, part)]
 
 
 def score(rows, answers, title, calibration=None):
-    """(the figures of the answers to rows of prompt and completion, a table of the predictions).
+    """(the figures of the answers to rows of prompt and completion, a dict a row). Prints them.
 
-    Figures are n, mae, mae_ci95, mse, r2, unit, currency, parse_failures, by_category, by_price,
-    worst, and for Estimates decodings, distribution and intervals. An answer without a number
-    counts as 0 and as one of the `parse_failures`. The table has a dict a row, with Estimates also
-    `low` and `high`. Prints the figures. `calibration` is what the answers' intervals were made by.
+    The figures are those of `metrics`, by category and price, too, the worst items, and for
+    Estimates those of score_distributions. An answer without a number counts as 0 and as one of the
+    `parse_failures`. `calibration` is what the answers' intervals were made by.
     """
-    prices = [parse_price(answer) for answer in answers]
-    truths = [truth_of(row) for row in rows]
     scale = scale_of_rows(rows)
-    table = []
-    for row, answer, price, truth in zip(rows, answers, prices, truths, strict=True):
+    table, failures = [], 0
+    for index, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        price, truth = parse_price(answer), truth_of(row)
+        failures += price is None
         entry = {
-            "index": len(table),
+            "index": index,
             "title": title_of(row["prompt"]),
             "category": category_of(row["prompt"]),
             "truth": truth,
@@ -2890,17 +2827,16 @@ def score(rows, answers, title, calibration=None):
             entry |= {"low": answer.low, "high": answer.high}
         table.append(entry)
 
+    truths = [row["truth"] for row in table]
     figures = metrics([row["guess"] for row in table], truths) | scale.record()
-    failures = figures["parse_failures"] = prices.count(None)
     interval = format_number(figures["mae_ci95"])
-    print(f"{title}: {headline(figures)} (± {interval}, n = {figures['n']:,})")
-    if 1 < len(rows) < 30:
-        print("Fewer than 30 items: even the interval is a rough guess")
+    print(f"{title}: {headline(figures)} (± {interval}, n = {len(rows):,})")
     if failures:
         print(f"{failures:,} answers named no price and count as {scale.currency}0")
+    figures["parse_failures"] = failures
     figures["by_category"] = errors_by(table, lambda row: row["category"])
     figures["by_price"] = errors_by(table, lambda row: band_of(row["truth"], scale))
-    figures["worst"] = sorted(table, key=lambda row: -row["error"])[:WORST_ITEMS]
+    figures["worst"] = sorted(table, key=lambda row: -row["error"])[:100]
     if all(isinstance(answer, Estimate) for answer in answers):
         figures |= score_distributions(answers, truths, scale, calibration)
     return figures, table
@@ -2909,21 +2845,20 @@ def score(rows, answers, title, calibration=None):
 def score_distributions(estimates, truths, scale=items.COURSE_SCALE, calibration=None):
     """`decodings`, the figures by each way to answer; `distribution`, its scores; `intervals`.
 
-    `coverage_80` is the share of true prices in the 80 % intervals, `promised_80` what these
-    intervals hold of the distributions: more than 0.8 if they aren't calibrated, since they end at
-    whole units.
+    `coverage_80` is the share of true prices in the 80 % intervals, `promised_80` that of the
+    distributions: more than 0.8 without calibration, since intervals end at whole units.
     """
-    decodings = {
-        how: metrics([estimate.answers[how] for estimate in estimates], truths) for how in DECODINGS
-    }
-    whole = [scale.amount(round(scale.number(truth))) for truth in truths]
-    pairs = zip(estimates, whole, strict=True)
-    distribution = {
-        "coverage_80": statistics.fmean(one.low <= truth <= one.high for one, truth in pairs),
-        "promised_80": statistics.fmean(estimate.mass for estimate in estimates),
-    }
-    for name in ("nll", "crps", "outside"):
-        distribution[name] = statistics.fmean(getattr(estimate, name) for estimate in estimates)
+    decodings = {}
+    for how in DECODINGS:
+        decodings[how] = metrics([estimate.answers[how] for estimate in estimates], truths)
+    is_within = []
+    for one, truth in zip(estimates, truths, strict=True):
+        is_within.append(one.low <= scale.amount(round(scale.number(truth))) <= one.high)
+    scores = {}
+    for name in ("mass", "nll", "crps", "outside"):
+        scores[name] = statistics.fmean(getattr(estimate, name) for estimate in estimates)
+    distribution = {"coverage_80": statistics.fmean(is_within), "promised_80": scores.pop("mass")}
+    distribution |= scores
     ranks = [estimate.rank for estimate in estimates]
     intervals = {"as read": shares_within(ranks)}
     if calibration:
@@ -2932,25 +2867,40 @@ def score_distributions(estimates, truths, scale=items.COURSE_SCALE, calibration
     return {"decodings": decodings, "distribution": distribution, "intervals": intervals}
 
 
-def draw_figures(figures, table, title, folder=None):
-    """The charts of what `score` returns: into `folder`, if given, and in a notebook."""
+def save_predictions(figures, table, title, folder=None):
+    """Writes predictions.csv and charts of what `score` returns to `folder`, if given."""
     guesses, truths = ([row[name] for row in table] for name in ("guess", "truth"))
     save_figure(scatter(guesses, truths, figures, title), folder, "scatter.png")
     save_figure(running_error(guesses, truths, figures, title), folder, "running_error.png")
     if "intervals" in figures:
         chart = reliability(figures["intervals"], len(table), title)
         save_figure(chart, folder, "reliability.png")
+    if folder:
+        items.write_table(Path(folder, "predictions.csv"), table)
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Evaluation
+# 8. Evaluations
 
-EXPORT_ROWS = 20  # validation rows on which an exported model is compared with its run
 MOST_MOVED = 0.25  # of a distribution's probability, between a run and its export
 SHOWN_ITEMS = 20  # of the user's own, on the screen
-SHOWN_TITLE = 80  # characters of their titles
-WORD_ROWS = 50_000  # that word_guesses reads, at most
 WORD_PENALTIES = (10, 3, 1, 0.3, 0.1, 0.03)
+LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
+LADDER = {  # mean absolute error in dollars
+    "constant": 106.18,
+    "base Llama 3.2, 4-bit": 110.72,
+    "linear regression": 101.56,
+    "human": 87.62,
+    "NLP + LR": 76.81,
+    "random forest": 72.28,
+    "XGBoost": 68.23,
+    "fine-tuned, lite": 65.40,
+    "GPT-4.1-nano": 62.51,
+    "Claude 4.5 Sonnet": 47.10,
+    "deep neural net": 46.49,
+    "GPT-5.1": 44.74,
+    "fine-tuned, full": 39.85,
+}
 
 
 @dataclass
@@ -2964,10 +2914,7 @@ class Answers:
 
 
 def read_answers(open_reader, run, rows, decode="median", compare_base=False):
-    """The Answers of a Run, which may be the untouched base, to rows.
-
-    `open_reader` takes the folder of an adapter, or None, and returns a PriceReader.
-    """
+    """The Answers of a Run; `open_reader` takes its adapter or None, and returns a PriceReader."""
     of_base = None
     if run.adapter and compare_base:
         of_base, _ = open_reader(None).answer(rows, "the base", decode=decode)
@@ -2980,22 +2927,21 @@ def read_answers(open_reader, run, rows, decode="median", compare_base=False):
     return Answers(of_run, of_base, seconds, decode)
 
 
-def first_rows(test, size):
-    """The first `size` rows of a test split, all without one; a list."""
-    return list(test.select(range(min(size or len(test), len(test)))))
+def first_rows(split, size):
+    """The first `size` rows of a split, all without one; a list."""
+    return list(split.select(range(min(size or len(split), len(split)))))
 
 
 def word_guesses(splits, rows):
-    """What words alone tell of the prices of rows: the yardstick that a model has to beat.
+    """What words alone tell of the prices of rows, in money: what a model has to beat.
 
-    A list of money. By ridge regression of the log price on words and pairs of neighbouring words,
-    weighted by TF-IDF with logarithmic counts; its penalty is the one with the least error on the
-    validation rows.
+    By ridge regression of the log price on words and pairs of neighbouring words, weighted by
+    TF-IDF with logarithmic counts. Validation rows choose its penalty.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer  # takes seconds to import
     from sklearn.linear_model import Ridge
 
-    train, val = (first_rows(splits[name], WORD_ROWS) for name in ("train", "val"))
+    train, val = (first_rows(splits[name], 50_000) for name in ("train", "val"))
     # A text without any word is one itself, or there may be none at all
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|^\W*$")
     texts = [[items.description_in(row["prompt"]) for row in part] for part in (train, val, rows)]
@@ -3011,46 +2957,31 @@ def word_guesses(splits, rows):
 
 def describe_data(prompts):
     """What run.json and results.json record of the data."""
-    return {
-        "place": prompts.place,
-        "source": prompts.source,
-        "hub": prompts.about.get("hub"),
-        "cutoff": prompts.about.get("cutoff"),
-        **prompts.scale.record(),
-        "columns": prompts.about.get("columns"),
-        "fingerprint": prompts.fingerprint,
-        "constants": items.constant_guesses(prompts.splits["train"]),
-    }
+    found = {name: prompts.about.get(name) for name in ("hub", "cutoff", "columns")}
+    found |= {"place": prompts.place, "source": prompts.source} | prompts.scale.record()
+    constants = items.constant_guesses(prompts.splits["train"])
+    return found | {"fingerprint": prompts.fingerprint, "constants": constants}
 
 
 def evaluation_folder(run, data, base, is_foreign=False):
-    """(the folder of an evaluation, how it differs from the run's own in words, a list).
-
-    The run's own is in `eval`, and is published. `data` are as by describe_data; `is_foreign` says
-    that the adapter isn't the user's newest. Raises UserError for data in another unit.
-    """
+    """(the folder of an evaluation, how it differs from the run's own in words, a list)."""
     scale = items.PriceScale.from_record(data)
     if run.data and run.scale != scale:
         raise items.UserError(
             f"{run.name}: its prices are in steps of {run.scale.step}, those of {data['place']} in "
             f"steps of {scale.step}. Prepare what it was trained on again: {run.data['source']}."
         )
-    differences = []
-    if is_foreign:
-        differences.append("the adapter is another account's, or not the newest commit")
     is_own_base = base.name == run.base_model
     if run.base_identity:  # its files decide, under whichever name
         is_own_base = base.identity == run.base_identity
-    if run.adapter and not is_own_base:
-        differences.append(
-            f"the base model is {base.name} ({base.identity[:8]}), not what the run was trained "
-            f"on, {run.base_model}"
-        )
-    if run.data and run.data["fingerprint"] != data["fingerprint"]:
-        differences.append(
-            "these are not the data that the run was trained on; "
-            "test items may have been in training"
-        )
+    reasons = {
+        "the adapter is another account's, or not the newest commit": is_foreign,
+        f"the base model is {base.name} ({base.identity[:8]}), not what the run was trained on, "
+        f"{run.base_model}": run.adapter and not is_own_base,
+        "these are not the data that the run was trained on; test items may have been in "
+        "training": run.data and run.data["fingerprint"] != data["fingerprint"],
+    }
+    differences = [reason for reason, applies in reasons.items() if applies]
     name = f"eval-{data['fingerprint'][:8]}-{base.identity[:8]}" if differences else "eval"
     return run.folder / name, differences
 
@@ -3075,10 +3006,7 @@ def read_earlier(project, names, rows, decode, base):
 
 
 def earlier_guesses(name, folders, rows, decode, base_identity=None):
-    """The guesses, in money, of the run `name` for rows, from one of its evaluations in `folders`.
-
-    It must be by the same decoding and, if given, with that base. Raises UserError if none is.
-    """
+    """The guesses, in money, of the run `name` for rows, from an evaluation in one of `folders`."""
     expected = [(title_of(row["prompt"]), truth_of(row)) for row in rows]
     problem = "not evaluated yet"
     for folder in folders:
@@ -3115,8 +3043,7 @@ def score_run(run, base, prompts, data, rows, answers, earlier, seed, folder):
     """
     title = f"{run.folder.name} on {public_source(prompts.source)}"
     results, table = score(rows, answers.of_run, title, run.calibration)
-    draw_figures(results, table, title, folder)
-    items.write_table(folder / "predictions.csv", table)
+    save_predictions(results, table, title, folder)
     results |= {
         "run": run.name,
         "title": title,
@@ -3141,10 +3068,7 @@ def score_run(run, base, prompts, data, rows, answers, earlier, seed, folder):
 
 
 def score_others(rows, answers, constants, splits, earlier, seed):
-    """The figures of what a run's Answers are compared with.
-
-    `constants` are {name: guess}, `earlier` {run: guesses}, `splits` what words learn from or None.
-    """
+    """The figures of what a run's Answers are compared with; `splits` may be None."""
     truths = [truth_of(row) for row in rows]
     of_run = [estimate.guess for estimate in answers.of_run]
     compare = partial(compare_guesses, of_run=of_run, truths=truths, seed=seed)
@@ -3166,24 +3090,108 @@ def write_evaluation(folder, results, run, table):
     items.write_manifest(folder)
 
 
-def price_table(rows, answers):
-    """What `output` holds, one dict per item; in money, None for an unknown price.
+def table_rows(results):
+    """{name: figures} of all that results compare, each with its `kind`: a run's has several."""
+    rows = {
+        "constant: training mean": results["baselines"].get("constant_mean"),
+        "constant: training median": results["baselines"].get("constant_median"),
+        "words alone: ridge regression": results.get("words"),
+        "the untouched base model": results.get("base"),
+    }
+    rows |= {f"earlier {name}": row for name, row in results["earlier"].items()}
+    for how, row in reversed(results["decodings"].items()):
+        rows[f"run {results['run']}, {DECODINGS[how][0]}"] = row | {"kind": "run"}
+    rows["best reachable: the catalogue's own noise"] = results.get("best_reachable")
+    if results.get("course"):
+        for name, mae in LADDER.items():
+            rows[f"published: {name}"] = {"n": 200, "mae": mae, "kind": "published"}
+    return {name: {"kind": "yardstick"} | row for name, row in rows.items() if row}
 
-    With `base_guess` if the Answers are the untouched base's, too.
-    """
+
+def footnotes(results):
+    """What a results.json says beyond the table, a line each."""
+    scale = items.PriceScale.from_record(results)
+    notes = list(results.get("differences", []))
+    if results.get("trained_on"):
+        count = f"{results['trained_on']:,} of these rows were trained on"
+        notes.append(f"{count}; their error says nothing about other items")
+    lines = [f"Note: {note}" for note in notes]
+    others = results["earlier"]
+    if "words" in results:
+        others = others | {"words alone": results["words"]}
+    for name, figures in others.items():
+        difference = format_difference(name, figures, scale)
+        lines.append(f"This run's error less that of {name}, on the same items: {difference}")
+    scores = results["distribution"]
+    step = f" (to the nearest {scale.step})" if scale.unit > 1 else ""
+    promise = f" and promise {100 * scores['promised_80']:.0f} %"
+    if "calibrated_on" in scores:
+        promise = f"; {scores['calibrated_on']:,} validation rows set their width"
+    outside = 100 * max(0, scores["outside"])  # rounding makes it negative
+    lines.append(
+        f"The 80 % intervals hold {100 * scores['coverage_80']:.0f} %{step} of the true prices"
+        f"{promise}; log score {scores['nll']:.3f}, CRPS {scale.format(scores['crps'])}, "
+        f"probability of no price {outside:.2f} %"
+    )
+    if results.get("course"):
+        lines.append(f"Published: {LADDER_SOURCE}")
+    return lines
+
+
+def format_difference(name, figures, scale=items.COURSE_SCALE):
+    """What the difference of `compare_guesses` to the earlier run `name` says, in words."""
+    difference, low, high = figures["difference"], figures["low"], figures["high"]
+    sign, word = ("−", "better than") if difference < 0 else ("+", "worse than")
+    interval = "" if math.isnan(low) else f" ({format_number(low)} to {format_number(high)})"
+    doubt = ", but within the noise" if low <= 0 <= high else ""
+    if difference == 0:
+        word, doubt = "equal to", ""
+    return f"{sign}{scale.format(abs(difference))}{interval}, {word} {name}{doubt}"
+
+
+def format_number(value, digits=2):
+    """A figure for people, '–' for none: r² has no meaning for a single item."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def headline(figures):
+    """The course's line of figures: `Error: $39.85 MSE: 5,555 r²: 70.1%`, with a true minus."""
+    scale = items.PriceScale.from_record(figures)
+    mse = format_number(figures["mse"], 0 if scale.unit >= 1 else 2)
+    percent = "" if math.isnan(figures["r2"]) else "%"
+    error = scale.format(figures["mae"])
+    return f"Error: {error} MSE: {mse} r²: {format_number(figures['r2'], 1)}{percent}"
+
+
+def format_table(results):
+    """`table_rows` as text, each figure with its 95 % interval, and the footnotes."""
+    currency = items.PriceScale.from_record(results).currency
+    lines = [("mean absolute error", "n", currency, "± 95 %", "r² %")]
+    for name, row in table_rows(results).items():
+        error, interval = format_number(row["mae"]), format_number(row.get("mae_ci95"))
+        lines.append((name, f"{row['n']:,}", error, interval, format_number(row.get("r2"), 1)))
+    return "\n".join([*align(lines, "<>>>>"), *footnotes(results)])
+
+
+def align(lines, sides):
+    """Lines of cells as texts in columns; `sides` has `<` or `>`, left or right, for each."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return [form.format(*cells).rstrip() for cells in lines]
+
+
+def price_table(rows, answers):
+    """What `output` holds, one dict per item; in money, None for an unknown price."""
     table = []
-    for i, (row, estimate) in enumerate(zip(rows, answers.of_run, strict=True)):
-        entry = {
-            "line": row["line"],
-            "title": row["title"],
-            "guess": round(estimate.guess, 2),
-            "low": estimate.low,
-            "high": estimate.high,
-            "price": truth_of(row) if row["completion"] else None,
-        }
-        if answers.of_base:
-            entry["base_guess"] = round(answers.of_base[i].guess, 2)
-        table.append(entry)
+    for row, estimate in zip(rows, answers.of_run, strict=True):
+        entry = {"line": row["line"], "title": row["title"], "guess": round(estimate.guess, 2)}
+        entry |= {"low": estimate.low, "high": estimate.high}
+        table.append(entry | {"price": truth_of(row) if row["completion"] else None})
+    if answers.of_base:
+        for entry, estimate in zip(table, answers.of_base, strict=True):
+            entry["base_guess"] = round(estimate.guess, 2)
     return table
 
 
@@ -3193,10 +3201,9 @@ def format_prices(table, scale=items.COURSE_SCALE):
     for row in table[:SHOWN_ITEMS]:
         base = f"; untouched base: {scale.format(row['base_guess'])}" if "base_guess" in row else ""
         low, high = scale.format_whole(row["low"]), scale.format_whole(row["high"])
-        title = items.shorten(" ".join(row["title"].split()), SHOWN_TITLE)
+        title = items.shorten(" ".join(row["title"].split()), 80)
         cells.append((scale.format(row["guess"]), f"(80 %: {low} to {high}{base})", title))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [f"{one[0]:>{widths[0]}}  {one[1]:<{widths[1]}}  {one[2]}" for one in cells]
+    lines = align(cells, "><<")
     if len(table) > SHOWN_ITEMS:
         lines.append(f"… and {len(table) - SHOWN_ITEMS:,} more")
     return "\n".join(lines)
@@ -3205,8 +3212,7 @@ def format_prices(table, scale=items.COURSE_SCALE):
 def score_own_rows(run, answers, rows, source, splits, seed):
     """The figures of those of the user's own rows that have a price; {} if none has.
 
-    With the run's training data, `splits`, also how many of the rows are among them, and the
-    figures of words alone.
+    With the run's training data, `splits`, also how many rows are among them, and words alone.
     """
     priced = [i for i, row in enumerate(rows) if row["completion"]]
     if not priced:
@@ -3229,11 +3235,10 @@ def score_own_rows(run, answers, rows, source, splits, seed):
 def export_run(run, base, splits, folder, **reader_options):
     """Writes a run as a merged 16-bit model into `folder`; returns a line on how it was checked.
 
-    Loaded by transformers alone, its price distributions on validation rows are compared with the
-    run's. Raises UserError if more than MOST_MOVED of one's probability is elsewhere in the other
-    (their total variation), which 16 bits don't explain.
+    Loaded by transformers alone, its price distributions are compared with the run's. Raises
+    UserError if more than MOST_MOVED of one's probability is elsewhere in the other's.
     """
-    rows = first_rows(splits["val"], EXPORT_ROWS) if splits else []
+    rows = first_rows(splits["val"], 20) if splits else []
     if rows:
         reader = open_reader(base, run.adapter, rows, **reader_options)
         expected, in_tree = price_shares(reader, rows), reader.in_tree
@@ -3243,14 +3248,17 @@ def export_run(run, base, splits, folder, **reader_options):
     model = load_merged(base, run.adapter, **options, out_precision="bf16")
     model.save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
-    metadata = ModelCardData(library_name="transformers", tags=["price"])
-    form = prompt_form(run.scale)
-    card = ModelCard.from_template(metadata, template_str=MERGED_CARD, run=run, prompt_form=form)
-    items.write_text(Path(folder, "README.md"), str(card))
+    card = (
+        f"# {run.folder.name}\n\nEstimates a product's price from its description: "
+        f"{run.base_model} in bf16, with the run's LoRA adapter merged into it.\n\n"
+        f"{prompt_form(run.scale)} Greedy generation is less accurate than the median of the "
+        "model's price distribution.\n"
+    )
+    items.write_text(Path(folder, "README.md"), card)
     model = None
     gc.collect()
     if not rows:
-        return "The export is not checked: the data that it was trained on aren't at hand"
+        return "The export is not checked: the data that the run was trained on aren't at hand"
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
@@ -3261,92 +3269,25 @@ def export_run(run, base, splits, folder, **reader_options):
         f"{moved:.1%} of the probability (allowed are {MOST_MOVED:.0%})"
     )
     if not moved <= MOST_MOVED:
-        raise items.UserError(
-            f"The exported model doesn't answer as the run does: {text}. It was removed. Load the "
-            "adapter with PEFT beside the base instead."
-        )
+        raise items.UserError(f"The exported model doesn't answer as the run does: {text}.")
     return f"Check: {text}"
 
 
 def price_shares(reader, rows):
     """The shares of NUMBERS in each row's distribution, an array of rows × 1,000."""
-    batches = [rows[at : at + reader.batch_size] for at in range(0, len(rows), reader.batch_size)]
-    probabilities = numpy.concatenate([reader.read(batch).probabilities for batch in batches])
-    return probabilities / probabilities.sum(1, keepdims=True)
+    found = predict(lambda batch: reader.read(batch).probabilities, rows, reader.batch_size, None)
+    return numpy.array([row / row.sum() for row in found[0]])
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Charts and reports
+# 9. Charts and report
 
-WORDS = "words alone: ridge regression"
-LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
-LADDER = {  # mean absolute error in dollars
-    "constant": 106.18,
-    "base Llama 3.2, 4-bit": 110.72,
-    "linear regression": 101.56,
-    "human": 87.62,
-    "NLP + LR": 76.81,
-    "random forest": 72.28,
-    "XGBoost": 68.23,
-    "fine-tuned, lite": 65.40,
-    "GPT-4.1-nano": 62.51,
-    "Claude 4.5 Sonnet": 47.10,
-    "deep neural net": 46.49,
-    "GPT-5.1": 44.74,
-    "fine-tuned, full": 39.85,
-}
-INTERVALS = {  # {intervals: (what the reliability chart calls them, colour)}
-    "as read": ("as the model says", "tab:orange"),
-    "calibrated": ("calibrated on validation rows", "black"),
-}
 SHADES = {  # of `color`: (colour, marker, limit in units, what it means)
     "green": ("#2e8b57", "o", 40, "error < {} or 20 %"),
     "orange": ("#e69f00", "s", 80, "error < {} or 40 %"),
     "red": ("#c0392b", "^", 0, "larger"),
 }
-BARS = {"yardstick": "0.8", "run": "0.5", "published": "white"}  # colours, by kind of table row
 CHART_STYLE = {"font.size": 9, "text.parse_math": False}  # `$` is a currency
-TITLE_WIDTH = 40  # characters on a line: as many capital W as fit
-
-
-def headline(figures):
-    """The course's line of figures: `Error: $39.85 MSE: 5,555 r²: 70.1%`, with a true minus."""
-    scale = items.PriceScale.from_record(figures)
-    mse = format_number(figures["mse"], 0 if scale.unit >= 1 else 2)
-    error = scale.format(figures["mae"])
-    r2 = format_number(figures["r2"], 1)
-    percent = "" if math.isnan(figures["r2"]) else "%"
-    return f"Error: {error} MSE: {mse} r²: {r2}{percent}"
-
-
-def format_number(value, digits=2):
-    """A figure for people, '–' for none: r² has no meaning for a single item."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:,.{digits}f}".replace("-", "−")
-
-
-def format_intervals(distribution, scale=items.COURSE_SCALE):
-    """How many true prices the 80 % intervals hold, and how many they promise to hold."""
-    text = f"The 80 % intervals hold {100 * distribution['coverage_80']:.0f} %"
-    if scale.unit > 1:
-        text += f" (to the nearest {scale.step})"
-    if "calibrated_on" in distribution:
-        rows = f"{distribution['calibrated_on']:,} validation rows"
-        return f"{text} of the true prices; {rows} set their width"
-    return f"{text} of the true prices and promise {100 * distribution['promised_80']:.0f} %"
-
-
-def format_difference(name, figures, scale=items.COURSE_SCALE):
-    """What a `paired_difference` to the earlier run `name` says, in words."""
-    difference, low, high = figures["difference"], figures["low"], figures["high"]
-    text = ("−" if difference < 0 else "+") + scale.format(abs(difference))
-    if not math.isnan(low):
-        text += f" ({format_number(low)} to {format_number(high)})"
-    if difference == 0:
-        return f"{text}, equal to {name}"
-    text += f", {'better' if difference < 0 else 'worse'} than {name}"
-    return text + (", but within the noise" if low <= 0 <= high else "")
 
 
 def public_source(source):
@@ -3358,32 +3299,22 @@ def public_source(source):
 def new_figure(title, height=4.0, rows=1):
     """(Figure, its axes), without pyplot: no screen, no global state. Legible on a phone."""
     figure = Figure(figsize=(5, height), layout="constrained", dpi=200)
-    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, TITLE_WIDTH)]
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, 40)]  # 40 W fit
     figure.suptitle("\n".join(lines), fontsize=9)
     return figure, figure.subplots(rows)
 
 
 @rc_context(CHART_STYLE)
-def draw(figure):
-    """A figure as PNG."""
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    return image.getvalue()
-
-
 def save_figure(figure, folder=None, name=None):
-    """Writes a chart to `folder`, if given, and shows it in a notebook."""
+    """Writes a chart to `folder`, if given, as PNG, and shows it in a notebook."""
     if folder:
-        Path(folder, name).write_bytes(draw(figure))
-    if in_notebook():
+        figure.savefig(Path(folder, name))
+    if "ipykernel" in sys.modules:
         from IPython.display import Image, display
 
-        display(Image(draw(figure), width=550))  # pyplot's backend alone shows a Figure itself
-
-
-def in_notebook():
-    """Whether charts can be shown where this runs."""
-    return "ipykernel" in sys.modules
+        image = io.BytesIO()
+        figure.savefig(image, format="png")
+        display(Image(image.getvalue(), width=550))  # pyplot's backend alone shows a Figure
 
 
 def group_by_color(guesses, truths, scale):
@@ -3405,11 +3336,11 @@ def scatter(guesses, truths, figures, title):
     """Each item's guess over its true price, with the line of perfect guesses."""
     scale = items.PriceScale.from_record(figures)
     figure, axes = new_figure(f"{title}\n{headline(figures)}", height=5)
-    guesses, truths = numpy.array(guesses), numpy.array(truths)
+    points = numpy.array([truths, guesses])
     for fill, marker, label, chosen in group_by_color(guesses, truths, scale):
         style = {"color": fill, "marker": marker, "s": 14, "alpha": 0.7, "linewidths": 0}
-        axes.scatter(truths[chosen], guesses[chosen], label=label, clip_on=False, **style)
-    limit = 1.03 * max(scale.unit, truths.max(), guesses.max())
+        axes.scatter(*points[:, chosen], label=label, clip_on=False, **style)
+    limit = 1.03 * max(scale.unit, points.max())
     axes.plot([0, limit], [0, limit], "k--", linewidth=1, label="guess = truth")
     axes.set(xlabel=f"true price ({scale.currency})", ylabel=f"guess ({scale.currency})")
     axes.set(xlim=(0, limit), ylim=(0, limit))
@@ -3422,15 +3353,15 @@ def running_error(guesses, truths, figures, title):
     """The mean absolute error of the first n items over n, with its 95 % band."""
     scale = items.PriceScale.from_record(figures)
     figure, axes = new_figure(f"{title}\n{headline(figures)}")
-    errors = abs(numpy.subtract(guesses, truths))
-    count = numpy.arange(1, len(errors) + 1)
-    means = errors.cumsum() / count
-    variances = (errors**2).cumsum() / count - means**2
-    bands = 1.96 * numpy.sqrt(variances.clip(0) / count)  # as half_interval
-    bands[0] = math.nan  # a single item has no interval
-    axes.fill_between(count, means - bands, means + bands, color="0.85", label="95 % interval")
-    end = f"{scale.format(means[-1])} ± {format_number(bands[-1])} after {len(means):,} items"
-    axes.plot(count, means, "k.-", markevery=[-1], label=end)
+    errors = pandas.Series(abs(numpy.subtract(guesses, truths)))
+    errors.index += 1
+    means = errors.expanding().mean()
+    bands = 1.96 * errors.expanding().std(ddof=0) / errors.index**0.5  # as mean_error
+    bands.iloc[0] = math.nan  # a single item has no interval
+    ends = means - bands, means + bands
+    axes.fill_between(errors.index, *ends, color="0.85", label="95 % interval")
+    end = f"{scale.format(figures['mae'])} ± {format_number(figures['mae_ci95'])}"
+    axes.plot(means, "k.-", markevery=[-1], label=f"{end} after {len(errors):,} items")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="items evaluated", ylabel=f"mean absolute error ({scale.currency})")
     axes.set_ylim(bottom=0)
@@ -3440,16 +3371,12 @@ def running_error(guesses, truths, figures, title):
 
 @rc_context(CHART_STYLE)
 def reliability(intervals, count, title):
-    """The share of true prices within the central intervals, over their promised share.
-
-    `intervals` is {one of INTERVALS: shares_within}, `count` the number of items.
-    """
+    """The shares_within "as read" and perhaps "calibrated" intervals, over the promised shares."""
     figure, axes = new_figure(title, height=4.5)
     axes.plot([0, 100], [0, 100], "k--", linewidth=1, label="as promised")
     for name, shares in intervals.items():
-        label, shade = INTERVALS[name]
-        found = [100 * share for share in shares]
-        axes.plot(INTERVAL_WIDTHS, found, ".-", color=shade, label=label)
+        shade = "tab:orange" if name == "as read" else "black"
+        axes.plot(INTERVAL_WIDTHS, 100 * numpy.array(shares), ".-", color=shade, label=name)
     axes.set(xlabel="promised: width of the interval (% of the probability)")
     axes.set(ylabel="found: true prices within it (%)", xlim=(0, 100), ylim=(0, 100))
     axes.legend(loc="lower right", title=f"{count:,} items; above the line: too cautious")
@@ -3463,16 +3390,14 @@ def comparison(results):
     scale = items.PriceScale.from_record(results)
     title = f"white: {LADDER_SOURCE}" if results.get("course") else ""
     figure, axes = new_figure(title, height=1 + 0.36 * len(rows))
-    names = []
-    for place, (name, row) in enumerate(reversed(rows.items())):
-        interval = row.get("mae_ci95", math.nan)
-        axes.barh(place, row["mae"], color=BARS[row["kind"]], edgecolor="black", linewidth=0.6)
-        if not math.isnan(interval):
-            axes.errorbar(row["mae"], place, xerr=interval, color="black", capsize=2, linewidth=1)
-        end = row["mae"] + numpy.nan_to_num(interval)
-        axes.text(end, place, "  " + scale.format(row["mae"]), va="center", fontsize=8)
-        names.append("\n".join(textwrap.wrap(name, 30, max_lines=3, placeholder="…")))
-    axes.set_yticks(range(len(rows)), names, fontsize=7.5)
+    table = pandas.DataFrame(rows.values(), columns=["mae", "mae_ci95", "kind"])
+    fills = table.kind.map({"yardstick": "0.8", "run": "0.5", "published": "white"})
+    style = {"edgecolor": "black", "linewidth": 0.6, "error_kw": {"capsize": 2, "elinewidth": 1}}
+    bars = axes.barh(table.index, table.mae, xerr=table.mae_ci95, color=fills, **style)
+    axes.bar_label(bars, table.mae.map(scale.format), padding=4, fontsize=8)
+    names = ["\n".join(textwrap.wrap(n, 30, max_lines=3, placeholder="…")) for n in rows]
+    axes.set_yticks(table.index, names, fontsize=7.5)
+    axes.invert_yaxis()
     axes.margins(x=0.25, y=0.02)
     axes.set_xlim(left=0)
     axes.set(xlabel=f"mean absolute error ({scale.currency}), n = {results['n']:,}")
@@ -3481,21 +3406,18 @@ def comparison(results):
 
 @rc_context(CHART_STYLE)
 def loss_chart(history, title, val_size, currency="$"):
-    """Training and validation loss, and the validation error in money, over the steps.
-
-    `history` is the trainer's log history.
-    """
+    """Training and validation loss, and validation error in money, of a trainer's log history."""
     figure, (top, bottom) = new_figure(title, height=5, rows=2)
     validation = f"validation, n = {val_size:,}"
-    lines = [
-        (top, "loss", "0.6", "training"),
-        (top, "eval_loss", "black", validation),
-        (bottom, "eval_mae", "black", f"{validation}, by the median price"),
-    ]
-    for axes, key, shade, label in lines:
-        points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
+    lines = {
+        "loss": (top, "0.6", "training"),
+        "eval_loss": (top, "black", validation),
+        "eval_mae": (bottom, "black", f"{validation}, by the median price"),
+    }
+    for key, (axes, shade, label) in lines.items():
+        points = {entry["step"]: entry[key] for entry in history if entry.get(key) is not None}
         if points:
-            axes.plot(*zip(*points, strict=True), ".-", color=shade, label=label)
+            axes.plot(points.keys(), points.values(), ".-", color=shade, label=label)
             axes.legend()
     top.sharex(bottom)
     top.set(ylabel="cross-entropy\nper completion token")
@@ -3506,154 +3428,67 @@ def loss_chart(history, title, val_size, currency="$"):
 
 @rc_context(CHART_STYLE)
 def data_chart(train, about):
-    """How prices and lengths of the training rows are spread.
-
-    `train` are their columns as build_prompts counts them, `about` is the content of prepare.json.
-    """
+    """How prices and lengths of training rows are spread; `about` is prepare.json's content."""
     figure, (top, bottom) = new_figure(public_source(about["source"]), height=5, rows=2)
     prices, tokens = train["price"], train["tokens"]
     top.hist(prices, bins=50, color="0.45")
-    currency = items.PriceScale.from_record(about).currency
-    top.set(xlabel=f"price ({currency})", ylabel=f"of {len(prices):,} training items")
+    top.set(xlabel=f"price ({items.PriceScale.from_record(about).currency})")
     bottom.hist(tokens, bins=range(min(tokens), max(tokens) + 2), color="0.45")
-    length = f"tokens of prompt and completion; descriptions cut at {about['cutoff']}"
-    bottom.set(xlabel=length, ylabel=f"of {len(tokens):,} training items")
+    bottom.set(xlabel=f"tokens of prompt and completion; descriptions cut at {about['cutoff']}")
+    for axes in (top, bottom):
+        axes.set(ylabel=f"of {len(prices):,} training items")
     return figure
-
-
-def table_rows(results):
-    """{name: figures} of all that a results.json compares, each with its `kind`.
-
-    The kinds are those of BARS: yardsticks, this run by each decoding and, on the course's own
-    data, what it published, which has `n` and `mae` only.
-    """
-    baselines = results.get("baselines", {})
-    yardsticks = {
-        "constant: training mean": baselines.get("constant_mean"),
-        "constant: training median": baselines.get("constant_median"),
-        WORDS: results.get("words"),
-        "the untouched base model": results.get("base"),
-    }
-    yardsticks |= {f"earlier {name}": row for name, row in results.get("earlier", {}).items()}
-    rows = {name: row | {"kind": "yardstick"} for name, row in yardsticks.items() if row}
-    for how, row in reversed(results["decodings"].items()):
-        rows[f"run {results['run']}, {DECODINGS[how].words}"] = row | {"kind": "run"}
-    if results.get("best_reachable"):
-        best = results["best_reachable"] | {"kind": "yardstick"}
-        rows["best reachable: the catalogue's own noise"] = best
-    if results.get("course"):
-        for name, mae in LADDER.items():
-            rows[f"published: {name}"] = {"n": 200, "mae": mae, "kind": "published"}
-    return rows
-
-
-def footnotes(results):
-    """What a results.json says beyond the table, a line each."""
-    scale = items.PriceScale.from_record(results)
-    lines = []
-    if results.get("differences"):
-        lines.append(f"Note: {'; '.join(results['differences'])}")
-    if results.get("trained_on"):
-        lines.append(
-            f"Note: {results['trained_on']:,} of these rows were trained on; their error says "
-            "nothing about other items"
-        )
-    others = results.get("earlier", {}) | {"words alone": results.get("words")}
-    for name, figures in others.items():
-        if figures:
-            difference = format_difference(name, figures, scale)
-            lines.append(f"This run's error less that of {name}, on the same items: {difference}")
-    scores = results.get("distribution")
-    if scores:
-        outside = f"{100 * max(0, scores['outside']):.2f} %"  # rounding makes it negative
-        lines.append(
-            f"{format_intervals(scores, scale)}; "
-            f"log score {scores['nll']:.3f}, CRPS {scale.format(scores['crps'])}, "
-            f"probability of no price {outside}"
-        )
-    failures = results["parse_failures"]
-    if failures:
-        lines.append(f"{failures:,} answers named no price and count as {scale.currency}0")
-    if results.get("course"):
-        lines.append(f"Published: {LADDER_SOURCE}")
-    return lines
-
-
-def format_table(results):
-    """`table_rows` as text, each figure with its 95 % interval, and the footnotes."""
-    currency = items.PriceScale.from_record(results).currency
-    lines = [("mean absolute error", "n", currency, "± 95 %", "r² %")]
-    for name, row in table_rows(results).items():
-        error = format_number(row["mae"])
-        interval = format_number(row.get("mae_ci95"))
-        r2 = format_number(row.get("r2"), 1)
-        lines.append((name, f"{row['n']:,}", error, interval, r2))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = []
-    for name, *figures in lines:
-        cells = [cell.rjust(width) for cell, width in zip(figures, widths[1:], strict=True)]
-        text.append("  ".join([name.ljust(widths[0]), *cells]))
-    return "\n".join(text + footnotes(results))
 
 
 def report_settings(results, run):
     """{heading: {name: value}} of how a Run was trained, if it was, and how it was measured."""
-
-    def describe(data):
-        return f"{public_source(data.get('source', ''))} (fingerprint {data.get('fingerprint')})"
-
+    data = results["data"]
     names = ("date", "base_title", "base_identity", "decode", "device", "seed")
-    measured = {name: results[name] for name in names}
-    measured["data"] = f"{describe(results['data'])}, {results['data']['rows']:,} test items"
-    measured["items a second"] = format_number(results["items_per_s"], 1)
-    measured["versions"] = ", ".join(" ".join(pair) for pair in results["versions"].items())
+    measured = {name: results[name] for name in names} | {
+        "data": f"{public_source(data['source'])} (fingerprint {data['fingerprint']})",
+        "test items": f"{results['n']:,} of {data['rows']:,}",
+        "items a second": format_number(results["items_per_s"], 1),
+        "versions": ", ".join(" ".join(pair) for pair in results["versions"].items()),
+    }
     if not run.recipe:
         return {"How it was measured": measured}
     trained = {"recipe": run.mode} | asdict(run.recipe) | {"seed": run.seed} | run.plan
-    trained["base quantised to"] = "4 bits" if run.use_4bit else "8 bits"
-    trained["steps trained"] = run.steps
-    trained["training time"] = f"{run.seconds.get('train', 0):,.0f} s"
-    trained["peak memory"] = f"{run.peak_memory_bytes / 2**30:.1f} GiB"
-    trained["data"] = describe(run.data)
+    trained |= {
+        "base quantised to": "4 bits" if run.use_4bit else "8 bits",
+        "steps trained": run.steps,
+        "training time": f"{run.seconds.get('train', 0):,.0f} s",
+        "peak memory": f"{run.peak_memory_bytes / 2**30:.1f} GiB",
+        "data": f"{public_source(run.data['source'])} (fingerprint {run.data['fingerprint']})",
+    }
     return {"How it was trained": trained, "How it was measured": measured}
 
 
 def write_report(folder, results, run, table):
-    """Writes report.html: an evaluation and its Run in one file that needs nothing beside it.
-
-    `table` has all items, as prediction_table makes them; the charts are those in the folder.
-    """
+    """Writes report.html: an evaluation, its charts and its Run in one file that needs no other."""
     scale = items.PriceScale.from_record(results)
     table = sorted(table, key=lambda row: -row["error"])
-    guesses = [row["guess"] for row in table]
-    truths = [row["truth"] for row in table]
-    limit = 1.03 * max(scale.unit, *guesses, *truths)
-    ticks = MaxNLocator(4, steps=[1, 2, 5, 10], integer=True).tick_values(0, limit / scale.unit)
-    files = sorted(Path(folder).glob("*.png"))
-    charts = {file.stem: file.read_bytes() for file in files if file.stem != "scatter"}
-    if run.history:
-        chart = loss_chart(run.history, run.folder.name, run.val_rows, scale.currency)
-        charts["loss"] = draw(chart)
+    guesses, truths = ([row[name] for row in table] for name in ("guess", "truth"))
+    largest = max(scale.unit, *guesses, *truths) / scale.unit
+    charts = [*sorted(Path(folder).glob("*.png")), *run.folder.glob("loss.png")]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = format_number
     environment.filters["money"] = partial(format_number, digits=2 if scale.unit < 100 else 0)
     page = environment.from_string(REPORT).render(
         results=results,
-        rows=table_rows(results),
+        tables={
+            "Mean absolute error": table_rows(results),
+            "By category": results["by_category"],
+            "By true price": results["by_price"],
+        },
         footnotes=footnotes(results),
         table=table,
-        limit=limit,
-        ticks=[tick for tick in scale.amount(ticks) if 0 < tick <= limit],
+        ticks=scale.amount(MaxNLocator(4, integer=True).tick_values(0, largest)),
         groups=group_by_color(guesses, truths, scale),
-        charts={name: b64encode(image).decode() for name, image in charts.items()},
+        charts={file.stem: b64encode(file.read_bytes()).decode() for file in charts},
         settings=report_settings(results, run),
         scale=scale,
     )
     Path(folder, "report.html").write_text(page, encoding="utf-8")
-
-
-# ------------------------------------------------------------------------------------------------
-# 10. Templates
 
 
 def prompt_form(scale):
@@ -3673,7 +3508,7 @@ CARD = '''\
 # {{ run.folder.name }}
 
 Estimates a product's price from its description. A LoRA adapter for {{ run.base_model }}, trained
-on {{ dataset }} (fingerprint {{ run.data.fingerprint }}).
+on {{ dataset }} (fingerprint {{ run.data.fingerprint }}). {{ prompt_form }}
 
 ```python
 from peft import AutoPeftModelForCausalLM
@@ -3687,16 +3522,11 @@ inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
 tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
 print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 ```
-
-{{ prompt_form }}
 {% if table %}
 
-## Evaluation
-
-Measured on the first {{ results.n }} of {{ results.data.rows }} test items of {{ dataset }}
-(fingerprint {{ results.data.fingerprint }}), with the base model {{ results.base_model }}
-({{ results.base_identity }}). The figures in the metadata are those of
-`--decode {{ results.decode }}`.
+On the first {{ results.n }} of {{ results.data.rows }} test items of {{ dataset }} (fingerprint
+{{ results.data.fingerprint }}), with the base model {{ results.base_model }}
+({{ results.base_identity }}). In the metadata: `--decode {{ results.decode }}`.
 
 ```
 {{ table }}
@@ -3705,8 +3535,6 @@ Measured on the first {{ results.n }} of {{ results.data.rows }} test items of {
 ![](eval/scatter.png)
 ![](eval/running_error.png)
 {% endif %}
-
-## Training
 
 | setting | value |
 |---|---|
@@ -3717,142 +3545,92 @@ Measured on the first {{ results.n }} of {{ results.data.rows }} test items of {
 ![](loss.png)
 '''
 
-MERGED_CARD = """\
----
-{{ card_data }}
----
-# {{ run.folder.name }}
-
-Estimates a product's price from its description: {{ run.base_model }}, quantised as in training,
-dequantised to bf16, with the run's LoRA adapter merged into it.
-
-{{ prompt_form }} Greedy generation then spells a number, token by token: not always the likeliest
-one, and less accurate than the median of the model's price distribution.
-"""
-
 REPORT = """\
-{% macro figures(head, rows, last="") %}
-<table class="grid">
-<thead><tr><th>{{ head }}<th>n<th>{{ scale.currency }}<th>± 95 %<th>{{ last }}</thead>
-{% for name, row in rows.items() %}
-<tr class="{{ row.kind }}"><td>{{ name or "(none)" }}<td>{{ "{:,}".format(row.n) }}
-<td>{{ row.mae | money }}<td>{{ row.get("mae_ci95") | money }}
-<td>{{ row.get("r2") | number(1) if last }}
-{% endfor %}
-</table>
-{% endmacro %}
-{% macro across(money) %}{{ (100 * money / limit) | round(2) }}%{% endmacro %}
-{% macro down(money) %}{{ (100 - 100 * money / limit) | round(2) }}%{% endmacro %}
+{% macro share(money) %}{{ (100 * money / ticks[-1]) | round(2) }}%{% endmacro %}
 <!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>{{ results.title }}</title>
 <style>
-:root { color-scheme: light dark; --figures: repeat(3, minmax(0, 1fr)) minmax(0, 1.4fr) }
-body { font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-h1, .summary { font-size: 1.3rem; line-height: 1.3 }
-h2 { font-size: 1.2rem; margin-top: 2.5rem }
-table { border-collapse: collapse; width: 100% }
-tr { border-bottom: 1px solid #8886 }
-td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
-table:not(.grid) td:first-child { white-space: nowrap }
-.grid, .grid thead, .grid tbody { display: block }
-.grid tr { display: grid; grid-template-columns: minmax(0, 3.5fr) var(--figures) }
-.grid :is(td, th):not(:first-child) { text-align: right; font-variant-numeric: tabular-nums }
+h1, h2 { font-size: 1.3rem; margin-top: 2.5rem }
+table { display: block; overflow: auto; border-collapse: collapse }
+thead { position: sticky; top: 0; background: Canvas }
+td, th { padding: .2rem 1rem .2rem 0; text-align: left; border-bottom: 1px solid #8886 }
+td:first-child { min-width: 12rem }
+td + td, th { overflow-wrap: normal }
 .run, dt { font-weight: bold }
-#plot { display: block; width: 100%; height: min(34rem, 90vw); margin-bottom: 2rem }
-#plot { overflow: visible; font-size: 13px; fill: currentColor; touch-action: pan-y }
-#plot line { stroke: #8886 }
-#plot .end { text-anchor: end }
-#plot .equal { stroke: currentColor; stroke-dasharray: 5 4 }
-#plot g { fill-opacity: .7 }
-#plot .chosen { fill-opacity: 1; stroke: currentColor; stroke-width: 2; r: 7px }
-#near { display: block; min-height: 4.5rem }
-.key { display: inline-block; margin-right: 1.5rem }
-#items { max-height: 40rem; overflow-y: auto }
-#items thead { position: sticky; top: 0; background: Canvas }
-#items tbody tr { content-visibility: auto; contain-intrinsic-size: auto 2rem }
+#items { max-height: 40rem }
+#items :is(thead, tbody) { display: block }
+#items tr { display: grid; grid-template-columns: 4fr 1fr 1fr 1fr 2fr; min-width: 36rem }
+#items tbody tr { content-visibility: auto; contain-intrinsic-size: auto 3rem }
 #items [hidden] { display: none }
-th button { all: unset; cursor: pointer; text-decoration: underline dotted }
-th button:focus-visible { outline: auto }
-[aria-sort=ascending]::after { content: " ▲" }
-[aria-sort=descending]::after { content: " ▼" }
-input { font: inherit; max-width: 100% }
-.charts { display: grid; gap: 1rem; align-items: start }
-.charts { grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)) }
-img { width: 100%; background: white }
-@media (max-width: 40rem) {
-  .grid tr { grid-template-columns: var(--figures) }
-  .grid :is(td, th):first-child { grid-column: 1 / -1 }
-  .grid :is(td, th):not(:first-child) { font-size: 13px; padding-right: .3rem }
-}
-@media print { #items { max-height: none } }
+#items thead { cursor: pointer; text-decoration: underline dotted }
+#near { display: block; min-height: 5rem }
+#plot { width: 100%; height: 34rem; margin-bottom: 2rem; overflow: visible }
+#plot { font-size: 13px; fill: currentColor; touch-action: pan-y }
+line { stroke: #8886 }
+.chosen { stroke: currentColor; stroke-width: 3 }
+img { max-width: 30rem; width: 100%; background: white }
 </style>
 <h1>{{ results.title }}</h1>
-<p class="summary">off by <b>{{ scale.format(results.mae) }}</b> ±
-{{ results.mae_ci95 | money }} on average, {{ "{:,}".format(results.n) }} items,
-r² {{ results.r2 | number(1) }} %; base model {{ results.base_title }}</p>
-{{ figures("mean absolute error", rows, "r² %") }}
+<p>Off by <b>{{ scale.format(results.mae) }}</b> ± {{ results.mae_ci95 | money }} on average,
+{{ "{:,}".format(results.n) }} items, r² {{ results.r2 | number(1) }} %; base model
+{{ results.base_title }}</p>
 {% for line in footnotes %}
 <p>{{ line }}</p>
+{% endfor %}
+{% for head, rows in tables.items() if rows %}
+<h2>{{ head }}</h2>
+<table>
+<tr><th><th>n<th>{{ scale.currency }}<th>± 95 %<th>r² %
+{% for name, row in rows.items() %}
+<tr class="{{ row.kind }}"><td>{{ name or "(none)" }}<td>{{ "{:,}".format(row.n) }}
+<td>{{ row.mae | money }}<td>{{ row.get("mae_ci95") | money }}<td>{{ row.get("r2") | number(1) }}
+{% endfor %}
+</table>
 {% endfor %}
 
 <h2>Each item's guess over its true price, in {{ scale.currency }}</h2>
 <output id="near">Point at an item or tap it.</output>
 <svg id="plot" role="img" aria-label="guesses over true prices; the table below has all items">
-<rect width="100%" height="100%" fill="#8881"/>
-<line class="equal" y1="100%" x2="100%" y2="0"/>
+<line y1="100%" x2="100%" y2="0"/>
 {% for tick in ticks %}
-<line x1="{{ across(tick) }}" x2="{{ across(tick) }}" y2="100%"/>
-<line x2="100%" y1="{{ down(tick) }}" y2="{{ down(tick) }}"/>
-<text x="{{ across(tick) }}" y="100%" dy="18" class="end">{{ scale.format_whole(tick) }}</text>
-<text x="4" y="{{ down(tick) }}" dy="-4">{{ scale.format_whole(tick) }}</text>
+<line x1="{{ share(tick) }}" x2="{{ share(tick) }}" y2="100%"/>
+<line y1="{{ share(tick) }}" y2="{{ share(tick) }}" x2="100%"/>
+<text x="{{ share(tick) }}" y="100%" dy="18" text-anchor="end">{{ scale.format_whole(tick) }}</text>
+<text x="4" y="{{ share(ticks[-1] - tick) }}" dy="-4">{{ scale.format_whole(tick) }}</text>
 {% endfor %}
-{% for fill, marker, label, numbers in groups %}
-<g fill="{{ fill }}">
+{% for fill, _, _, numbers in groups %}
 {% for number in numbers %}
 {% set row = table[number] %}
-<circle r="4" cx="{{ across(row.truth) }}" cy="{{ down(row.guess) }}"><title>
-{{- row.title }}: price {{ scale.format(row.truth) }}, guess {{ scale.format(row.guess) }}, off by
-{{ scale.format(row.error) }}
-{%- if "low" in row %}; 80 % interval {{ scale.format_whole(row.low) }} to
-{{ scale.format_whole(row.high) }}{% endif %}</title></circle>
+<circle r="4" fill="{{ fill }}" cx="{{ share(row.truth) }}" cy="{{ share(ticks[-1] - row.guess) }}">
+<title>{{ row.title }}: price {{ scale.format(row.truth) }}, guess {{ scale.format(row.guess) }},
+off by {{ scale.format(row.error) }}; 80 % interval {{ scale.format_whole(row.low) }} to
+{{ scale.format_whole(row.high) }}</title></circle>
 {% endfor %}
-</g>
 {% endfor %}
 </svg>
-{% for fill, marker, label, numbers in groups %}
-<span class="key"><b style="color: {{ fill }}">●</b> {{ label }}</span>
+{% for fill, _, label, _ in groups %}
+<span style="color: {{ fill }}">●</span> {{ label }}<br>
 {% endfor %}
 
 <h2>All items</h2>
 <label>Search <input type="search" id="search"></label> <output id="found"></output>
-<table class="grid" id="items">
-<thead><tr><th><button>item</button><th><button>price</button><th><button>guess</button>
-<th aria-sort="descending"><button>error</button><th><button>80 % interval</button></thead>
-<tbody>
+<table id="items">
+<thead><tr><th>item<th>price<th>guess<th>error<th>80 % interval</thead>
 {% for row in table %}
 <tr><td>{{ row.title }} <small>{{ row.category }}</small><td>{{ row.truth | money }}
 <td>{{ row.guess | money }}<td>{{ row.error | money }}
-<td>{{ row.get("low") | number(scale.digits) }} to {{ row.get("high") | number(scale.digits) }}
+<td>{{ row.low | number(scale.digits) }} to {{ row.high | number(scale.digits) }}
 {% endfor %}
-</tbody>
 </table>
-{% for name, bands in (("category", results.by_category), ("true price", results.by_price)) %}
-{% if bands %}
-<h2>By {{ name }}</h2>
-{{ figures("mean absolute error", bands) }}
-{% endif %}
-{% endfor %}
 
-<h2>Charts</h2>
-<div class="charts">
-{% for name, image in charts.items() %}
+{% for name, image in charts.items() if name != "scatter" %}
 <img alt="{{ name | replace("_", " ") }}" src="data:image/png;base64,{{ image }}">
 {% endfor %}
-</div>
 {% for head, values in settings.items() %}
 <h2>{{ head }}</h2>
 <table>
@@ -3865,50 +3643,41 @@ r² {{ results.r2 | number(1) }} %; base model {{ results.base_title }}</p>
 <h2>What the words mean</h2>
 <dl>
 <dt>± 95 %<dd>Half the 95 % interval of the mean error: what the choice of the items may change.
-<dt>r²<dd>The part of the prices' variance that the guesses explain. 100 % is perfect, 0 % as good
-as always naming the mean price, below 0 worse than that.
-<dt>Median, mean, what generation answers<dd>The model gives each price a probability. The median of
-all errs least on average; generation spells one number, token by token.
+<dt>r²<dd>The part of the prices' variance that the guesses explain; 0 % is the mean price's.
 <dt>80 % interval<dd>Four of five true prices should lie within.
 <dt>Log score<dd>Minus the logarithm of the probability given to the true price; smaller is better.
-<dt>CRPS<dd>How far all the probability lies from the true price, in money; of an answer without any
-doubt it is the absolute error. Smaller is better.
+<dt>CRPS<dd>How far all the probability lies from the true price, in money; smaller is better.
 <dt>Probability of no price<dd>What the model gives to answers that are no price.
 <dt>Words alone<dd>A regression on the words of the training items, without a language model.
 </dl>
 <script>
-"use strict";
-const plot = document.querySelector("#plot"), dots = [...plot.querySelectorAll("circle")];
+const find = name => document.querySelector(name), plot = find("#plot"), table = find("#items");
+const dots = [...plot.querySelectorAll("circle")], rows = [...table.tBodies[0].rows];
 const places = dots.map(dot => ["cx", "cy"].map(name => parseFloat(dot.getAttribute(name)) / 100));
-function showNearest({clientX, clientY}) {
+plot.onpointermove = plot.onpointerdown = event => {
   const box = plot.getBoundingClientRect();
-  const distances = places.map(
-    ([x, y]) => Math.hypot(box.x + x * box.width - clientX, box.y + y * box.height - clientY));
-  const nearest = distances.reduce((best, distance, i) => distance < distances[best] ? i : best, 0);
-  plot.querySelector(".chosen")?.classList.remove("chosen");
-  dots[nearest].classList.add("chosen");
-  document.querySelector("#near").textContent = dots[nearest].textContent;
-}
-for (const name of ["pointermove", "pointerdown"]) plot.addEventListener(name, showNearest);
-
-const body = document.querySelector("#items tbody"), rows = [...body.rows];
-const texts = rows.map(row => row.textContent.toLowerCase());
-document.querySelector("#search").addEventListener("input", event => {
+  const distances = places.map(([x, y]) => Math.hypot(
+    box.x + x * box.width - event.clientX, box.y + y * box.height - event.clientY));
+  const nearest = dots[distances.indexOf(Math.min(...distances))];
+  find(".chosen")?.classList.remove("chosen");
+  nearest.classList.add("chosen");
+  find("#near").textContent = nearest.textContent;
+};
+find("#search").oninput = event => {
   const words = event.target.value.toLowerCase().split(/\\s+/);
-  rows.forEach((row, i) => { row.hidden = !words.every(word => texts[i].includes(word)); });
-  const count = rows.filter(row => !row.hidden).length;
-  document.querySelector("#found").textContent = `${count} of ${rows.length}`;
-});
-document.querySelector("#items thead").addEventListener("click", event => {
-  const head = event.target.closest("th"), column = head.cellIndex;
-  const up = head.ariaSort ? head.ariaSort === "descending" : column === 0;  // else large first
-  for (const other of head.parentNode.cells) other.ariaSort = null;
-  head.ariaSort = up ? "ascending" : "descending";
-  const keys = rows.map(row => row.cells[column].textContent.toLowerCase()).map(
-    text => column === 0 ? text : parseFloat(text.replaceAll(",", "")));
-  const order = [...rows.keys()].sort((a, b) => keys[a] < keys[b] ? -1 : keys[a] > keys[b]);
-  body.append(...(up ? order : order.reverse()).map(i => rows[i]));
-});
+  const isFound = row => words.every(word => row.textContent.toLowerCase().includes(word));
+  for (const row of rows) row.hidden = !isFound(row);
+  find("#found").textContent = `${rows.filter(isFound).length} of ${rows.length}`;
+};
+let sorted = 3;
+table.tHead.onclick = event => {
+  const column = event.target.cellIndex, text = row => row.cells[column].textContent;
+  const number = row => parseFloat(text(row).replaceAll(",", ""));
+  if (column === sorted) rows.reverse();
+  else rows.sort((a, b) => column ? number(b) - number(a) : text(a) < text(b) ? -1 : 1);
+  sorted = column;
+  table.tBodies[0].append(...rows);
+};
 </script>
 </html>
 """

@@ -33,7 +33,6 @@ DATA = {
     "a Dataset of items": Dataset.from_list(DUMPED),
     "a DataFrame of items": pandas.DataFrame(DUMPED),
     "a DataFrame of rows": pandas.DataFrame(ROWS),
-    "named tuples": pandas.DataFrame(DUMPED).itertuples(),
 }
 FIELDS = {"title": "Brass lamp", "category": "Lamps", "price": "12.50", "features": ["tall"]}
 

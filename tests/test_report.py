@@ -32,6 +32,8 @@ RESULTS = {
     "date": "2026-01-31",
     "seed": 1,
     "items_per_s": 5.0,
+    "baselines": {},
+    "earlier": {},
 }
 # In a window of its own Chromium is at least 500 px wide
 WRAPPER = """<iframe id="frame" style="width: {width}px; height: 900px; border: 0"
@@ -52,21 +54,16 @@ return {
   smallest: Math.min(...texts.map(text => parseFloat(view.getComputedStyle(text).fontSize))),
 };"""
 POINT = """
-const plot = page.getElementById("plot");
-const dots = [...plot.querySelectorAll("circle")];
-const near = page.getElementById("near");
+const plot = page.getElementById("plot"), dots = [...plot.querySelectorAll("circle")];
 const send = (type, dot) => {
   const box = dot.getBoundingClientRect();
-  const clientX = box.left + box.width / 2 + 1;
-  const clientY = box.top + box.height / 2 + 1;
-  plot.dispatchEvent(new view.PointerEvent(type, {clientX, clientY}));
+  plot.dispatchEvent(new view.PointerEvent(type, {clientX: box.x + 5, clientY: box.y + 5}));
 };
 """
 ITEMS = """
-const rows = [...page.getElementById("items").tBodies[0].rows];
-const column = index => [...page.getElementById("items").tBodies[0].rows].map(
-  row => row.cells[index].textContent);
-const buttons = page.querySelectorAll("#items button");
+const body = page.getElementById("items").tBodies[0], rows = [...body.rows];
+const column = index => [...body.rows].map(row => row.cells[index].textContent);
+const heads = page.querySelectorAll("#items th");
 const search = text => {
   const input = page.getElementById("search");
   input.value = text;
@@ -86,12 +83,11 @@ def write_page(folder, count=COUNT, unit=1, has_run=True):
     weights = rng.random((count, 1000)) ** 40
     answers = util.estimate_prices(weights / weights.sum(1, keepdims=True), [7] * count, rows)
     figures, table = util.score(rows, answers, RESULTS["title"])
-    util.draw_figures(figures, table, RESULTS["title"], folder)
+    util.save_predictions(figures, table, RESULTS["title"], folder)
     run = util.Run(folder, "base", "price", "lite", None, None, 1)
     if has_run:
         run.recipe = RECIPES["lite"]
         run.data = {"source": SOURCE, "fingerprint": "abc"}
-        run.history = [{"step": 2, "loss": 2.5}, {"step": 2, "eval_loss": 2.25, "eval_mae": 40.0}]
     util.write_report(folder, figures | RESULTS, run, table)
     return (folder / "report.html").read_text("utf-8")
 
@@ -155,12 +151,14 @@ def test_pointer_tells_nearest_item(browse, page, event):
     script = f"""{POINT}
     return [0, 7, 99].map(index => {{
       send("{event}", dots[index]);
-      return [near.textContent, dots[index].textContent];
+      return [page.getElementById("near").textContent, dots[index].textContent];
     }});"""
+    pattern = r"price \$\S+, guess \$\S+, off by \$\S+; 80 % interval \$\d+ to \$\d+"
     for said, expected in browse(page, script, 400):
         assert said == expected
-        pattern = r": price \$\S+, guess \$\S+, off by\n\$\S+; 80 % interval \$\d+ to\n\$\d+"
-        assert re.fullmatch(r"\d+ " + re.escape(f"{HOSTILE} {LONG}") + pattern, said)
+        number, figures = " ".join(said.split()).split(f" {HOSTILE} {LONG}: ")
+        assert number.isdigit()
+        assert re.fullmatch(pattern, figures)
 
 
 @in_browser
@@ -169,16 +167,16 @@ def test_items_are_sorted_by_any_column(browse, page):
     script = f"""{ITEMS}
     const found = [column(3)];
     for (const index of [1, 1, 0]) {{
-      buttons[index].click();
+      heads[index].click();
       found.push(column(index));
     }}
     return found;"""
-    worst, dearest, cheapest, titles = browse(page, script)
-    numbers = [[float(text.replace(",", "")) for text in one] for one in (worst, dearest, cheapest)]
+    *found, titles = browse(page, script)
+    worst, dearest, cheapest = ([float(text.replace(",", "")) for text in one] for one in found)
     assert len(worst) == COUNT
-    assert numbers[0] == sorted(numbers[0], reverse=True)
-    assert numbers[1] == sorted(numbers[1], reverse=True)
-    assert numbers[2] == sorted(numbers[2])
+    assert worst == sorted(worst, reverse=True)
+    assert dearest == sorted(dearest, reverse=True)
+    assert cheapest == sorted(cheapest)
     assert titles == sorted(titles)
 
 
@@ -187,26 +185,25 @@ def test_items_are_searched(browse, page):
     """By all words, in any case, of title and category."""
     script = f"""{ITEMS}
     search("a & B 3 wireless");
-    const shown = rows.filter(row => !row.hidden && row.checkVisibility());
-    return [shown.every(row => row.textContent.includes("3")), shown.length,
-      page.getElementById("found").textContent];"""
-    is_right, count, found = browse(page, script)
-    assert is_right
-    assert 0 < count < COUNT
-    assert found == f"{count} of {COUNT}"
+    const shown = rows.filter(row => row.checkVisibility());
+    return [shown.map(row => row.textContent), page.getElementById("found").textContent];"""
+    shown, found = browse(page, script)
+    assert all("3" in text for text in shown)
+    assert 0 < len(shown) < COUNT
+    assert found == f"{len(shown)} of {COUNT}"
 
 
 @in_browser
 def test_titles_are_only_text(browse, page):
     """No title becomes a script, markup or a template's expression."""
     script = "return [page.scripts.length, page.images.length, String(view.hacked)];"
-    assert browse(page, script) == [1, 3, "undefined"]
+    assert browse(page, script) == [1, 2, "undefined"]
     assert "{{7*7}}" in page
 
 
 @in_browser
 def test_many_items_stay_smooth(browse, tmp_path):
-    """Of 10,000, in ms: a move of the pointer, and to sort and search."""
+    """Of 10,000, in ms: a move of the pointer, to sort and to search."""
     script = f"""{POINT} {ITEMS}
     const time = action => {{
       const start = view.performance.now();
@@ -214,12 +211,8 @@ def test_many_items_stay_smooth(browse, tmp_path):
       rows[0].getBoundingClientRect();
       return view.performance.now() - start;
     }};
-    return [
-      time(() => {{ for (let i = 0; i < 50; i++) send("pointermove", dots[i]); }}) / 50,
-      time(() => buttons[1].click()),
-      time(() => search("wireless")),
-      rows.length,
-    ];"""
+    const move = time(() => {{ for (let i = 0; i < 50; i++) send("pointermove", dots[i]); }}) / 50;
+    return [move, time(() => heads[1].click()), time(() => search("wireless")), rows.length];"""
     move, sort, search, count = browse(write_page(tmp_path, 10_000), script)
     assert count == 10_000
     assert move < 50

@@ -37,14 +37,10 @@ def always(answer):
     "answer, price",
     [
         ("$1,299.50", 1299.5),
-        (" 12 dollars, or 13", 12.0),
         (".5", 0.5),
         ("-3.5", -3.5),
-        ("-3", 3.0),
-        ("about $7.", 7.0),
-        ("1.2.3", 1.2),
+        ("about $7., or 13", 7.0),
         ("none", None),
-        ("", None),
         (42, 42.0),
         (math.nan, None),
         (None, None),
@@ -61,9 +57,7 @@ def test_first_number_is_the_price(answer, price):
         (40, 201, "green"),
         (40, 200, "orange"),
         (79.99, 1, "orange"),
-        (80, 201, "orange"),
         (80, 200, "red"),
-        (90, 0, "red"),
     ],
 )
 def test_colors_are_the_courses(error, truth, expected):
@@ -96,20 +90,17 @@ def test_what_has_no_meaning_is_nan():
     """The interval of a single error or difference; r² where all truths are the same."""
     assert math.isnan(metrics([5], [7])["mae_ci95"])
     assert metrics([1, 2], [3, 4])["mae_ci95"] == 0
-    assert math.isnan(metrics([5], [7])["r2"])
     assert math.isnan(metrics([5, 5], [7, 7])["r2"])
     single = compare_guesses([5], [4], [7], seed=1)
     assert single["difference"] == 1
     assert math.isnan(single["low"])
-    assert math.isnan(single["high"])
 
 
-def test_headline_letter_by_letter():
+@pytest.mark.parametrize("r2, expected", [(-3.25, "−3.2%"), (math.nan, "–")])
+def test_headline_letter_by_letter(r2, expected):
     """Two decimals, none and one; a true minus; an r² without meaning is a dash."""
-    figures = {"mae": 1065.4012, "mse": 12345.6, "r2": -3.25}
-    assert headline(figures) == "Error: $1,065.40 MSE: 12,346 r²: −3.2%"
-    figures["r2"] = math.nan
-    assert headline(figures) == "Error: $1,065.40 MSE: 12,346 r²: –"
+    figures = {"mae": 1065.4012, "mse": 12345.6, "r2": r2}
+    assert headline(figures) == f"Error: $1,065.40 MSE: 12,346 r²: {expected}"
 
 
 def test_paired_difference_knows_its_noise():
@@ -122,8 +113,6 @@ def test_paired_difference_knows_its_noise():
     assert found["difference"] == pytest.approx(5, abs=1.5)
     assert found["low"] < found["difference"] < found["high"]
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 10 / math.sqrt(400), rel=0.2)
-    same = compare_guesses(errors, errors, truths, seed=1)
-    assert (same["difference"], same["low"], same["high"]) == (0, 0, 0)
 
 
 # Evaluating any function
@@ -135,10 +124,6 @@ ANSWERS = ["$10", "25 or so", "no idea", "3", "50.00"]
 def answer_of(row):
     """The answer from ANSWERS to one of the five rows."""
     return ANSWERS[int(util.title_of(row["prompt"]).removeprefix("Lamp "))]
-
-
-def answers_of(rows):
-    return [answer_of(row) for row in rows]
 
 
 def test_evaluate_judges_any_function(tmp_path, capsys):
@@ -159,29 +144,10 @@ def test_evaluate_judges_any_function(tmp_path, capsys):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_batches_are_judged_alike():
-    """Batches are made by length; the answers come back in the rows' order."""
-    rows = make_rows(TRUTHS)
-    rows[3]["prompt"] = rows[3]["prompt"].replace("Light", "Light for large rooms")
-    single = evaluate(answer_of, rows)
-    batched = evaluate(answers_of, rows, batch_size=2)
-    for name in ("n", "mae", "mae_ci95", "mse", "r2", "parse_failures", "worst"):
-        assert batched[name] == single[name]
-
-
-@pytest.mark.parametrize("size, count", [(2, 2), (400, 300), (200, 200), (None, 300)])
-def test_size_takes_the_first_rows(size, count):
-    found = evaluate(always(1), make_rows(range(300)), size=size)
-    assert found["n"] == count
-    assert max(row["index"] for row in found["worst"]) == count - 1
-
-
 def test_evaluation_of_few_items(capsys):
     """Where the interval of a single one would stand is a dash; none at all is an error."""
     evaluate(always(1), make_rows([5]))
-    said = capsys.readouterr().out
-    assert "(± –, n = 1)" in said
-    assert "even the interval" not in said
+    assert "(± –, n = 1)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="at least one row"):
         evaluate(always(1), [])
 
@@ -222,22 +188,21 @@ def test_guesses_are_printed_in_columns():
 def results():
     """What results.json has of a run, as far as tables and charts need it."""
     figures = {"n": 5, "mae": 10.0, "mae_ci95": 1.0, "mse": 200.0, "r2": 50.0}
+    scores = {"coverage_80": 0.95, "promised_80": 0.834, "nll": 5, "crps": 9, "outside": -1e-7}
     decodings = {"median": figures, "mean": figures | {"mae": 12.0}}
-    return figures | {"run": "a", "parse_failures": 0, "decodings": decodings}
+    found = {"run": "a", "decodings": decodings, "distribution": scores}
+    return figures | found | {"baselines": {}, "earlier": {}}
 
 
 def test_table_has_dashes_for_one_item(results):
     """In the row of a constant as well; the chart has bars without intervals."""
     single = {"n": 1, "mae": 10.0, "mae_ci95": math.nan, "mse": 200.0, "r2": math.nan}
-    results |= single | {"decodings": {"median": single}}
-    results["baselines"] = {"constant_mean": single}
-    rows = util.format_table(results).splitlines()[1:]
-    assert len(rows) == 2
-    for row in rows:
-        assert row.split()[-3:] == ["10.00", "–", "–"]
+    results |= single | {"decodings": {"median": single}, "baselines": {"constant_mean": single}}
+    rows = util.format_table(results).splitlines()[1:3]
+    assert [row.split()[-3:] for row in rows] == [["10.00", "–", "–"]] * 2
     axes = util.comparison(results).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [10, 10]
-    assert not axes.collections  # the intervals
+    assert [text.get_text() for text in axes.texts] == ["$10.00"] * 2
 
 
 @pytest.mark.parametrize(
@@ -267,41 +232,32 @@ def test_columns_never_touch(results):
 
 
 def test_table_says_what_intervals_promise(results):
-    scores = {"coverage_80": 0.95, "promised_80": 0.834, "nll": 5, "crps": 9, "outside": 0}
-    table = util.format_table(results | {"distribution": scores})
+    """Rounding can leave a little less than no probability."""
+    table = util.format_table(results)
     assert "The 80 % intervals hold 95 % of the true prices and promise 83 %;" in table
-    table = util.format_table(results | {"distribution": scores | {"calibrated_on": 500}})
+    assert "no price 0.00 %" in table
+    results["distribution"]["calibrated_on"] = 500
+    table = util.format_table(results)
     assert "hold 95 % of the true prices; 500 validation rows set their width;" in table
 
 
-def test_no_probability_is_below_zero(results):
-    """Rounding can leave a little less than none."""
-    scores = {"coverage_80": 0.8, "promised_80": 0.8, "nll": 5, "crps": 9, "outside": -1e-7}
-    assert "no price 0.00 %" in util.format_table(results | {"distribution": scores})
-
-
 def test_ladder_stands_beside_course_data(results):
-    """What the course published is compared on its own data only."""
+    """What the course published is compared on its own data only, in table and chart."""
     assert "GPT-5.1" not in util.format_table(results)
-    table = util.format_table(results | {"course": True})
+    results["course"] = True
+    table = util.format_table(results)
     assert "GPT-5.1" in table
     assert "2025-11" in table
-
-
-def test_chart_has_a_bar_each(results):
-    """A bar for each row of the table, as long as the row's error."""
-    results["course"] = True
     rows = util.table_rows(results).values()
-    bars = util.comparison(results).axes[0].patches
     assert len(rows) == 2 + len(util.LADDER)
-    assert [bar.get_width() for bar in reversed(bars)] == [row["mae"] for row in rows]
+    bars = util.comparison(results).axes[0].patches
+    assert [bar.get_width() for bar in bars] == [row["mae"] for row in rows]
 
 
 @pytest.mark.parametrize(
     "source, expected",
     [
         ("/home/me/my, split files/shop.csv, split 90/5/5 by title, seed 42", "shop.csv, split"),
-        ("data/shop.csv, split 90/5/5 by title, seed 42", "shop.csv, split"),
         ("/tmp/outputs/datasets/items_prompts_lite", "items_prompts_lite"),
         ("ed-donner/items_lite", "ed-donner/items_lite"),
         ("synthetic catalogue of 2,400 items, seed 42", "synthetic catalogue of 2,400 items"),
@@ -317,19 +273,17 @@ def test_titles_are_never_clipped(letter):
     """All of a long title is inside the picture, whatever its letters."""
     title = letter * (300 // len(letter))
     figures = {"mae": 10.0, "mse": 200.0, "r2": -50.0}
-    history = [{"step": 1, "loss": 2.0}]
     charts = [
         util.scatter([1], [2], figures, title),
-        util.running_error([1, 2], [2, 3], figures, title),
-        util.reliability({"as read": util.shares_within([0.5, 0.1])}, 2, title),
-        util.loss_chart(history, title, 5),
+        util.running_error([1, 2], [2, 3], figures | {"mae_ci95": 1.0}, title),
+        util.loss_chart([{"step": 1, "loss": 2.0}], title, 5),
     ]
     for figure in charts:
         figure.draw_without_rendering()
         box = figure._suptitle.get_window_extent()
-        assert box.x0 >= 0
-        assert box.x1 <= figure.bbox.width
-        assert box.y1 <= figure.bbox.height
+        assert figure.bbox.containsx(box.x0)
+        assert figure.bbox.containsx(box.x1)
+        assert figure.bbox.containsy(box.y1)
         shown = "".join(figure.get_suptitle().split())
         assert shown.startswith(title.replace(" ", ""))
 
@@ -344,22 +298,14 @@ def test_long_names_beside_bars_are_wrapped(results):
         assert label.get_window_extent().x0 >= 0
 
 
-def test_reliable_intervals_lie_on_the_line():
-    """Where the truths' ranks are spread evenly, intervals hold the share that they promise."""
-    ranks = (numpy.arange(1000) + 0.5) / 1000
-    intervals = {"as read": util.shares_within(ranks)}
-    line = util.reliability(intervals, 1000, "uniform").axes[0].lines[1]
-    assert list(line.get_ydata()) == pytest.approx(list(line.get_xdata()), abs=0.2)
-
-
 # What words alone tell
 
 
 def test_words_tell_much_of_the_demo():
-    rows = []
-    for item in demo_items(600, seed=3):
-        prompt = COURSE_SCALE.prompt(item.summary)
-        rows.append({"prompt": prompt, "completion": f"{round(item.price)}.00"})
+    rows = [
+        {"prompt": COURSE_SCALE.prompt(item.summary), "completion": str(item.price)}
+        for item in demo_items(600, seed=3)
+    ]
     splits = {"train": Dataset.from_list(rows[:500]), "val": Dataset.from_list(rows[500:550])}
     truths = [util.truth_of(row) for row in rows[550:]]
     error = metrics(util.word_guesses(splits, rows[550:]), truths)["mae"]
@@ -386,7 +332,7 @@ def write_evaluation(folder, rows, guess, **results):
 
 
 def test_earlier_guesses_are_of_same_rows(tmp_path):
-    """Of the first evaluation that has them, also among more, with the base that is asked for."""
+    """Of the first evaluation that has them, also among more, with the base asked for."""
     rows = make_rows(TRUTHS)
     folders = [
         write_evaluation(tmp_path / "eval", rows[1:], 1),
@@ -426,7 +372,7 @@ def test_other_evaluations_are_not_compared(tmp_path, spoil, problem):
         (tmp_path / "eval/results.json").write_text("[3]")
     with pytest.raises(UserError) as raised:
         util.earlier_guesses("one", folders, rows, "median", "a")
-    assert str(raised.value).startswith("`compare` one: ")
+    assert str(raised.value).startswith("`earlier` one: ")
     assert problem in str(raised.value)
     assert "with `size` 5 and `decode` median." in str(raised.value)
 
