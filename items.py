@@ -55,7 +55,6 @@ import xxhash
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from datasets.arrow_writer import ArrowWriter
 from datasets.exceptions import (
-    DataFilesNotFoundError,
     DatasetGenerationError,
     DatasetNotFoundError,
 )
@@ -645,24 +644,24 @@ def check_writable(folder, name="any"):
 # ------------------------------------------------------------------------------------------------
 # 4. Datasets, on disk and on the Hub
 
-NOT_FOUND = "not on the Hub, or {token} may not read it. Check the name and the token."
-AWAY = "the Hub can't be reached. Check the network, or the name of a folder."
-HUB_ANSWERS = {  # the Hub's own word for an error, or else its status: what it means
-    "GatedRepo": "gated. Ask for access at {endpoint}/{what}, then run this again.",
-    "RevisionNotFound": "no such revision on the Hub. Check `revision`.",
-    401: NOT_FOUND,
-    404: NOT_FOUND,
-}
-HUB_ERRORS = {  # of its client, without an answer
-    errors.HFValidationError: "the Hub allows no such name: {error}",
-    errors.LocalEntryNotFoundError: AWAY,
-    httpx2.TransportError: AWAY,
-    ConnectionError: AWAY,
-    DatasetNotFoundError: NOT_FOUND,
-}
+REASONS = (  # what the Hub's client raises, and what that means: the first that fits counts
+    (errors.GatedRepoError, "gated. Ask for access at {endpoint}/{what}, then run this again."),
+    (errors.RevisionNotFoundError, "no such revision on the Hub. Check `revision`."),
+    (
+        (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError, DatasetNotFoundError),
+        "not on the Hub, or {token} may not read it. Check the name and the token.",
+    ),
+    (errors.HFValidationError, "the Hub allows no such name: {error}"),
+    (errors.HfHubHTTPError, "{error}"),
+    (
+        (errors.LocalEntryNotFoundError, httpx2.TransportError, ConnectionError),
+        "the Hub can't be reached. Check the network, or the name of a folder.",
+    ),
+    (PermissionError, "{error}. Allow it, or set HF_HOME for another cache."),
+)
 TOKEN_REFUSED = (
-    "{token}: the Hub refuses {token}: it is mistyped, expired or revoked. Set HF_TOKEN to a valid "
-    "one, made at https://huggingface.co/settings/tokens, or log in again by `hf auth login`."
+    "the Hub refuses {token}: it is mistyped, expired or revoked. Make one at "
+    "https://huggingface.co/settings/tokens, then `hf auth login`, or set HF_TOKEN."
 )
 
 
@@ -670,26 +669,21 @@ TOKEN_REFUSED = (
 def probe_hub():
     """Asks once in a stage whether the Hub can be reached; app.py clears the cache.
 
-    If not, its libraries read what is cached, as with HF_HUB_OFFLINE=1. They would wait or retry
-    for up to half a minute, each request anew.
+    If not, its libraries read what is cached. They would retry each request for half a minute.
     """
     if os.environ.get("HF_HUB_OFFLINE"):
         return
-    timeout = httpx2.Timeout(5 * CONNECT_S, connect=CONNECT_S)
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
     for _ in range(2):
         with suppress(httpx2.TransportError):
-            get_session().head(constants.ENDPOINT, timeout=timeout)
+            get_session().head(constants.ENDPOINT, timeout=httpx2.Timeout(10.0, connect=2.0))
             return
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 @contextmanager
-def hub_errors(what):
-    """Turns what the Hub says of `what`, or its absence, into a UserError.
-
-    Other exceptions, such as a bug's, keep their traceback.
-    """
+def hub_errors(what, remedy=None):
+    """Turns what the Hub says of `what` or, with a `remedy`, a damaged dataset into a UserError."""
     if not os.path.exists(what):
         probe_hub()
     try:
@@ -697,46 +691,27 @@ def hub_errors(what):
     except UserError:
         raise
     except Exception as error:
-        text = None if is_disk_full(error) else describe_hub_error(what, error)
-        if text is None:
+        chain = list(causes(error))
+        reasons = [text for kinds, text in REASONS if any(isinstance(one, kinds) for one in chain)]
+        if remedy and isinstance(error, DatasetGenerationError | OSError | ValueError):
+            reasons.append(f"can't be loaded ({{error}}). {remedy}")
+        if not reasons or is_disk_full(error):
             raise
-        raise UserError(text) from error
-
-
-def describe_hub_error(what, error):
-    """What an error of the Hub or of the way to it says of `what`; None for any other error."""
-    chain = list(causes(error))
-    answers = [one.response for one in chain if isinstance(one, errors.HfHubHTTPError)]
-    texts = [HUB_ERRORS[kind] for kind in HUB_ERRORS if any(isinstance(one, kind) for one in chain)]
-    if answers and answers[0].status_code == 401 and get_token():
-        return TOKEN_REFUSED.format(token=token_name())
-    if answers:
-        code = answers[0].headers.get("X-Error-Code")
-        texts = [HUB_ANSWERS.get(code) or HUB_ANSWERS.get(answers[0].status_code, "{error}")]
-    if not texts:
-        return None
-    names = {"endpoint": constants.ENDPOINT, "what": what, "token": token_name()}
-    return f"{what}: {texts[0].format(error=first_line(error), **names)}"
-
-
-def first_line(error):
-    """The first line of an exception's text, or its name."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        answers = [one.response for one in chain if isinstance(one, errors.HfHubHTTPError)]
+        if get_token() and any(answer.status_code == 401 for answer in answers):
+            what, reasons = token_name(), [TOKEN_REFUSED]
+        text = str(error.__cause__ or error).strip().partition("\n")[0] or type(error).__name__
+        names = {"endpoint": constants.ENDPOINT, "what": what, "token": token_name()}
+        raise UserError(f"{what}: {reasons[0].format(error=text, **names)}") from error
 
 
 def saved_token():
-    """The Hub's token of a saved login, or of a Colab secret, as its client finds it, or None.
-
-    Raises UserError if it can't be read.
-    """
+    """The Hub's token of a saved login, or of a Colab secret, or None."""
     try:
         return get_token()
     except (OSError, ValueError, errors.OIDCError) as error:
-        raise UserError(
-            f"{constants.HF_TOKEN_PATH}: the saved login can't be read ({error}). Log in again by "
-            "`hf auth login`, or set HF_TOKEN."
-        ) from error
+        text = f"{constants.HF_TOKEN_PATH}: the saved login can't be read. Try `hf auth login`."
+        raise UserError(text) from error
 
 
 def token_name():
@@ -745,10 +720,7 @@ def token_name():
 
 
 def look_up_accounts(write=False):
-    """(the token's account, its organisations, a list) on the Hub.
-
-    Raises UserError if the token is refused or, if it is to `write`, may only read.
-    """
+    """(the token's account on the Hub, its organisations, a list). Checks that it may `write`."""
     with hub_errors(token_name()):
         account = HfApi().whoami()
     if write and account.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -779,36 +751,27 @@ def check_hub_name(name):
 
 
 def push_or_explain(name, upload, kind="model"):
-    """Calls `upload`, whose client retries by itself. Prints whether the repository is public.
-
-    Raises UserError with code 3 if it can't be pushed now. `kind` is model or dataset.
-    """
+    """Calls `upload`, whose client retries. Raises UserError with code 3 if it can't be pushed."""
     try:
         with hub_errors(name):
             upload()
     except UserError as error:
         raise UserError(f"{error} Everything is on disk.", code=3, resumes=True) from error
-    is_public = False  # or not known
+    is_public = False  # as all that this program makes; or not known
     with suppress(OSError, httpx2.TransportError):
         is_public = HfApi().repo_info(name, repo_type=kind).private is False
-    # One that existed before: this program makes private ones
     print(f"Pushed: {name}{', which is public: anybody can read it' if is_public else ''}")
 
 
 def push_prompts(name, prompts, folder, about):
-    """Pushes prompts to a dataset on the Hub, with what is recorded of them but their file's name.
-
-    Records the dataset's name in their folder.
-    """
-    record = {key: value for key, value in about.items() if key != "source"}
+    """Pushes prompts and their record without their file's name; notes the dataset in `folder`."""
 
     def upload():
+        record = {key: value for key, value in about.items() if key != "source"}
+        content = json.dumps(record, indent=2).encode()
         prompts.push_to_hub(name, private=True)
         HfApi().upload_file(
-            repo_id=name,
-            repo_type="dataset",
-            path_in_repo=RECORD,
-            path_or_fileobj=json.dumps(record, indent=2).encode(),
+            repo_id=name, repo_type="dataset", path_in_repo=RECORD, path_or_fileobj=content
         )
 
     push_or_explain(name, upload, kind="dataset")
@@ -831,42 +794,30 @@ def describe_prompts(prompts, counts, catalogue, **settings):
 
 def format_prompts(about, counts):
     """What was kept, dropped and cut, how prices and lengths are spread; a text."""
-    kept, cut = sum(about["kept"].values()), sum(about["cut"].values())
+    kept = sum(about["kept"].values())
     dropped = sum(len(lines) for lines in about["dropped"].values())
     splits = ", ".join(f"{count:,} {name}" for name, count in about["kept"].items())
     rows = f"Rows: {kept:,} kept ({splits}), {dropped:,} dropped"
     if dropped:
         rows = with_lines(rows, drop_reasons(about["dropped"], about.get("dropped_examples")))
-    cuts = f"Cut at {about['cutoff']} tokens: {cut:,} of {kept:,} descriptions"
-    if cut > WARNED_SHARE * kept:
-        cuts += ", title and category included; a larger `cutoff` keeps more"
-    scale = PriceScale.from_record(about)
-    prices, tokens = counts["train"]["price"], counts["train"]["tokens"]
-    counted = "an item, train" if len(tokens) == len(prices) else f"first {len(tokens):,}"
+    cut = sum(about["cut"].values())
+    tokens = counts["train"]["tokens"]
     near, compared = about["near_duplicates"]["near"], about["near_duplicates"]["compared"]
     lines = [
         rows,
-        cuts,
-        f"{f'Price, train, in {scale.currency}:':<26}{format_quantiles(prices, 2)}",
-        f"{f'Tokens, {counted}:':<26}{format_quantiles(tokens)}",
+        f"Cut at {about['cutoff']} tokens, with the title: {cut:,} of {kept:,} descriptions",
+        f"Price in {about['currency']}, train: {format_quantiles(counts['train']['price'], 2)}",
+        f"Tokens of {len(tokens):,} items, train: {format_quantiles(tokens)}",
         f"Near duplicates: {near:,} of {compared:,} test rows ({near / compared:.1%}) share at "
         f"least {NEAR_SHARE:.0%} of their runs of {GRAM_WORDS} words with one training row",
     ]
-    half = scale.amount(0.5)
-    zeros = sum(int((columns["price"] <= half).sum()) for columns in counts.values())
-    if zeros and scale.unit > 1:
-        lines.append(
-            f"Note: {zeros:,} of {kept:,} prices are at most half the unit, {scale.format(half)}: "
-            "they are learned as 0"
-        )
     return "\n".join(lines)
 
 
 def format_quantiles(values, digits=0):
     """'min 5 · 25 % 20 · median 55 · 75 % 160 · max 999' of numbers."""
-    names = ("min", "25 %", "median", "75 %", "max")
     found = numpy.quantile(values, (0, 0.25, 0.5, 0.75, 1), method="nearest")
-    pairs = zip(names, found, strict=True)
+    pairs = zip(("min", "25 %", "median", "75 %", "max"), found, strict=True)
     return " · ".join(f"{name} {value:,.{digits}f}" for name, value in pairs)
 
 
@@ -880,78 +831,45 @@ def save_prompts(folder, prompts, about):
     write_json(Path(folder, RECORD), about)
 
 
-def read_record(path):
-    """What a prepare.json says of its dataset; {} if it is missing or can't be read."""
+def read_about(folder):
+    """What a folder's prepare.json says; {} if it is missing or can't be read."""
     try:
-        return dict(read_json(path))
+        return dict(read_json(finish_interrupted_replace(folder) / RECORD))
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
-def read_about(folder):
-    """What a folder's prepare.json says; {} if there is no dataset."""
-    return read_record(finish_interrupted_replace(folder) / RECORD)
-
-
 def splits_trained_on(folder, wanted):
     """The splits in a folder if that is their fingerprint, else None."""
-    if not wanted or read_about(folder).get("fingerprint", wanted) != wanted:
-        return None
-    if not Path(folder).exists() or manifest_problem(folder, must_exist=False):
-        return None
-    splits = load_prompts(folder)
-    return splits if fingerprint(splits) == wanted else None
+    recorded = read_about(folder).get("fingerprint", wanted)  # older datasets have none
+    with suppress(UserError):
+        if wanted and recorded == wanted and Path(folder).exists():
+            prompts = read_prompts(folder)
+            return prompts.splits if prompts.fingerprint == wanted else None
+    return None
 
 
 def replaced_source(folder, about):
     """A note that a dataset replaces one from another source, '' if it doesn't."""
-    older = read_about(folder)
-    replaced = older.get("source")
-    scales = [PriceScale.from_record(record) for record in (older, about)]
-    if replaced and scales[0] != scales[1]:
-        replaced += f" in steps of {scales[0].step}"
-    return "" if replaced in (None, about["source"]) else f", replacing: {replaced}"
-
-
-@contextmanager
-def data_errors(place, remedy="All splits need the same columns."):
-    """Turns what `datasets` raises of data that it can't load into a UserError."""
-    try:
-        with hub_errors(place):
-            yield
-    except (DatasetGenerationError, DataFilesNotFoundError, OSError, ValueError) as error:
-        if is_disk_full(error):
-            raise
-        for one in causes(error):
-            if getattr(one, "errno", None) in NOT_PERMITTED:
-                text = f"{one.filename}: {one.strerror}. Set HF_HOME for another cache."
-                raise UserError(text) from error
-        reason = first_line(error.__cause__ or error)
-        raise UserError(f"{place}: can't be loaded ({reason}). {remedy}") from error
+    older = read_about(folder).get("source", about["source"])
+    return "" if older == about["source"] else f", replacing: {older}"
 
 
 def load_prompts(folder, **options):
-    """The DatasetDict (train, val, test) that `save_prompts` wrote.
-
-    Memory-mapped from the cache of `datasets`, which also keeps what is made of it.
-    """
-    paths = {name: Path(folder, f"{name}.parquet").absolute() for name in SPLITS}
-    files = {name: glob.escape(str(path)) for name, path in paths.items()}
-    with data_errors(folder, PREPARE_AGAIN):
+    """The DatasetDict that `save_prompts` wrote, memory-mapped from the cache of `datasets`."""
+    folder = Path(folder).absolute()
+    files = {name: glob.escape(str(folder / f"{name}.parquet")) for name in SPLITS}
+    with hub_errors(folder, PREPARE_AGAIN):
         return load_dataset("parquet", data_files=files, **options)
 
 
 @dataclass
 class Prompts:
-    """The prompts to train or evaluate on.
-
-    `place` is the folder or the name on the Hub from which they were read, `about` the content of
-    prepare.json there: `source`, `hub`, `cutoff` and more.
-    """
+    """The prompts to train or evaluate on."""
 
     splits: DatasetDict
-    place: str
-    about: dict
+    place: str  # from which they were read: a folder, or a name on the Hub
+    about: dict  # the content of prepare.json there: `hub`, `cutoff` and more
 
     @property
     def source(self):
@@ -972,44 +890,38 @@ class Prompts:
         """Whether they are those that `prepare` recorded, to the letter."""
         columns = {"prompt": Value("string"), "completion": Value("string")}
         are_texts = all(split.features == columns for split in self.splits.values())
-        recorded = self.about.get("fingerprint")
-        return are_texts and recorded is not None and recorded == self.fingerprint
+        return are_texts and self.about.get("fingerprint") == self.fingerprint
 
     @property
     def is_own(self):
         """Whether they are not the course's: `prepare` has read a file, or another made them."""
-        is_prepared = "cutoff" in self.about
-        is_course = is_prepared or self.place.startswith(f"{COURSE_USER}/")
+        is_course = "cutoff" in self.about or self.place.startswith(f"{COURSE_USER}/")
         return "columns" in self.about or not is_course
 
 
 def read_prompts(place):
-    """The Prompts in a folder, or in a dataset on the Hub.
-
-    Raises UserError if a file is damaged, a column is missing or a row can't be used. What differs
-    from the record was made elsewhere, or is damaged in the cache of `datasets`.
-    """
+    """The Prompts in a folder, or in a dataset on the Hub, with rows that all can be used."""
     place = str(place)
     if finish_interrupted_replace(place).exists():
         problem = manifest_problem(place, must_exist=False)
         if problem:
             raise UserError(f"{place}: {problem}. {PREPARE_AGAIN}")
-        about = read_record(Path(place, RECORD))
+        about = read_about(place)
         prompts = Prompts(load_prompts(place), place, about)
         if "fingerprint" in about and not prompts.is_recorded:
             print(f"{place}: its copy in the cache of `datasets` is corrupt, and is made again")
             prompts = Prompts(load_prompts(place, download_mode="force_redownload"), place, about)
     else:
         about = {"source": place, "hub": place}
-        with data_errors(place):
-            splits, record = load_dataset(place), {}
+        with hub_errors(place, "All splits need the same columns."):
+            prompts = Prompts(load_dataset(place), place, about)
             with suppress(errors.EntryNotFoundError):
-                record = read_record(hf_hub_download(place, RECORD, repo_type="dataset"))
-        prompts = Prompts(splits, place, record | about)
+                record = Path(hf_hub_download(place, RECORD, repo_type="dataset"))
+                prompts.about = read_about(record.parent) | about
     check_columns(place, prompts.splits, SPLITS, ("prompt", "completion"))
     if prompts.is_recorded:
         return prompts
-    return Prompts(read_rows(place, prompts.splits), place, about)
+    return Prompts(read_rows(place, prompts.splits), place, about)  # the record is of others
 
 
 def check_columns(place, splits, names, columns):
@@ -1023,82 +935,58 @@ def check_columns(place, splits, names, columns):
         raise UserError(f"{place}: lacks {', '.join(missing)}; required: {required}.")
 
 
-COMPLETION = re.compile(r"(\$?)\s*((?:0|[1-9]\d{0,2})(?:\.\d+)?)", re.ASCII)
-
-
 def read_rows(place, splits):
-    """The splits with exactly `prompt` and `completion`, as training and evaluation read them.
-
-    All prompts end with the prefix of the first one's PriceScale. Raises one UserError that names
-    the first row which can't be used, and the number of such rows.
-    """
-    first = splits["train"][0]["prompt"]
-    prefix = scale_of(first if isinstance(first, str) else "").prefix
-    bad = []  # (split, row, prompt, completion)
+    """The splits with exactly `prompt` and `completion`; a UserError for the first bad row."""
+    prefix = scale_of(str(splits["train"][0]["prompt"])).prefix
     rewritten = 0
     read = DatasetDict()
-    for split in SPLITS:
-        dataset = splits[split].with_format(None).select_columns(["prompt", "completion"])
+    for name in SPLITS:
+        rows = splits[name].with_format(None).select_columns(["prompt", "completion"])
         texts = []
-        for row, (prompt, completion) in enumerate(pairs_of(dataset), 1):
-            text = read_completion(completion, do_round=split != "test")
+        for prompt, completion in pairs_of(rows, "prompt", "completion"):
+            text = read_completion(completion, do_round=name != "test")
             texts.append(text)
-            if text is None or not isinstance(prompt, str) or not prompt.endswith(prefix):
-                bad.append((split, row, prompt, completion))
+            if text is None or not str(prompt).endswith(prefix):
+                raise UserError(
+                    f"{place}: row {len(texts):,} of {name}: the completion "
+                    f"{shorten(repr(completion))} has to be a price like 219.00, at most "
+                    f"{MAX_PRICE}, and the prompt to end with `{prefix}`. Correct the dataset."
+                )
             rewritten += text != completion
-        if rewritten and not bad:
-            identity = f"{dataset._fingerprint}-read"  # for the cache
-            dataset = dataset.remove_columns("completion")
-            dataset = dataset.add_column("completion", texts, new_fingerprint=identity)
-        read[split] = dataset
-    if bad:
-        split, row, prompt, completion = bad[0]
-        raise UserError(
-            f"{place}: row {row:,} of {split}: the completion {shorten(repr(completion))} has to "
-            f"be a price like 219.00, at most {MAX_PRICE}, the prompt, …{str(prompt)[-20:]!r}, to "
-            f"end with `{prefix}`. {len(bad):,} rows can't be used: correct the dataset, or take "
-            "another."
-        )
+        if rewritten:
+            identity = f"{rows._fingerprint}-read"  # for the cache
+            rows = rows.remove_columns("completion")
+            rows = rows.add_column("completion", texts, new_fingerprint=identity)
+        read[name] = rows
     if rewritten:
-        print(
-            f"Data: {rewritten:,} completions are written differently, or have cents in training "
-            "rows; they are read as 219.00 is"
-        )
+        print(f"Data: {rewritten:,} completions are read as whole numbers or, in test, as text")
     return read
 
 
-def pairs_of(dataset):
-    """Yields the prompt and the completion of each row."""
+def pairs_of(dataset, *columns):
+    """Yields these columns of each row."""
     for batch in dataset.iter(10_000):
-        yield from zip(batch["prompt"], batch["completion"], strict=True)
+        yield from zip(*(batch[column] for column in columns), strict=True)
 
 
 def read_completion(completion, do_round):
-    """A completion as text, or None if it is no price from 0 to MAX_PRICE.
-
-    A plain number stays letter by letter, but models are trained on whole ones: `do_round`.
-    """
-    if isinstance(completion, int | float | Decimal) and not isinstance(completion, bool):
-        completion = f"{completion:.2f}"
-    match = COMPLETION.fullmatch(completion) if isinstance(completion, str) else None
-    if not match or float(match[2]) > MAX_PRICE:
+    """A completion as text, to `do_round` without cents; None if it is no price up to MAX_PRICE."""
+    match = re.fullmatch(r"\$?((0|[1-9][0-9]{0,2})(\.[0-9]+)?)", str(completion))
+    if not match or float(match[1]) > MAX_PRICE:
         return None
-    number = float(match[2])
+    number = float(match[1])
     if do_round and number % 1:
         return f"{round(number)}.00"
-    return f"{number:.2f}" if match[1] else completion
+    return completion if completion == match[1] else f"{number:.2f}"  # of numbers, and of $219
 
 
-def shorten(text, length=SHOWN_VALUE):
+def shorten(text, length=60):
     """The text, cut to so many characters."""
     return text if len(text) <= length else f"{text[:length]}…"
 
 
 def fingerprint(splits):
-    """A hash of every prompt and completion, in order.
-
-    Equal data have equal fingerprints, wherever they are stored.
-    """
+    """A hash of every prompt and completion, in order, wherever they are stored."""
     digest = hashlib.sha256()
     for name in SPLITS:
         for column in ("prompt", "completion"):
@@ -1130,26 +1018,18 @@ def price_spread(train):
 
 @dataclass
 class Catalogue:
-    """Items to make prompts of.
+    """Items to make prompts of."""
 
-    `splits` (train, val, test) have the columns `summary` and `price`, which are to be written in
-    the `scale`; `dropped` is {reason: [line, …]}; `about` is to be recorded: `source`, in words,
-    and more; `notes` are lines for the screen.
-    """
-
-    splits: DatasetDict
-    dropped: dict
-    about: dict
-    scale: PriceScale = COURSE_SCALE
-    notes: list = field(default_factory=list)
+    splits: DatasetDict  # train, val and test, with the columns `summary` and `price`
+    dropped: dict  # {reason: [line, …]}
+    about: dict  # to be recorded: `source`, in words, and more
+    scale: PriceScale = COURSE_SCALE  # that prompts are to be written in
+    notes: list = field(default_factory=list)  # lines for the screen
     folder: object = None  # where the splits are; it is removed with this
 
 
 def collect_columns(chosen):
-    """{role: [name, …]} of {role: name or names}, or of texts `role=name`.
-
-    A text and a category may be in several columns. Raises UserError for a second title or price.
-    """
+    """{role: [name, …]} of {role: name or names}, or of texts `role=name`; one title, one price."""
     if not isinstance(chosen, dict):
         pairs = [text.partition("=") for text in chosen or ()]
         chosen = {role: [n for r, _, n in pairs if r == role] for role, _, _ in pairs}
@@ -1172,31 +1052,21 @@ def find_catalogue(source, user, mode, seed, columns, unit, currency, decimal):
 
 def published_items(name, scale=COURSE_SCALE):
     """The Catalogue of a dataset of items on the Hub; what is dropped is named by split and row."""
-    with data_errors(name):
+    with hub_errors(name, "All splits need the same columns."):
         published = load_dataset(name)
     check_columns(name, published, ITEM_SPLITS, ("summary", "price"))
     dropped = {}
-
-    def is_usable(batch, rows, split):
-        problems = [
-            text_problem(text, "summary") or price_problem(price, scale)
-            for text, price in zip(batch["summary"], batch["price"], strict=True)
-        ]
-        for row, problem in zip(rows, problems, strict=True):
-            if problem:
-                dropped.setdefault(problem, []).append(f"{split} {row + 1}")
-        return [not problem for problem in problems]
-
     splits = DatasetDict()
     for split, name_on_hub in zip(SPLITS, ITEM_SPLITS, strict=True):
-        splits[split] = published[name_on_hub].filter(
-            is_usable,
-            with_indices=True,
-            batched=True,
-            fn_kwargs={"split": split},
-            load_from_cache_file=False,  # or `dropped` would stay empty
-            desc=f"checking {split}",
-        )
+        rows = published[name_on_hub]
+        usable = []
+        for row, (summary, price) in enumerate(pairs_of(rows, "summary", "price")):
+            problem = text_problem(summary, "summary") or price_problem(price, scale)
+            if problem:
+                dropped.setdefault(problem, []).append(f"{split} {row + 1}")
+            else:
+                usable.append(row)
+        splits[split] = rows.select(usable)
     check_columns(name, splits, SPLITS, ("summary", "price"))
     pyarrow.default_memory_pool().release_unused()  # what reading Parquet took, half a GiB
     return Catalogue(splits, dropped, {"source": name}, scale)

@@ -18,9 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 import child
 import items
-from conftest import flip
+from conftest import cut, flip
 from items import (
-    DEMO_KINDS,
     MANIFEST,
     Item,
     Problems,
@@ -59,10 +58,6 @@ def make_item(price=219.0, title="Walnut desk"):
 # Items and prompts
 
 
-def test_repr_is_the_courses():
-    assert repr(make_item()) == "<Walnut desk = $219.0>"
-
-
 def test_prompt_letter_by_letter(tokenizer):
     item = make_item(218.51)
     item.make_prompts(tokenizer, 110, do_round=True)
@@ -70,6 +65,7 @@ def test_prompt_letter_by_letter(tokenizer):
         "prompt": f"{QUESTION}\n\n{SUMMARY}\n\nPrice is $",
         "completion": "219.00",
     }
+    assert repr(item) == "<Walnut desk = $218.51>"
 
 
 @pytest.mark.parametrize(
@@ -107,15 +103,6 @@ def test_summary_is_cut_at_max_tokens(tokenizer):
     assert item.prompt == f"{QUESTION}\n\n{kept}\n\nPrice is $"
 
 
-def test_cut_summary_is_right_stripped(tokenizer):
-    ids = tokenizer.encode(SUMMARY, add_special_tokens=False)
-    beginnings = [tokenizer.decode(ids[:length]) for length in range(1, len(ids))]
-    cut = next(text for text in beginnings if text[-1].isspace())
-    item = make_item()
-    item.make_prompts(tokenizer, beginnings.index(cut) + 1, do_round=True)
-    assert item.prompt == f"{QUESTION}\n\n{cut.rstrip()}\n\nPrice is $"
-
-
 @pytest.mark.parametrize("name, summary, whole", [("llama", 24, 40), ("smol", 28, 50)])
 def test_known_item_has_known_lengths(request, name, summary, whole):
     """Tokens of the summary and of prompt and completion, special tokens not counted."""
@@ -124,15 +111,6 @@ def test_known_item_has_known_lengths(request, name, summary, whole):
     item.make_prompts(tokenizer, 110, do_round=True)
     assert item.count_tokens(tokenizer) == summary
     assert item.count_prompt_tokens(tokenizer) == whole
-
-
-def test_prompt_tokens_begin_the_row(tokenizer):
-    """The model meets the same tokens in training and when it is asked."""
-    item = make_item()
-    item.make_prompts(tokenizer, 110, do_round=True)
-    prompt = tokenizer.encode(item.prompt)
-    row = tokenizer.encode(item.prompt + item.completion)
-    assert row[: len(prompt)] == prompt
 
 
 def test_batches_agree_with_single_items(tokenizer):
@@ -188,15 +166,9 @@ def test_long_text_costs_its_beginning(smol_tokenizer, monkeypatch):
     assert len(smol_tokenizer(kept)["input_ids"]) == 8
 
 
-def test_tokens_of_first_rows_count(smol_tokenizer, monkeypatch):
+def test_only_train_and_val_are_rounded(smol_tokenizer, monkeypatch):
+    """Of the tokens only those of the first rows are counted."""
     monkeypatch.setattr("items.MAX_COUNTED", 2)
-    items = demo_items(5, seed=3)
-    _, counts = build_prompts(item_splits(items, items, items), smol_tokenizer, 110)
-    assert len(counts["train"]["tokens"]) == 2
-    assert len(counts["train"]["price"]) == 5
-
-
-def test_only_train_and_val_are_rounded(smol_tokenizer):
     items = [make_item(10.25 + i) for i in range(3)]
     prompts, counts = build_prompts(item_splits(items, items, items), smol_tokenizer, 110)
     assert prompts["train"]["completion"][:] == ["10.00", "11.00", "12.00"]
@@ -204,6 +176,7 @@ def test_only_train_and_val_are_rounded(smol_tokenizer):
     assert prompts["test"]["completion"][:] == ["10.25", "11.25", "12.25"]
     assert prompts["test"].column_names == ["prompt", "completion"]
     assert list(counts["train"]["price"]) == [10.25, 11.25, 12.25]
+    assert len(counts["train"]["tokens"]) == 2
 
 
 # Tokens to train on
@@ -257,7 +230,7 @@ def splits_of(completions, prompts=None, split="test"):
     "published, in_test, in_train",
     [
         (["219.00", "0.5", "19.995", "5"], "219.00 0.5 19.995 5", "219.00 0.00 20.00 5"),
-        (["$219", "$ 5.5", "3.00"], "219.00 5.50 3.00", "219.00 6.00 3.00"),
+        (["$219", "$5.5", "3.00"], "219.00 5.50 3.00", "219.00 6.00 3.00"),
         ([219.0, 19.99, 2.5, 0.0], "219.00 19.99 2.50 0.00", "219.00 20.00 2.00 0.00"),
         ([219, 5], "219.00 5.00", "219.00 5.00"),
         ([Decimal("5.10")], "5.10", "5.00"),
@@ -273,32 +246,32 @@ def test_completions_are_read_as_meant(published, in_test, in_train):
         assert train["completion"][:] == in_train.split()
 
 
-@pytest.mark.parametrize("bad", ["1,299.00", "nan", "12 USD", "1e2", "-5", "999.50", "١٢", None])
-def test_text_that_is_no_price_is_named(bad):
+NO_PRICES = ("1,299.00", "nan", "12 USD", "1e2", "-5", "999.50", "١٢", None, -1.0, 1299.0, True)
+NO_PROMPTS = ("What does it cost?", f"{FINE['prompt'][0]} ", None, [{"x": "y"}])
+
+
+@pytest.mark.parametrize(
+    "prompt, completion",
+    [(FINE["prompt"][0], bad) for bad in (*NO_PRICES, float("nan"), [{"role": "x"}])]
+    + [(bad, "5.00") for bad in NO_PROMPTS],
+)
+def test_unusable_row_is_named(prompt, completion):
     with pytest.raises(UserError) as refusal:
-        read_rows("a/b", splits_of(["5.00", "$6", bad, bad]))
-    text = str(refusal.value)
-    assert text.startswith(f"a/b: row 3 of test: the completion {bad!r} has to be a price")
-    assert "2 rows can't be used" in text
+        read_rows("a/b", splits_of([completion], [prompt]))
+    rule = f"the completion {completion!r} has to be a price like 219.00, at most 999.49, and the"
+    assert str(refusal.value).startswith(f"a/b: row 1 of test: {rule} prompt to end with `Price is")
 
 
-@pytest.mark.parametrize("bad", [float("nan"), -1.0, 1299.0, True, [{"role": "x"}]])
-def test_other_value_that_is_no_price_is_named(bad):
-    with pytest.raises(UserError, match="^a/b: row 1 of test: the completion .* has to be a price"):
-        read_rows("a/b", splits_of([bad]))
-
-
-@pytest.mark.parametrize("bad", ["What does it cost?", f"{FINE['prompt'][0]} ", None, [{"x": "y"}]])
-def test_prompt_without_prefix_is_named(bad):
-    with pytest.raises(UserError, match=r"^a/b: row 1 of test: .* to end with `Price is \$`"):
-        read_rows("a/b", splits_of(["5.00"], [bad]))
-
-
-def test_split_without_rows_is_named():
+def test_missing_rows_are_named():
+    """And a missing split."""
     splits = splits_of(["5.00"])
+    columns = ("prompt", "completion")
     splits["val"] = splits["val"].select([])
     with pytest.raises(UserError, match="a/b: lacks rows in val; required: train, val, test"):
-        items.check_columns("a/b", splits, items.SPLITS, ("prompt", "completion"))
+        items.check_columns("a/b", splits, items.SPLITS, columns)
+    del splits["val"]
+    with pytest.raises(UserError, match="a/b: lacks val; required: train, val, test with prompt"):
+        items.check_columns("a/b", splits, items.SPLITS, columns)
 
 
 OWN = {"cutoff": 110, "columns": {}}
@@ -339,11 +312,7 @@ def test_saved_prompts_load_unchanged(saved):
     prompts = read_prompts(saved)
     assert prompts.is_recorded
     assert prompts.source == "a test"
-    assert {name: len(split) for name, split in prompts.splits.items()} == {
-        "train": 20,
-        "val": 5,
-        "test": 5,
-    }
+    assert [len(prompts.splits[name]) for name in items.SPLITS] == [20, 5, 5]
 
 
 def test_damaged_cache_is_made_again(saved, capsys):
@@ -372,7 +341,9 @@ def test_unwritable_cache_is_named(saved, monkeypatch):
         raise PermissionError(13, "Permission denied", "/cache/datasets")
 
     monkeypatch.setattr("items.load_dataset", load)
-    with pytest.raises(UserError, match="/cache/datasets: Permission denied. Set HF_HOME"):
+    with pytest.raises(
+        UserError, match="Permission denied: '/cache/datasets'. Allow it, or set HF"
+    ):
         read_prompts(saved)
 
 
@@ -491,18 +462,13 @@ def sealed(tmp_path):
 
 def test_sealed_folder_has_no_problem(sealed):
     """Nor does one that is sealed again, or has files that came later."""
-    assert manifest_problem(sealed) is None
     write_manifest(sealed)
     (sealed / "later.txt").write_text("later")
     assert manifest_problem(sealed) is None
 
 
-def remove(file):
-    file.unlink()
-
-
-def cut_to_100(file):
-    os.truncate(file, 100)
+def empty(file):
+    os.truncate(file, 0)
 
 
 def replace_by_folder(file):
@@ -517,19 +483,21 @@ def write_list(file):
 @pytest.mark.parametrize(
     "name, damage, problem",
     [
-        ("weights.bin", remove, "weights.bin is missing"),
-        ("weights.bin", cut_to_100, "weights.bin is corrupt"),
-        ("weights.bin", flip, "weights.bin is corrupt"),
-        ("weights.bin", replace_by_folder, "weights.bin can't be read (Is a directory)"),
-        (MANIFEST, remove, "manifest.json is missing"),
-        (MANIFEST, cut_to_100, "manifest.json is corrupt"),
-        (MANIFEST, write_list, "manifest.json is corrupt"),
-        (MANIFEST, replace_by_folder, "manifest.json can't be read (Is a directory)"),
+        ("weights.bin", os.remove, "is missing"),
+        ("weights.bin", empty, "is corrupt"),
+        ("weights.bin", cut, "is corrupt"),
+        ("weights.bin", flip, "is corrupt"),
+        ("weights.bin", replace_by_folder, "can't be read (Is a directory)"),
+        (MANIFEST, os.remove, "is missing"),
+        (MANIFEST, empty, "is corrupt"),
+        (MANIFEST, cut, "is corrupt"),
+        (MANIFEST, write_list, "is corrupt"),
+        (MANIFEST, replace_by_folder, "can't be read (Is a directory)"),
     ],
 )
 def test_manifest_notices_damage(sealed, name, damage, problem):
     damage(sealed / name)
-    assert manifest_problem(sealed) == problem
+    assert manifest_problem(sealed) == f"{name} {problem}"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -551,11 +519,7 @@ def test_problems_are_reported_at_once():
     with pytest.raises(UserError) as error:
         problems.report()
     assert str(error.value) == "`source`: missing\nHF_TOKEN: refused"
-
-
-def test_other_errors_pass_through():
-    """A mistake in the program is no problem that a user could mend."""
-    with pytest.raises(KeyError), Problems():
+    with pytest.raises(KeyError), problems:  # no problem that a user could solve
         raise KeyError
 
 
@@ -568,24 +532,18 @@ def test_demo_depends_on_the_seed():
     assert demo_items(500, seed=8) != items
 
 
-def test_demo_items_are_usable():
-    """Descriptions have the course's five lines, prices are within $5 … $999."""
-    kinds = [kind for group in DEMO_KINDS.values() for kind in group]
-    assert 40 <= len(kinds) <= 60
-    starts = ["Title", "Category", "Brand", "Description", "Details"]
-    for item in demo_items(500, seed=7):
-        assert [line.split(": ")[0] for line in item.summary.splitlines()] == starts
-        assert 5 <= item.price <= 999
-
-
 def test_demo_wording_implies_the_price():
-    """Without noise equal wordings have equal prices; noise spreads about that price."""
+    """Within $5 … $999, in the course's five lines; noise spreads about the wording's price."""
     items = demo_items(500, seed=7)
     implied = demo_items(500, seed=7, noise=0)
     assert [item.summary for item in implied] == [item.summary for item in items]
     price_of = {item.summary: item.price for item in implied}
     assert [item.price for item in implied] == [price_of[item.summary] for item in implied]
 
+    starts = ["Title", "Category", "Brand", "Description", "Details"]
+    for item in items:
+        assert [line.split(": ")[0] for line in item.summary.splitlines()] == starts
+        assert 5 <= item.price <= 999
     ratios = sorted(item.price / price_of[item.summary] for item in items)
     assert ratios[40] < 0.85
     assert 0.95 < ratios[250] < 1.05
