@@ -9,9 +9,8 @@ parquet
     4. Datasets, on disk and on the Hub     9. Splits without leaks
     5. Rows of the user's own file          10. The demo's synthetic catalogue
 
-Before them come the errors that users see, which all files share. No model is loaded here. The
-formats are those of the course "The Price Is Right", so that its datasets and ours can be
-exchanged.
+Before them come the errors that users see. The formats are those of the course "The Price Is
+Right", so that its datasets and ours can be exchanged.
 """
 
 import array
@@ -29,7 +28,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import tempfile
 import unicodedata
@@ -54,10 +52,7 @@ import pyarrow.parquet
 import xxhash
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from datasets.arrow_writer import ArrowWriter
-from datasets.exceptions import (
-    DatasetGenerationError,
-    DatasetNotFoundError,
-)
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import HfApi, constants, errors, get_session, get_token, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
 from pydantic import BaseModel
@@ -67,7 +62,6 @@ from tqdm import tqdm
 
 QUESTION = "What does this cost to the nearest dollar?"
 PREFIX = "Price is $"
-SCALE_END_LEN = 60  # characters of a prompt in which its scale is
 SPLITS = ("train", "val", "test")
 ITEM_SPLITS = ("train", "validation", "test")  # the names in datasets of items
 COURSE_USER = "ed-donner"  # whose datasets on the Hub are the course's
@@ -75,32 +69,19 @@ COURSE_USER = "ed-donner"  # whose datasets on the Hub are the course's
 MIN_PRICE = 0.50  # units; the course's lowest price in dollars
 MAX_PRICE = 999.49  # units; the highest that rounds to 999
 HELD_SHARE = 0.995  # of the prices: what a unit has to hold to be chosen
-WARNED_SHARE = 0.2  # of rows that are dropped or cut
+WARNED_SHARE = 0.2  # of rows that are dropped
 UNITS = (0.01, 0.1, *(10**exponent for exponent in range(13)))  # that can be chosen
 TIMES = "×"  # between the unit and the number in a prompt
 
 IGNORED = -100  # the label of tokens that are not trained on, as in PyTorch
-SHOWN_VALUE = 60  # characters of a value in an error
 SHOWN_EXAMPLE = 40  # characters of a cell that shows why rows are dropped
-
-TOKEN_CHARACTERS = 6  # most texts have fewer of them a token
-MERGE_MARGIN = 8  # tokens before a text's end that what follows can change; in fact one or two
 MAX_COUNTED = 20_000  # training rows whose tokens `prepare` counts
 MANIFEST = "manifest.json"
 RECORD = "prepare.json"
 PREPARE_AGAIN = "Run the stage prepare again."
-NOT_PERMITTED = (errno.EACCES, errno.EPERM, errno.EROFS)
-CONNECT_S = 2.0  # seconds that a connection to the Hub may take, before it counts as away
 
 
-class ShownInOneLine:
-    """An exception of which a notebook shows the text, and no traceback."""
-
-    def _render_traceback_(self):
-        return [str(self)]
-
-
-class UserError(ShownInOneLine, Exception):
+class UserError(Exception):
     """An error that the user can fix. Its text names the value, the rule and the fix.
 
     Arguments are named in backticks as in Python. `main` prints it and exits with `code`: 1, or 3
@@ -112,42 +93,36 @@ class UserError(ShownInOneLine, Exception):
         self.code = code
         self.resumes = resumes
 
+    def _render_traceback_(self):
+        return [str(self)]  # all that a notebook shows
 
-class Stopped(ShownInOneLine, KeyboardInterrupt):
-    """A signal, or a notebook's Stop button, has ended a stage; app.py adds how to resume it.
 
-    `main` prints it and exits with `code`, the one that shells expect.
-    """
+class Stopped(KeyboardInterrupt):
+    """A signal, or a notebook's Stop button, has ended a stage; app.py adds how to resume it."""
 
     resumes = True
+    _render_traceback_ = UserError._render_traceback_
 
-    def __init__(self, text, code=128 + signal.SIGINT):
+    def __init__(self, text, code=130):  # as shells have it for Ctrl-C
         super().__init__(text)
         self.code = code
 
 
-class Problems:
-    """Collects the UserErrors of several checks, so that all of them are reported at once.
-
-    `with problems: …` for each check, then `problems.report()`.
-    """
-
-    def __init__(self):
-        self.texts = []
+class Problems(list):
+    """The UserErrors of several checks: `with problems: …` for each, then `problems.report()`."""
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
         if isinstance(error, UserError):
-            self.texts.append(str(error))
-            return True
-        return False
+            self.append(str(error))
+        return isinstance(error, UserError)
 
     def report(self):
         """Raises one UserError with a line for each problem, if there are any."""
-        if self.texts:
-            raise UserError("\n".join(dict.fromkeys(self.texts)))
+        if self:
+            raise UserError("\n".join(dict.fromkeys(self)))
 
 
 def causes(error):
@@ -162,10 +137,7 @@ def causes(error):
 
 
 def encode(texts, tokenizer, special=False):
-    """The token ids of `texts`, a list of lists.
-
-    Calling the tokenizer returns the same in twice the time, because it also makes masks.
-    """
+    """The token ids of `texts`, lists, in half the time of a call, which also makes masks."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # one in Python
         return tokenizer(texts, add_special_tokens=special)["input_ids"]
@@ -176,23 +148,21 @@ def encode(texts, tokenizer, special=False):
 
 
 def truncate(summaries, tokenizer, max_tokens):
-    """The summaries, those of more than `max_tokens` tokens cut to so many and right-stripped.
-
-    Special tokens are not counted. Of a long text only the beginning is encoded if that has tokens
-    enough: tokenizers read word by word, so what follows changes but the last few of them.
-    """
-    limit = max_tokens * TOKEN_CHARACTERS
+    """The summaries, those of more than `max_tokens` tokens cut to so many and right-stripped."""
+    # Of a long text only the beginning is encoded if that has tokens enough: tokenizers read word
+    # by word, so what follows changes but the last one or two of them
+    limit = max_tokens * 6  # most texts have fewer characters a token
     ids = encode([text[:limit] for text in summaries], tokenizer)
     truncated = list(summaries)
     for row, text in enumerate(summaries):
-        if len(text) > limit and len(ids[row]) <= max_tokens + MERGE_MARGIN:
+        if len(text) > limit and len(ids[row]) <= max_tokens + 8:
             (ids[row],) = encode([text], tokenizer)
         if len(ids[row]) > max_tokens:
             truncated[row] = tokenizer.decode(ids[row][:max_tokens]).rstrip()
     return truncated
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # nothing changes its fields
 class PriceScale:
     """What the numbers 0 … 999 of a dataset mean: number × unit, in a currency.
 
@@ -203,36 +173,19 @@ class PriceScale:
     unit: float = 1  # a power of ten
     currency: str = "$"
 
-    @property
-    def step(self):
-        """One unit in words: `$10`."""
-        return f"{self.currency}{format_unit(self.unit)}"
-
-    @property
-    def question(self):
-        if self == COURSE_SCALE:
-            return QUESTION
-        return f"What does this cost to the nearest {self.step}?"
-
-    @property
-    def prefix(self):
-        """The end of each prompt, without a space: a number follows."""
-        return f"Price is {self.currency if self.unit == 1 else self.step + TIMES}"
-
-    @cached_property
-    def lowest(self):
-        """The lowest price that is used; a larger unit doesn't drop cheap items."""
-        return MIN_PRICE * min(1, self.unit)
-
-    @cached_property
-    def highest(self):
-        return self.amount(MAX_PRICE)
+    def __post_init__(self):
+        self.step = f"{self.currency}{format_unit(self.unit)}"  # one unit in words: `$10`
+        step = "dollar" if self.step == "$1" else self.step
+        self.question = f"What does this cost to the nearest {step}?"
+        # The end of each prompt, without a space: a number follows
+        self.prefix = f"Price is {self.currency if self.unit == 1 else self.step + TIMES}"
+        self.digits = max(0, -round(math.log10(self.unit)))  # decimals of a whole number of units
+        self.lowest = MIN_PRICE * min(1, self.unit)  # a larger unit doesn't drop cheap items
+        self.highest = self.amount(MAX_PRICE)
 
     def describe_range(self):
         """The prices that are used, as text."""
-        if self.unit == 1:
-            return f"{self.currency}{MIN_PRICE:.2f}–{self.currency}{MAX_PRICE}"
-        return f"{self.format(self.lowest, 3 if self.unit < 1 else 2)}–{self.format(self.highest)}"
+        return f"{self.format(self.lowest, max(2, self.digits + 1))}–{self.format(self.highest)}"
 
     def amount(self, number):
         """The money that a number means; of an array, an array."""
@@ -252,17 +205,11 @@ class PriceScale:
         gap = " " if self.currency[-1].isalpha() else ""
         return f"{sign}{self.currency}{gap}{abs(amount):,.{digits}f}"
 
-    @property
-    def digits(self):
-        """The decimals of a whole number of units in money."""
-        return max(0, -round(math.log10(self.unit)))
-
     def format_whole(self, amount):
         """An amount that is a whole number of units: `$57`, `$0.57`."""
         return self.format(amount, self.digits)
 
     def prompt(self, summary):
-        """The prompt for a description."""
         return f"{self.question}\n\n{summary}\n\n{self.prefix}"
 
     def completion(self, price, do_round):
@@ -282,35 +229,27 @@ class PriceScale:
         return cls(record.get("unit", 1), record.get("currency", "$"))
 
 
-COURSE_SCALE = PriceScale()
-SCALE_AT_END = re.compile(rf"Price is ([^\s\d{TIMES}]+)(?:([\d.]+){TIMES})?\s*$")
-
-
 def format_unit(unit):
     """A unit as it stands in prompts: 0.01, 10."""
     return numpy.format_float_positional(unit, trim="-")
 
 
+COURSE_SCALE = PriceScale()
+SCALE_AT_END = re.compile(rf"Price is ([^\s\d{TIMES}]+)(?:([\d.]+){TIMES})?\s*$")
+prompt_of = COURSE_SCALE.prompt  # the course's prompt for a description
+
+
 def scale_of(prompt):
     """The PriceScale that a prompt names at its end; the course's for any other text."""
-    match = SCALE_AT_END.search(prompt[-SCALE_END_LEN:])
+    match = SCALE_AT_END.search(prompt[-60:])  # before it may be megabytes
     if not match:
         return COURSE_SCALE
     unit = float(match[2] or 1)
     return PriceScale(int(unit) if unit >= 1 else unit, match[1])
 
 
-def prompt_of(summary):
-    """The course's prompt for a description."""
-    return COURSE_SCALE.prompt(summary)
-
-
 class Item(BaseModel):
-    """A product with its price. `summary` is the description that the model reads.
-
-    The course's: it converts a price that is text, ignores other fields, and raises a ValueError
-    (pydantic's) for what is no title or price.
-    """
+    """A product with its price, as in the course. `summary` is what the model reads."""
 
     title: str
     category: str
@@ -330,10 +269,7 @@ class Item(BaseModel):
         return len(tokenizer.encode(self.summary, add_special_tokens=False))
 
     def make_prompts(self, tokenizer, max_tokens, do_round, scale=COURSE_SCALE):
-        """Sets `prompt`, with the summary cut to `max_tokens` tokens, and `completion`.
-
-        An item without a price has an empty completion.
-        """
+        """Sets `prompt`, its summary cut to `max_tokens` tokens, and `completion`, perhaps ''."""
         (summary,) = truncate([self.summary], tokenizer, max_tokens)
         self.prompt = scale.prompt(summary)
         self.completion = "" if self.price is None else scale.completion(self.price, do_round)
@@ -352,8 +288,7 @@ class Item(BaseModel):
 
     def test_prompt(self):
         """The prompt without a price."""
-        head, prefix, _ = self.prompt.partition(PREFIX)
-        return head + prefix
+        return self.prompt.partition(PREFIX)[0] + PREFIX
 
     @classmethod
     def from_hub(cls, dataset_name):
@@ -412,8 +347,8 @@ def build_prompts(splits, tokenizer, cutoff, scale=COURSE_SCALE):
         prompts[name] = rows.select_columns(["prompt", "completion"])
         counts[name] = {column: rows.data.column(column).to_numpy() for column in ("cut", "price")}
 
-    first = prompts["train"].select(range(min(len(prompts["train"]), MAX_COUNTED)))
-    texts = [row["prompt"] + row["completion"] for row in first]
+    first = prompts["train"][:MAX_COUNTED]
+    texts = [one + two for one, two in zip(first["prompt"], first["completion"], strict=True)]
     counts["train"]["tokens"] = numpy.array([len(ids) for ids in encode(texts, tokenizer)])
     return prompts, counts
 
@@ -462,10 +397,7 @@ def completion_tokens(completions, tokenizer, prefix=PREFIX):
 
 
 def row_lengths(tokens):
-    """Tokens in each row of a tokenised Dataset, a numpy array.
-
-    Of 64-bit integers, since bytes are computed from it.
-    """
+    """Tokens in each row of a tokenised Dataset, a numpy array of 64 bits: bytes come from it."""
     lengths = pyarrow.compute.list_value_length(tokens.data.column("input_ids"))
     return lengths.to_numpy().astype("int64")
 
@@ -474,8 +406,7 @@ def tokenizer_identity(tokenizer):
     """A hash that tells tokenizers apart."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend else str(sorted(tokenizer.get_vocab().items()))
-    text = f"{content} {tokenizer.eos_token}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{content} {tokenizer.eos_token}".encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------
