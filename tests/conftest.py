@@ -71,7 +71,6 @@ DATASET = "outputs/datasets/items_prompts_lite"
 
 def pytest_addoption(parser):
     parser.addoption("--all-bases", action="store_true", help="all families in test_bases.py")
-    parser.addoption("--fault-table", action="store_true", help="print what the faults came to")
     if not importlib.util.find_spec("xdist"):  # of which .pytest.ini has options
         parser.addoption("--numprocesses", help="ignored")
         parser.addoption("--dist", help="ignored")
@@ -82,23 +81,6 @@ def pytest_xdist_auto_num_workers(config):
     """Two processes for the whole suite, which mostly waits for programs; none for a few files."""
     is_whole = all(Path(argument).is_dir() for argument in config.args)
     return 2 if is_whole and os.cpu_count() > 1 else 0
-
-
-FAULTS = {}  # (where, fault): outcome, of the tests that passed
-
-
-@pytest.fixture()
-def outcomes():
-    """Where a test of a fault notes its outcome, for the table in BENCHMARKS.md."""
-    return FAULTS
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    if not config.getoption("--fault-table"):
-        return
-    terminalreporter.write_line("| where | fault | outcome |\n|---|---|---|")
-    for (where, fault), outcome in FAULTS.items():
-        terminalreporter.write_line(f"| {where} | {fault} | {outcome} |")
 
 
 def read(path):
