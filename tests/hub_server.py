@@ -16,7 +16,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -71,26 +70,23 @@ class Repo:
 
 @dataclass
 class Failure:
-    """After `after` requests with `match` in "METHOD path", the next `times` (None: all) fail.
+    """The next `times` (None: all) requests with `match` in "METHOD path" fail.
 
-    They get `status`, or wait `delay` seconds for their answer, or are dropped: half of what they
-    send is read or, where they send nothing, half of the answer is sent. With drop="answer" the
-    request is carried out, and half of its answer lost.
+    They get `status` or are dropped: half of what they send is read or, where they send nothing,
+    half of the answer is sent. With drop="answer" the request is carried out, and half of its
+    answer lost.
     """
 
     match: str
     status: int | None = None
     times: int | None = 1
-    after: int = 0
     retry_after: int | None = None
-    delay: float = 0.0
     drop: bool | str = False
     seen: int = 0
 
     @property
     def is_due(self):
-        last = self.seen if self.times is None else self.after + self.times
-        return self.after < self.seen <= last
+        return self.times is None or self.seen <= self.times
 
 
 class TestHub:
@@ -124,21 +120,18 @@ class TestHub:
 
     def fail(self, match, status=None, **options):
         """Plays a Failure: 503 if nothing else is asked for."""
-        if not options.get("delay") and not options.get("drop"):
+        if not options.get("drop"):
             status = status or 503
         self.failures.append(Failure(match, status, **options))
 
-    def down(self, refuse=False):
-        """Connections are closed at once or, with `refuse`, not even accepted."""
-        self.is_up = False
-        if refuse:
-            server, self.server = self.server, None
-            server.shutdown()
-            server.server_close()
+    def down(self):
+        """Connections aren't accepted."""
+        server, self.server = self.server, None
+        server.shutdown()
+        server.server_close()
 
     def up(self):
         """Ends `down` and all failures."""
-        self.is_up = True
         self.failures = []
         if self.server is None:
             self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
@@ -175,11 +168,10 @@ class Handler(BaseHTTPRequestHandler):
     def serve(self):
         self.hub = self.server.hub
         failure = self.hub.note(self.command, self.path) or Failure("")
-        time.sleep(failure.delay)
         length = int(self.headers.get("Content-Length", 0))
-        if failure.drop or not self.hub.is_up:
+        if failure.drop or not self.hub.server:
             self.close_connection = True
-        if not self.hub.is_up:
+        if not self.hub.server:  # one kept from before `down`
             return
         self.body = self.rfile.read(length // 2 if failure.drop is True else length)
         if len(self.body) < length or (failure.drop and self.command == "HEAD"):

@@ -35,6 +35,7 @@ REFUSALS = (  # what is typed, with which token: the beginnings of the lines tha
     ("train --lite --base-model no/such", WRITER, ["no/such: not on the Hub"]),
     ("train {shared} --hf-user bob", WRITER, ["bob: HF_TOKEN belongs to alice and may not write"]),
     ("train {shared}", READER, ["HF_TOKEN may only read."]),
+    ("train {shared}", "hf_unknown", ["HF_TOKEN: the Hub refuses HF_TOKEN: it is mistyped, exp"]),
     ("train {shared} --data-user nobody", WRITER, ["nobody/items_prompts_lite: not on the Hub"]),
     ("train {shared} --data-user half", WRITER, ["half/items_prompts_lite: lacks completion;"]),
     ("train {shared} --log-wandb", WRITER, ["--log-wandb: WANDB_API_KEY is not set, and no"]),
@@ -331,7 +332,7 @@ def test_lost_machine_resumes_from_hub(online, hub, data, trained):
     shutil.rmtree(OUTPUTS)
 
     # Fetched half, it is no run: the next try fetches the rest
-    hub.fail("checkpoint-3/optimizer.pt", 403, times=None, delay=1)
+    hub.fail("checkpoint-3/optimizer.pt", 403, times=None)
     assert name in online("train", "--lite", "--resume", "first", code=1)
     assert not (RUN / "run.json").exists()
     hub.up()
@@ -400,12 +401,6 @@ def test_refusals_come_at_once(online, hub, prepared, tiny_base, monkeypatch, ty
     assert taken < 10
 
 
-def test_unknown_token_is_refused(online):
-    said = online("train", *SHARED, code=1, token="hf_unknown_secret")
-    (line,) = [line for line in said.splitlines() if line.startswith("app.py")]
-    assert "app.py train: HF_TOKEN: the Hub refuses HF_TOKEN: it is mistyped, expired or" in line
-
-
 def test_local_project_asks_no_hub(online, hub, tiny_base, catalogue):
     """With a base on disk; --export, too."""
     hub.requests.clear()
@@ -422,20 +417,15 @@ def test_local_project_asks_no_hub(online, hub, tiny_base, catalogue):
 
 def published(prepared, change, which=SPLITS):
     """The prepared prompts, the rows of the splits `which` changed; Datasets by name."""
-    splits = {}
-    for name, rows in load_prompts(prepared / DATASET).items():
-        changed = [change(dict(row), i) for i, row in enumerate(rows)]
-        splits[name] = Dataset.from_list(changed if name in which else list(rows))
+    splits = dict(load_prompts(prepared / DATASET))
+    for name in which:
+        rows = [change(dict(row), i) for i, row in enumerate(splits[name])]
+        splits[name] = Dataset.from_list(rows)
     return splits
 
 
-def in_row_2(completion):
-    """A change of the second row's completion."""
-
-    def change(row, index):
-        return row | {"completion": completion} if index == 1 else row
-
-    return change
+def with_thousands(row, index):
+    return row | {"completion": "1,299.00"} if index == 1 else row
 
 
 def as_floats(row, index):
@@ -448,17 +438,16 @@ def as_chat(row, index):
 
 
 @pytest.mark.parametrize(
-    "change, which, line",
+    "stage, change, which, line",
     [
-        (in_row_2("1,299.00"), SPLITS, "row 2 of train: the completion '1,299.00' has to be a"),
-        (in_row_2(None), ["test"], "row 2 of test: the completion None has to be a price"),
-        (as_chat, SPLITS, "row 1 of train: the completion [{'"),
-        (as_chat, ["val"], "can't be loaded ("),
+        ("train", with_thousands, SPLITS, "row 2 of train: the completion '1,299.00' has to be a"),
+        ("eval", with_thousands, ["test"], "row 2 of test: the completion '1,299.00' has to be a"),
+        ("eval", as_chat, SPLITS, "row 1 of train: the completion [{'"),
+        ("train", as_chat, ["val"], "can't be loaded ("),
     ],
 )
-@pytest.mark.parametrize("stage", ["train", "eval"])
 def test_unusable_rows_are_named(online, hub, prepared, monkeypatch, stage, change, which, line):
-    """In one line, by train as by eval, before a model is loaded."""
+    """In one line, before a model is loaded."""
     put_dataset(hub, "bob/items_prompts_lite", published(prepared, change, which))
     monkeypatch.setattr(util, "load_quantised", None)
     named = ("--run-name", "base") if stage == "eval" else ()
@@ -467,21 +456,13 @@ def test_unusable_rows_are_named(online, hub, prepared, monkeypatch, stage, chan
     assert f": bob/items_prompts_lite: {line}" in printed
 
 
-def test_dataset_without_a_split_is_refused(online, hub, prepared):
-    splits = published(prepared, as_chat, ())
-    del splits["val"]
-    put_dataset(hub, "bob/items_prompts_lite", splits)
-    said = online("train", *SHARED, "--data-user", "bob", "--local", code=1)
-    assert "bob/items_prompts_lite: lacks val; required: train, val, test" in said
-
-
 def test_plain_meaning_is_read(online, hub, data, prepared):
     """Floats and more columns: the figures are those of the data that prepare made."""
     put_dataset(hub, "bob/items_prompts_lite", published(prepared, as_floats))
     judge = ("eval", *SHARED, "--local", "--run-name", "base")
     online(*judge)
     expected = read("outputs/price-base/eval/results.json")
-    assert "completions are written differently" in online(*judge, "--data-user", "bob")
+    assert "completions are read as whole numbers" in online(*judge, "--data-user", "bob")
     results = read("outputs/price-base/eval/results.json")
     assert results["data"]["source"] == "bob/items_prompts_lite"
     for name in ("mae", "baselines"):
@@ -492,7 +473,6 @@ def test_plain_meaning_is_read(online, hub, data, prepared):
 # Outages: nothing is lost, and the later push completes
 
 
-@pytest.mark.parametrize("refuse", [False, True], ids=["closed", "refused"])
 @pytest.mark.parametrize(
     "typed",
     [
@@ -505,13 +485,13 @@ def test_plain_meaning_is_read(online, hub, data, prepared):
         "eval {shared} --run-name base",
     ],
 )
-def test_absent_hub_is_said_in_seconds(online, hub, outcomes, typed, refuse):
+def test_absent_hub_is_said_in_seconds(online, hub, typed):
     """Before any work, and data that are there stay as they are."""
     older = OUTPUTS / "datasets/items_prompts_full/prepare.json"
     older.parent.mkdir(parents=True)
     older.write_text("{}")
     before = contents(OUTPUTS)
-    hub.down(refuse)
+    hub.down()
     start = time.time()
     said = online(*typed.format(shared=" ".join(SHARED)).split(), code=1)
     taken = time.time() - start
@@ -520,46 +500,37 @@ def test_absent_hub_is_said_in_seconds(online, hub, outcomes, typed, refuse):
     assert any("the Hub can't be reached" in line for line in lines)
     assert contents(OUTPUTS) == before
     assert taken < 8
-    outcomes[typed.replace("{shared}", "").strip(), "the Hub is away"] = "one line within 5 s"
 
 
-def test_hub_is_asked_for_once(online, hub, data, outcomes):
+def test_hub_is_asked_for_once(online, hub, data):
     """In a stage, and again if that first request is dropped."""
     hub.requests.clear()
     hub.fail("HEAD /", times=1, drop=True)
     online("train", *SHARED, "--dry-run")
     assert hub.requests.count(("HEAD", "/")) == 2
     assert hub.requests[:2] == [("HEAD", "/")] * 2
-    outcomes["train", "the first request is dropped"] = "sent again; goes on"
 
 
-def test_cached_eval_needs_no_hub(online, hub, prepared):
-    """Base and data are in the cache from an evaluation before."""
+def test_cached_run_needs_no_hub(online, hub, prepared, trained):
+    """Nor its base and data, if all of them were fetched before; its account is named."""
     put_dataset(hub, "ed-donner/items_prompts_lite", load_prompts(prepared / DATASET))
-    judge = ("eval", *SHARED, "--local", "--run-name", "base")
-    online(*judge)
+    files = {path: (trained / RUN / path).read_bytes() for path in ("adapter_config.json", ADAPTER)}
+    hub.put("models", "bob/price-first", files)
+    local = ("eval", *SHARED, "--local", "--run-name", "base", "--size", "2")
+    fetched = ("eval", *SHARED, "--hf-user", "bob", "--run-name", "first", "--size", "2")
+    online(*local)
     expected = read("outputs/price-base/eval/results.json")
-    hub.down(refuse=True)
-    online(*judge)
+    online(*fetched)
+    hub.down()
+    online(*fetched)
+    online(*local)
     results = read("outputs/price-base/eval/results.json")
     for name in FIGURES:
         assert results[name] == expected[name]
 
 
-def test_cached_run_needs_no_hub(online, hub, data, trained):
-    """One that was fetched before; its account is named."""
-    pushed = {
-        path: (trained / RUN / path).read_bytes() for path in ("adapter_config.json", ADAPTER)
-    }
-    hub.put("models", "bob/price-first", pushed)
-    judge = ("eval", *SHARED, "--hf-user", "bob", "--run-name", "first", "--size", "2")
-    online(*judge)
-    hub.down(refuse=True)
-    online(*judge)
-
-
 @pytest.mark.parametrize("stage", ["prepare", "train"])
-def test_revoked_token_is_named(online, hub, data, catalogue, monkeypatch, outcomes, stage):
+def test_revoked_token_is_named(online, hub, data, catalogue, monkeypatch, stage):
     """It is revoked before the last push."""
     push = items.push_or_explain
 
@@ -572,7 +543,6 @@ def test_revoked_token_is_named(online, hub, data, catalogue, monkeypatch, outco
     said = online(stage, *SHARED, *options[stage], code=3)
     assert "the Hub refuses HF_TOKEN: it is mistyped, expired or revoked" in said
     assert "Everything is on disk" in said
-    outcomes[stage, "the token is revoked half-way"] = "named; all is on disk, code 3"
 
 
 def test_public_repositories_are_named(online, hub, catalogue):
@@ -598,7 +568,7 @@ def test_prompts_are_pushed_later(online, hub, catalogue):
     assert read_prompts("alice/items_prompts_lite").fingerprint == on_disk.fingerprint
 
 
-def test_hub_down_in_training_stops_nothing(online, hub, data, trained, monkeypatch, outcomes):
+def test_hub_down_in_training_stops_nothing(online, hub, data, trained, monkeypatch):
     """It goes down after the first checkpoint is pushed; the run ends as it would have."""
     push = util.PushCheckpoints.push
 
@@ -610,7 +580,6 @@ def test_hub_down_in_training_stops_nothing(online, hub, data, trained, monkeypa
     said = online("train", *SHARED, "--run-name", "middle", *TRAIN, code=3)
     assert "the adapter is in outputs/price-middle" in said
     assert "python app.py train --resume middle" in said
-    outcomes["train", "the Hub goes down in mid-run"] = "the run ends as ever; push later, code 3"
     expected = (trained / RUN / ADAPTER).read_bytes()
     assert Path("outputs/price-middle", ADAPTER).read_bytes() == expected
 
@@ -621,34 +590,33 @@ def test_hub_down_in_training_stops_nothing(online, hub, data, trained, monkeypa
     assert len(hub.commits("models", "alice/price-middle")) == 3
 
 
+LFS, COMMIT = "PUT /lfs", "POST /api/models/alice/price-gap/commit"
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [("/price-gap", 429, {"retry_after": 0}), (COMMIT, 503, {"retry_after": 0})],
+        [(LFS, None, {"drop": True}), (COMMIT, None, {"drop": True})],
+        [(LFS, None, {"drop": "answer"}), (COMMIT, None, {"drop": "answer"})],
+    ],
+    ids=["busy", "request lost", "answer lost"],
+)
+def test_failed_requests_are_repeated(online, hub, data, faults):
+    """They end neither training nor the push."""
+    for match, status, options in faults:
+        hub.fail(match, status, **options)
+    online("train", *SHARED, "--run-name", "gap", *SHORT)
+    assert_pushed(hub, "alice/price-gap")
+
+
 def test_failed_checkpoint_push_is_reported(online, hub, data):
     """The next push has it."""
-    hub.fail("POST /api/models/alice/price-gap/commit", times=1)
+    hub.fail(COMMIT, 403)
     said = online("train", *SHARED, "--run-name", "gap", *SHORT)
     assert "Not pushed: alice/price-gap" in said
     assert "Pushed: alice/price-gap" in said
     assert_pushed(hub, "alice/price-gap")
-
-
-def test_refused_requests_are_repeated(online, hub, data, outcomes):
-    """Too many of them, or a server that is busy, end neither training nor the push."""
-    hub.fail("/price-burst", 429, times=1, retry_after=0)
-    hub.fail("/price-burst", 503, times=1, after=1, retry_after=0)
-    hub.fail("POST /api/models/alice/price-burst/preupload", 503, times=1, retry_after=0)
-    said = online("train", *SHARED, "--run-name", "burst", *SHORT)
-    assert "Not pushed" not in said
-    assert_pushed(hub, "alice/price-burst")
-    outcomes["train", "429 and 503 from the Hub"] = "repeated; pushed"
-
-
-@pytest.mark.parametrize("drop", [True, "answer"])
-def test_dropped_upload_is_made_up_for(online, hub, data, outcomes, drop):
-    """The connection is lost in the middle of a request, or of its answer."""
-    hub.fail("PUT /lfs", times=1, drop=drop)
-    hub.fail("POST /api/models/alice/price-drop/commit", times=1, drop=drop)
-    online("train", *SHARED, "--run-name", "drop", *SHORT)
-    assert_pushed(hub, "alice/price-drop")
-    outcomes["train", "an upload's connection is lost"] = "sent again; pushed"
 
 
 def test_next_eval_pushes_the_figures(online, hub, data, trained):
@@ -692,37 +660,28 @@ def test_wandb_gets_one_run(call, shared, project):
 
 
 @pytest.mark.parametrize(
-    "environment",
-    [
-        {"NETRC": "netrc"},
-        NO_NETRC | {"WANDB_MODE": "dryrun"},
-        NO_NETRC | {"WANDB_MODE": "disabled"},
-        NO_NETRC | {"WANDB_MODE": "offline", "WANDB_API_KEY": "mistyped"},
-    ],
-    ids=["netrc", "dryrun", "disabled", "offline"],
-)
-def test_wandb_needs_no_key(environment, call, shared, project):
-    """A login in netrc counts; a mode that sends nothing needs none."""
-    netrc = f"machine api.wandb.ai login user password {WANDB_KEY}"
-    (project / "netrc").write_text(netrc)
-    is_trained = environment.get("WANDB_MODE") in ("disabled", "offline")
-    extent = SHORT if is_trained else ["--dry-run"]
-    hook = {"cwd": project, "hook": "set_environment", "options": [environment]}
-    call("train", *shared, "--log-wandb", *extent, **hook)
-
-
-@pytest.mark.parametrize(
     "environment, reason",
     [
+        ({"NETRC": "netrc"}, None),
+        (NO_NETRC | {"WANDB_MODE": "dryrun"}, None),
+        (NO_NETRC | {"WANDB_MODE": "disabled"}, None),
+        (NO_NETRC | {"WANDB_MODE": "offline", "WANDB_API_KEY": "mistyped"}, None),
         (NO_NETRC | {"WANDB_API_KEY": "mistyped"}, "WANDB_API_KEY invalid"),
         ({"WANDB_MODE": "off"}, "Input should be 'online', 'offline'"),
     ],
+    ids=["netrc", "dryrun", "disabled", "offline", "bad key", "bad mode"],
 )
-def test_bad_wandb_login_is_named(environment, reason, call, shared, project):
+def test_wandb_login_is_checked(environment, reason, call, shared, project):
+    """A login in netrc counts; a mode that sends nothing needs none; what is wrong is named."""
+    netrc = f"machine api.wandb.ai login user password {WANDB_KEY}"
+    (project / "netrc").write_text(netrc)
+    is_trained = not reason and environment.get("WANDB_MODE") in ("disabled", "offline")
+    extent = SHORT if is_trained else ["--dry-run"]
     hook = {"cwd": project, "hook": "set_environment", "options": [environment]}
-    said = call("train", *shared, "--log-wandb", "--dry-run", **hook, code=1)
-    assert "app.py train: --log-wandb: " in said
-    assert reason in said
+    said = call("train", *shared, "--log-wandb", *extent, **hook, code=1 if reason else 0)
+    if reason:
+        assert "app.py train: --log-wandb: " in said
+        assert reason in said
 
 
 def test_wandb_is_not_imported_unasked(call, shared, project):
