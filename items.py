@@ -84,14 +84,13 @@ PREPARE_AGAIN = "Run the stage prepare again."
 class UserError(Exception):
     """An error that the user can fix. Its text names the value, the rule and the fix.
 
-    Arguments are named in backticks as in Python. `main` prints it and exits with `code`: 1, or 3
-    if only a push failed. With `resumes` the same run can be resumed; app.py adds how.
+    Arguments are named in backticks as in Python.
     """
 
     def __init__(self, text, code=1, resumes=False):
         super().__init__(text)
-        self.code = code
-        self.resumes = resumes
+        self.code = code  # of the exit: 3 if only a push failed
+        self.resumes = resumes  # the same run can be resumed; app.py adds how
 
     def _render_traceback_(self):
         return [str(self)]  # all that a notebook shows
@@ -175,8 +174,7 @@ class PriceScale:
 
     def __post_init__(self):
         self.step = f"{self.currency}{format_unit(self.unit)}"  # one unit in words: `$10`
-        step = "dollar" if self.step == "$1" else self.step
-        self.question = f"What does this cost to the nearest {step}?"
+        self.question = QUESTION.replace("dollar", "dollar" if self.step == "$1" else self.step)
         # The end of each prompt, without a space: a number follows
         self.prefix = f"Price is {self.currency if self.unit == 1 else self.step + TIMES}"
         self.digits = max(0, -round(math.log10(self.unit)))  # decimals of a whole number of units

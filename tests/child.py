@@ -314,7 +314,12 @@ def same_prompts(unit):
     """Prompts of every unit are those of unit 1, so that only what their numbers mean differs."""
     import items
 
-    items.PriceScale.question = items.QUESTION
-    items.PriceScale.prefix = items.PREFIX
+    derive = items.PriceScale.__post_init__
+
+    def derive_same_prompts(self):
+        derive(self)
+        self.question, self.prefix = items.QUESTION, items.PREFIX
+
+    items.PriceScale.__post_init__ = derive_same_prompts
     scale = items.PriceScale(unit)
     items.scale_of = lambda prompt: scale

@@ -341,9 +341,7 @@ def test_unwritable_cache_is_named(saved, monkeypatch):
         raise PermissionError(13, "Permission denied", "/cache/datasets")
 
     monkeypatch.setattr("items.load_dataset", load)
-    with pytest.raises(
-        UserError, match="Permission denied: '/cache/datasets'. Allow it, or set HF"
-    ):
+    with pytest.raises(UserError, match="'/cache/datasets'. Allow it, or set HF_HOME for another"):
         read_prompts(saved)
 
 
