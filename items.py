@@ -314,11 +314,10 @@ def item_splits(train, val, test, to_row=Item.model_dump, names=SPLITS):
 
 
 def build_prompts(splits, tokenizer, cutoff, scale=COURSE_SCALE):
-    """Prompts for the items of a DatasetDict with the columns `summary` and `price`.
+    """Prompts for the items of a DatasetDict, and what was counted on the way, numpy arrays.
 
-    Prices are rounded in train and val only. Returns the DatasetDict of exactly `prompt` and
-    `completion`, and what was counted on the way, numpy arrays: {split: {"cut": whether the summary
-    was too long, "price": in money}}; train has "tokens" of its first MAX_COUNTED rows, too.
+    {split: {"cut": whether its `summary` was too long, "price": in money}}; train has "tokens" of
+    its first MAX_COUNTED rows, too. Prices are rounded in train and val only.
     """
 
     def convert(batch, do_round):
@@ -722,7 +721,7 @@ def describe_prompts(prompts, counts, catalogue, **settings):
 
 
 def format_prompts(about, counts):
-    """What was kept, dropped and cut, how prices and lengths are spread; a text."""
+    """What was kept, dropped and cut; a text."""
     kept = sum(about["kept"].values())
     dropped = sum(len(lines) for lines in about["dropped"].values())
     splits = ", ".join(f"{count:,} {name}" for name, count in about["kept"].items())
@@ -730,24 +729,17 @@ def format_prompts(about, counts):
     if dropped:
         rows = with_lines(rows, drop_reasons(about["dropped"], about.get("dropped_examples")))
     cut = sum(about["cut"].values())
-    tokens = counts["train"]["tokens"]
+    scale = PriceScale.from_record(about)
+    price, tokens = (numpy.median(counts["train"][name]) for name in ("price", "tokens"))
     near, compared = about["near_duplicates"]["near"], about["near_duplicates"]["compared"]
     lines = [
         rows,
         f"Cut at {about['cutoff']} tokens, with the title: {cut:,} of {kept:,} descriptions",
-        f"Price in {about['currency']}, train: {format_quantiles(counts['train']['price'], 2)}",
-        f"Tokens of {len(tokens):,} items, train: {format_quantiles(tokens)}",
+        f"Medians in train: {scale.format(price)}, {tokens:.0f} tokens",
         f"Near duplicates: {near:,} of {compared:,} test rows ({near / compared:.1%}) share at "
         f"least {NEAR_SHARE:.0%} of their runs of {GRAM_WORDS} words with one training row",
     ]
     return "\n".join(lines)
-
-
-def format_quantiles(values, digits=0):
-    """'min 5 · 25 % 20 · median 55 · 75 % 160 · max 999' of numbers."""
-    found = numpy.quantile(values, (0, 0.25, 0.5, 0.75, 1), method="nearest")
-    pairs = zip(("min", "25 %", "median", "75 %", "max"), found, strict=True)
-    return " · ".join(f"{name} {value:,.{digits}f}" for name, value in pairs)
 
 
 def save_prompts(folder, prompts, about):
