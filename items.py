@@ -18,7 +18,6 @@ import ast
 import csv
 import errno
 import glob
-import gzip
 import hashlib
 import html
 import io
@@ -31,20 +30,18 @@ import shutil
 import socket
 import tempfile
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
-from functools import cached_property, lru_cache, partial
-from itertools import chain, islice, zip_longest
+from functools import cached_property, lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 import httpx2
 import numpy
-import pandas
 import psutil
 import pyarrow
 import pyarrow.compute
@@ -58,7 +55,6 @@ from huggingface_hub.utils import validate_repo_id
 from pydantic import BaseModel
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from tqdm import tqdm
 
 QUESTION = "What does this cost to the nearest dollar?"
 PREFIX = "Price is $"
@@ -74,7 +70,6 @@ UNITS = (0.01, 0.1, *(10**exponent for exponent in range(13)))  # that can be ch
 TIMES = "×"  # between the unit and the number in a prompt
 
 IGNORED = -100  # the label of tokens that are not trained on, as in PyTorch
-SHOWN_EXAMPLE = 40  # characters of a cell that shows why rows are dropped
 MAX_COUNTED = 20_000  # training rows whose tokens `prepare` counts
 MANIFEST = "manifest.json"
 RECORD = "prepare.json"
@@ -727,7 +722,7 @@ def format_prompts(about, counts):
     splits = ", ".join(f"{count:,} {name}" for name, count in about["kept"].items())
     rows = f"Rows: {kept:,} kept ({splits}), {dropped:,} dropped"
     if dropped:
-        rows = with_lines(rows, drop_reasons(about["dropped"], about.get("dropped_examples")))
+        rows += f":\n  {format_dropped(about['dropped'])}"
     cut = sum(about["cut"].values())
     scale = PriceScale.from_record(about)
     price, tokens = (numpy.median(counts["train"][name]) for name in ("price", "tokens"))
@@ -996,33 +991,25 @@ def published_items(name, scale=COURSE_SCALE):
 # ------------------------------------------------------------------------------------------------
 # 5. Rows of the user's own file
 
-FORMATS = ".csv, .tsv, .jsonl, .json or .parquet file"
-SAVE_AS_CSV = "Save it as `CSV UTF-8` (in Excel: File, Save As; in LibreOffice: Text CSV) instead"
-UNREADABLE = (
-    *(OSError, EOFError, RecursionError, zlib.error),
-    *(csv.Error, json.JSONDecodeError, pyarrow.ArrowException),
-)
-NO_OBJECT = "not a JSON object"
+UNREADABLE = (OSError, RecursionError, csv.Error, json.JSONDecodeError, pyarrow.ArrowException)
 
 
 def file_rows(path):
     """Yields (line, row), a dict, for each row of a file; for one of no use, why, as text.
 
-    The line is the one where the row begins, as an editor shows it; a Parquet file's rows count
-    from 1. Raises UserError if the file is none of FORMATS, perhaps gzip'd.
+    The line is where the row begins; rows of Parquet files and JSON arrays count from 1. Raises
+    UserError if the file can't be read.
     """
     line = 0
-    ending = Path(Path(path).name.lower().removesuffix(".gz")).suffix
+    reader = READERS.get(Path(path).suffix.lower())
     try:
         with open(path, "rb") as file:
-            start = file.peek(4)
-            if start.startswith(b"PK\x03\x04"):
-                raise UserError(f"{path}: is a spreadsheet or ZIP file. {SAVE_AS_CSV}.")
-            if ending not in READERS:
-                raise UserError(f"{path}: the ending is {ending or 'missing'}; give a {FORMATS}.")
-            is_compressed = start.startswith(b"\x1f\x8b") or Path(path).suffix.lower() == ".gz"
-            plain = gzip.GzipFile(fileobj=file) if is_compressed else file
-            for line, row in READERS[ending](plain):
+            if not reader or file.peek(4).startswith(b"PK"):
+                raise UserError(
+                    f"{path}: is a spreadsheet, or ends in none of {', '.join(READERS)}. Save it "
+                    "as `CSV UTF-8` (in Excel: File, Save As; in LibreOffice: Text CSV)."
+                )
+            for line, row in reader(file):
                 yield line, row
     except UnicodeDecodeError as error:
         raise UserError(
@@ -1035,79 +1022,66 @@ def file_rows(path):
 
 
 def parquet_rows(file):
-    batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=2_000)
-    return enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    line = 0
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=2_000):
+        for row in batch.to_pylist():
+            line += 1
+            yield line, row
 
 
-def json_lines(file):
-    for line, text in enumerate(io.TextIOWrapper(file, encoding="utf-8-sig"), 1):
-        if text.strip():
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError):
-                row = None
-            yield line, row if isinstance(row, dict) else NO_OBJECT
+def json_rows(file):
+    """The rows of one array, or JSON lines."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig")
+    is_array = text.read(1) == "["
+    text.seek(0)
+    rows = json.load(text) if is_array else map(read_json_line, text)
+    for line, row in enumerate(rows, 1):
+        if isinstance(row, dict):
+            yield line, row
+        elif row != "":
+            yield line, "not a JSON object"
 
 
-def json_values(file):
-    """The rows of objects and of arrays of them, also of several behind one another."""
-    text = io.TextIOWrapper(file, encoding="utf-8-sig").read()
-    decoder = json.JSONDecoder()
-    between = re.compile(r"[\s,\[\]]*")
-    line, position, depth = 1, 0, 0
-    while True:
-        skipped = between.match(text, position)[0]
-        depth += skipped.count("[") - skipped.count("]")
-        line += skipped.count("\n")
-        position += len(skipped)
-        if position == len(text):
-            break
-        row, end = decoder.raw_decode(text, position)
-        yield line, row if isinstance(row, dict) else NO_OBJECT
-        line += text.count("\n", position, end)
-        position = end
-    if depth:
-        raise json.JSONDecodeError("An array is never ended", text, position)
+def read_json_line(text):
+    """The value of a line, '' of an empty one, None of a broken one."""
+    if not text.strip():
+        return ""
+    with suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return None
 
 
-def csv_rows(file, delimiter=None):
-    """The rows of a CSV, of which the first line may be Excel's `sep=;`.
-
-    Cells are separated by what separates those of the header, unless `delimiter` is given.
-    """
+def csv_rows(file):
+    """The rows of a CSV or TSV, whose cells are separated by what separates those of the header."""
     csv.field_size_limit(2**31 - 1)
-    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    header = lines.readline()
-    excel = re.fullmatch(r'"?sep=(.)"?\s*', header, re.IGNORECASE)
-    skipped = 1 if excel else 0  # lines before the header
-    delimiter = excel[1] if excel else delimiter
-    delimiter = delimiter or max(",;\t|", key=re.sub('"[^"]*"', "", header).count)
-    dialect = {"delimiter": delimiter, "strict": True, "skipinitialspace": True}
-    if delimiter == "\t" and not has_quoted_cells(csv.reader(lines, **dialect)):
-        dialect["quoting"] = csv.QUOTE_NONE
-    lines.seek(0)
-    reader = csv.reader(islice(lines, skipped, None), **dialect)
-    names, width = None, 0
-    while True:
-        line = skipped + reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            where = f"line {skipped + reader.line_num}, in the row that begins in line {line}"
-            raise csv.Error(f"{error} ({where}; is a quote left open?)") from error
-        if cells is None:
-            return
-        if names is None:  # a repeated name gets spaces, so that no cell hides another
-            cells = [cell.strip() for cell in cells]
-            names = [name + " " * cells[:i].count(name) for i, name in enumerate(cells)]
-            width = len(names)
-            while names and not names[-1].strip():
-                names.pop()
-        # Decimal commas without quotes shift cells, into columns without a name, too
-        elif any(cells[len(names) :]) or (delimiter == "," and len(cells) > width):
-            yield line, "more cells than the header has"
-        elif cells:  # no empty line
-            yield line, dict(zip_longest(names, cells[: len(names)]))
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    header = re.sub('"[^"]*"', "", text.readline())
+    options = {"strict": True, "skipinitialspace": True}
+    options["delimiter"] = max("\t,;|", key=header.count)
+    if "\t" in header and not has_quoted_cells(csv.reader(text, **options)):
+        options["quoting"] = csv.QUOTE_NONE
+    text.seek(0)
+    reader = csv.reader(text, **options)
+    line = 1  # where the row begins
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        width = len(names)
+        while names and not names[-1]:
+            names.pop()
+        for name in names:
+            if name and names.count(name) > 1:
+                raise UserError(f"{file.name}: more than one column is called {name}. Rename one.")
+        line = reader.line_num + 1
+        for cells in reader:
+            # Decimal commas without quotes shift cells, into columns without a name, too
+            if len(cells) > width or any(cells[len(names) :]):
+                yield line, "more cells than the header has"
+            elif cells:
+                yield line, dict(zip(names, cells, strict=False))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        where = f"line {reader.line_num}, in the row that begins in line {line}"
+        raise csv.Error(f"{error} ({where}; is a quote left open?)") from error
 
 
 def has_quoted_cells(reader):
@@ -1120,11 +1094,10 @@ def has_quoted_cells(reader):
 
 READERS = {
     ".csv": csv_rows,
-    ".tsv": partial(csv_rows, delimiter="\t"),
-    ".tab": partial(csv_rows, delimiter="\t"),
-    ".jsonl": json_lines,
-    ".ndjson": json_lines,
-    ".json": json_values,
+    ".tsv": csv_rows,
+    ".jsonl": json_rows,
+    ".ndjson": json_rows,
+    ".json": json_rows,
     ".parquet": parquet_rows,
 }
 
@@ -1134,33 +1107,30 @@ READERS = {
 
 MISSING_WORDS = "nan none null nil n/a #n/a na <na> [] {} - -- – — ? tba tbd"
 NO_VALUES = {"", *MISSING_WORDS.split()}
-OPEN_WORDS = re.compile(
-    r"\b(?:from|starting|ab|ca|circa|about|over|under|up|to|bis|da|dal|dès|desde|vanaf|fra|från|"
-    r"min|max)\b",
-    re.IGNORECASE,
-)
 DINARS = re.compile("BHD|IQD|JOD|KWD|LYD|OMR|TND|[BJK]D", re.IGNORECASE)  # with three decimals
 CODES = {"$": "USD", "US$": "USD", "€": "EUR", "£": "GBP", "₹": "INR"}
-SIGN_NAMES = {".": "point", ",": "comma"}
+OTHER_SIGN = {".": ",", ",": "."}
 
 LETTER = r"[^\W\d_]"
 SYMBOL = r"[^\w\s.,'’+~≈<>=%(){}\[\]\"–—−-]"
-# $, €, CHF, US $, Rs., kr., د.إ and, behind prices, :- and /-
+# $, €, CHF, US $, Rs., kr., د.إ
 CURRENCY = rf"(?:{LETTER}{{1,3}} ?)?{SYMBOL}{{1,2}}|{LETTER}{{1,8}}(?:\.{LETTER}{{1,2}})?\.?"
-GROUPS = r"[1-9][0-9]{0,2}(?P<by>[.,'’ ])[0-9]{3}(?:(?P=by)[0-9]{3})*"
-INDIAN_GROUPS = r"[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}"
+USUAL_CURRENCY = re.compile("[A-Z]{3}|.{0,3}[$¢-¥₠-⃏]")
+# 1,234,567 and, in India, 12,34,567
+GROUPS = r"[1-9][0-9]{0,2}(?P<by>[.,'’ ])(?:[0-9]{2,3}(?P=by))*[0-9]{3}"
 PRICE = re.compile(
-    rf"(?P<sign>[-−]?) ?(?P<before>{CURRENCY})? ?(?P<inner_sign>[-−]?) ?"
-    rf"(?P<whole>{GROUPS}|{INDIAN_GROUPS}|[0-9]*)"
-    rf"(?:(?P<point>[.,])(?P<decimals>[0-9]+|[-–—]{{0,2}}))? ?(?P<after>[:/]-|{CURRENCY})?"
+    rf"(?P<before>{CURRENCY})? ?(?P<whole>{GROUPS}|[0-9]*)"
+    r"(?:(?!(?P=by))(?P<point>[.,])(?:(?P<decimals>[0-9]+)|[-–—]{0,2}))?"
+    rf" ?(?:[:/]-|(?P<after>{CURRENCY}))?"
 )
 FLOAT = re.compile(r"[0-9]+(?:\.[0-9]+)?e[+-]?[0-9]{1,2}", re.IGNORECASE)  # as programs write it
+INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+SMALL_DIGIT = re.compile("[²³¹¼-¾⁰-₉⅐-↋①-⓿]")  # which NFKC makes usual ones
 LONGEST_PRICE = 100  # characters
 
 PRICE_MISSING = "price is missing"
 PRICE_NO_NUMBER = "price is no single amount"
 PRICE_AMBIGUOUS = "price is ambiguous: thousands or three decimals (`decimal` decides)"
-PRICE_MIXED = "price has another decimal sign than the column"
 
 
 class Written(NamedTuple):
@@ -1169,135 +1139,90 @@ class Written(NamedTuple):
     amount: float = math.nan
     currency: str = ""  # what stands beside it
     decimal: str = ""  # the decimal sign that it shows, `.` or `,`
-    places: int = 0  # digits behind that
-    is_open: bool = False  # these three may also be thousands
+    is_open: bool = False  # three digits behind that may also be thousands
     problem: str = ""
-
-
-def read_cell(value):
-    """The Written of a cell, a text or a number."""
-    if isinstance(value, str):
-        return parse_price(value)
-    if value is None or value != value:  # NaN
-        return Written(problem=PRICE_MISSING)
-    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    if is_number and abs(value) < 1e300:
-        return Written(float(value))
-    return Written(problem=PRICE_NO_NUMBER)
 
 
 @lru_cache(maxsize=100_000)
 def parse_price(text):
     """The Written of a text, in any currency and of any size."""
-    nothing = Written(problem=PRICE_NO_NUMBER)
-    if len(text) > LONGEST_PRICE:
-        return nothing
-    if any(sign.isnumeric() and not sign.isdecimal() for sign in text):  # ½, 19⁹⁹
-        return nothing
+    no_number = Written(problem=PRICE_NO_NUMBER)
+    if len(text) > LONGEST_PRICE or SMALL_DIGIT.search(text):
+        return no_number
     text = unicodedata.normalize("NFKC", html_to_text(text))  # signs and digits of full width
-    text = "".join(sign for sign in text if unicodedata.category(sign) != "Cf")  # invisible
-    text = " ".join(text.split())
+    text = " ".join(INVISIBLE.sub("", text).split())
     if text.casefold() in NO_VALUES:
         return Written(problem=PRICE_MISSING)
     if FLOAT.fullmatch(text):
-        return Written(float(text), decimal="." if "." in text else "")
+        return Written(float(text))
     match = PRICE.fullmatch(text)
-    minus = match["sign"] + match["inner_sign"] if match else ""
-    if not match or len(minus) > 1 or OPEN_WORDS.search(text):
-        return nothing
-    whole = re.sub("[^0-9]", "", match["whole"])
-    by = match["by"] or ("," if "," in match["whole"] else "")
-    point = match["point"] or ""
-    decimals = (match["decimals"] or "").strip("-–—")
-    if by and by == point or not whole + decimals:
-        return nothing
-    is_open = by in (".", ",") and len(match["whole"]) == len(whole) + 1 and not point
+    if not match:
+        return no_number
+    before, grouped, by, point, decimals, after = match.groups("")
+    whole = re.sub("[^0-9]", "", grouped)
+    if not whole + decimals:
+        return no_number
+    is_open = by in (".", ",") and len(grouped) == len(whole) + 1 and not point
     if is_open:
         whole, decimals, point = whole[:-3], whole[-3:], by
-    amount = float(f"{whole or 0}.{decimals or 0}")
-    # More digits than a float holds, if they aren't its own, as of 19.989999999999998
-    if len(decimals) < 10 and Decimal(repr(amount)) != Decimal(f"{whole or 0}.{decimals or 0}"):
-        return nothing
-    decimal = point if decimals else {",": ".", ".": ","}.get(by, "")
-    currency = " ".join(filter(None, (match["before"], match["after"])))
-    return Written(-amount if minus else amount, currency, decimal, len(decimals), is_open)
+    return Written(
+        amount=float(f"{whole or 0}.{decimals or 0}"),
+        currency=f"{before} {after}".strip(),
+        decimal=point or OTHER_SIGN.get(by, ""),
+        is_open=is_open,
+    )
 
 
-def main_currency(written):
+def main_currency(prices):
     """What stands beside most prices, '' for nothing: a sign, a code, or what more than half have.
 
     So no table of currencies is needed, and a single `each` is none.
     """
-    counts = Counter(written)
+    counts = Counter(price.currency for price in prices)
     for currency, count in counts.most_common():
-        has_sign = any(unicodedata.category(sign) == "Sc" for sign in currency[:4])
-        is_usual = re.fullmatch("[A-Z]{3}", currency) or (has_sign and len(currency) <= 4)
-        if currency and (is_usual or 2 * count > counts.total()):
+        if USUAL_CURRENCY.fullmatch(currency) or (currency and 2 * count > len(prices)):
             return currency
     return ""
 
 
-@dataclass
-class PriceColumn:
-    """The prices of a file in money, NaN where there is a problem, and how they are written."""
+def read_prices(prices, decimal=None):
+    """(the Written of a column with what their cells leave open, its currency, its decimal sign).
 
-    amounts: numpy.ndarray
-    problems: list  # a text or '' for each
-    decimal: str | None
-    currency: str | None
-    reason: str = ""  # why that is the decimal sign
-
-
-def read_prices(cells, codes, decimal=None):
-    """The PriceColumn of cells; `codes` are what a column of currencies has beside them.
-
-    The decimal sign is `decimal`, or what most of the prices with one meaning show. Three digits
-    behind a single sign that is the other one are thousands; behind the decimal sign they are
-    decimals if three are surely seen elsewhere. If no price shows the sign, they are thousands
-    beside a currency, since only DINARS have three decimals. Else they are dropped.
+    Three digits behind a single sign are decimals or thousands as `decimal` says. Otherwise they
+    are thousands if the other prices show the other sign, or, since only DINARS have three
+    decimals, if no price shows any and they have a currency.
     """
-    table = pandas.DataFrame(map(read_cell, cells), columns=Written._fields)
-    currency, code = main_currency(table.currency), main_currency(codes)
-    is_own = table.currency.isin(["", currency]) & pandas.Series(codes).isin(["", code])
-    sure = table[is_own & ~table.is_open & (table.decimal != "")]
-    counts = {sign: int((sure.decimal == sign).sum()) for sign in ".,"}
-    open_signs = set(table.decimal[is_own & table.is_open])
-    is_mixed = decimal is None and min(counts.values()) > 0
-    has_three = decimal is not None
-    has_whole_cents = currency + code and not DINARS.fullmatch(currency or code)
-    reason = "as `decimal` says"
-    if decimal is None and counts["."] != counts[","]:
-        decimal = max(counts, key=counts.get)
-        shown = sure[sure.decimal == decimal]
-        has_three = bool((shown.places >= 3).any())
-        reason = "as in " + " and ".join(repr(str(cells[row]).strip()) for row in shown.index[:2])
-    elif decimal is None and not is_mixed and len(open_signs) == 1 and has_whole_cents:
-        (sign,) = open_signs
-        decimal = "." if sign == "," else ","
-        reason = f"since three digits follow each {SIGN_NAMES[sign]}"
+    currency = main_currency(prices)
+    own = [price for price in prices if price.currency in ("", currency) and price.decimal]
+    signs = {price.decimal for price in own if not price.is_open}
+    open_signs = {price.decimal for price in own if price.is_open}
+    factors = {}  # of the amount, by the sign before three digits
+    if decimal:
+        factors[decimal] = 1
+    elif len(signs) == 1:
+        decimal = signs.pop()
+    elif len(open_signs) == 1 and currency and not signs and not DINARS.fullmatch(currency):
+        decimal = OTHER_SIGN[open_signs.pop()]
+    if decimal:
+        factors[OTHER_SIGN[decimal]] = 1000
 
-    shows_it = table.decimal == decimal
-    is_unsure = table.is_open & (is_mixed | (decimal is None) | (shows_it & (not has_three)))
-    is_other = ~table.is_open & (table.decimal != "") & ~shows_it
-    foreign = f"price has other words or another currency beside it than most ({currency or code})"
-    problems = numpy.select(
-        [table.problem != "", ~is_own, is_unsure, is_other],
-        [table.problem.to_numpy(object), foreign, PRICE_AMBIGUOUS, PRICE_MIXED],
-        "",
-    )
-    amounts = table.amount.where(shows_it | ~table.is_open, (table.amount * 1000).round())
-    amounts = numpy.where(problems == "", amounts, math.nan)
-    return PriceColumn(amounts, problems.tolist(), decimal, currency or code or None, reason)
+    read = []
+    for price in prices:
+        if price.currency not in ("", currency):
+            price = Written(problem=f"price has another currency or word beside it than {currency}")
+        elif price.is_open and price.decimal not in factors:
+            price = Written(problem=PRICE_AMBIGUOUS)
+        elif price.is_open:
+            price = price._replace(amount=round(price.amount * factors[price.decimal], 3))
+        read.append(price)
+    return read, currency, decimal
 
 
 def price_problem(price, scale=COURSE_SCALE):
-    """Why the number `price` can't be used, in a few words, or None.
-
-    Usable are those that the numbers 0 … 999 of the scale can say.
-    """
-    if price is None or (isinstance(price, float) and math.isnan(price)):
+    """Why `price` can't be used, in a few words, or None if the numbers 0 … 999 can say it."""
+    if price is None or price != price:  # NaN
         return PRICE_MISSING
-    if isinstance(price, bool | str) or not math.isfinite(price):
+    if isinstance(price, bool | str) or price in (math.inf, -math.inf):
         return PRICE_NO_NUMBER
     if price <= 0:
         return "price is zero or negative"
@@ -1310,64 +1235,60 @@ def choose_unit(prices):
     """The smallest unit that holds HELD_SHARE of an array of prices, 1 without any."""
     if not len(prices):
         return 1
-    held = (unit for unit in UNITS if (prices <= MAX_PRICE * unit).mean() >= HELD_SHARE)
-    return next(held, UNITS[-1])
+    for unit in UNITS:
+        if (prices <= MAX_PRICE * unit).mean() >= HELD_SHARE:
+            break
+    return unit
 
 
 # ------------------------------------------------------------------------------------------------
 # 7. Texts as people read them
 
-INLINE_TAGS = (
+INLINE_TAGS = (  # they leave nothing; what is no tag of HTML's stays, as `<unknown>`
     "a abbr acronym b bdi bdo big cite code data del dfn em font i img ins kbd label mark q s samp "
     "small span strike strong sub sup time tt u var wbr"
 )
-BLOCK_TAGS = (
+LINE_TAGS = (  # they leave a line end
     "address article aside blockquote body br button caption center col colgroup dd details div dl "
     "dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 head header hr html iframe input "
     "legend li link main meta nav object ol option p pre section select source summary svg table "
     "tbody td textarea tfoot th thead title tr ul video"
 )
-TAG_ENDS = dict.fromkeys(INLINE_TAGS.split(), "") | dict.fromkeys(BLOCK_TAGS.split(), "\n")
+TAG_ENDS = dict.fromkeys(INLINE_TAGS.split(), "") | dict.fromkeys(LINE_TAGS.split(), "\n")
 # No pattern here runs backwards further than to the last `<`, as html.parser does
-ATTRIBUTES = r"""(?:[\s/](?:[^<>"']|"[^"<]*"|'[^'<]*')*)?"""
-TAG = re.compile(rf"</?([a-z][a-z\d]*|[movw]:\w+)({ATTRIBUTES})>|<!\[CDATA\[|\]\]>", re.IGNORECASE)
-NO_TEXT = {"<!--": "-->", r"<(?:script|style)\b[^<>]*>": r"</(?:script|style)\s*>"}
+TAG = re.compile(
+    r"""</?(?:[movw]:\w+|([a-z][a-z\d]*))(?:[\s/](?:[^<>"']|"[^"<]*"|'[^'<]*')*)?>"""
+    r"|<!\[CDATA\[|\]\]>",
+    re.IGNORECASE,
+)
+NO_TEXT = re.compile(
+    r"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1\s*>|\Z)", re.IGNORECASE | re.DOTALL
+)
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[a-zA-Z][a-zA-Z\d]{1,31});", re.ASCII)
-REPETITION_END = re.compile(r"$|\s|[,;:.!?|–—-]+(?=\s|$)")
-BEFORE_REST = re.compile(r"\s*(?:[,;:.!?|–—-]+(?=\s|$))?\s*")
+PUNCTUATION = r"[,;:.!?|–—-]+"
+# Behind a title that a text repeats: a word ends here
+TITLE_END = re.compile(rf"(?=$|\s|{PUNCTUATION}(?:\s|$))\s*(?:{PUNCTUATION}(?=\s|$))?\s*")
 
 
 def html_to_text(text):
-    """The text that a browser shows of `text`: tags become line ends or nothing, entities signs.
-
-    What is escaped twice, as in feeds, is unescaped twice. Only HTML's own tags count as tags.
-    """
+    """The text that a browser shows of `text`; what is escaped twice, as in feeds, is unescaped."""
     for _ in range(2):
         if "<" in text:
-            for start, end in NO_TEXT.items():
-                first, *parts = re.split(start, text, flags=re.IGNORECASE)
-                rests = (re.split(end, part, maxsplit=1, flags=re.IGNORECASE) for part in parts)
-                text = first + "".join(rest[-1] for rest in rests)
-            text = TAG.sub(tag_text, text)
-        if "&" not in text:
-            break
-        text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
+            text = TAG.sub(tag_end, NO_TEXT.sub("", text))
+        if "&" in text:
+            text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
     return text
 
 
-def tag_text(match):
-    """What a tag leaves behind: a line end if it ends a line; `<b and c>` of a formula stays."""
-    if match[1] is None or ":" in match[1]:  # CDATA's, Word's
-        return ""
-    attributes = match[2].strip(" /")
-    is_formula = " " in attributes and "=" not in attributes
-    return match[0] if is_formula else TAG_ENDS.get(match[1].lower(), match[0])
+def tag_end(match):
+    """What a tag leaves; CDATA's and Word's, of which no name is matched, leave nothing."""
+    return TAG_ENDS.get(match[1].lower(), match[0]) if match[1] else ""
 
 
 def clean_text(text):
     """A text without HTML, with single spaces and line ends, and none at its start and end."""
     lines = (" ".join(line.split()) for line in re.split("[\r\n]", html_to_text(text)))
-    return "\n".join(line for line in lines if line)
+    return "\n".join(filter(None, lines))
 
 
 def is_in_course_form(text):
@@ -1377,16 +1298,12 @@ def is_in_course_form(text):
 
 def cut_title(text, title):
     """`text` without the title that it begins with, if the title ends there as a word does."""
-    if not text.startswith(title) or not REPETITION_END.match(text, len(title)):
-        return text
-    return text[BEFORE_REST.match(text, len(title)).end() :]
+    end = TITLE_END.match(text, len(title)) if text.startswith(title) else None
+    return text[end.end() :] if end else text
 
 
 def describe_item(title, category, text):
-    """Title, category and description, one labelled line each, as in the course.
-
-    A text that begins with `Title:` has that form already.
-    """
+    """Title, category and description, one labelled line each, unless the text has them already."""
     if is_in_course_form(text):
         return text.strip()
     parts = {"Title": title, "Category": category, "Description": cut_title(text.strip(), title)}
@@ -1403,22 +1320,18 @@ def text_problem(value, name):
 
 
 def text_of(row, columns, between="\n"):
-    """The first text in these columns of a row; of lists, joined, if there is no other; else ''.
-
-    Of a list of lists the first one counts.
-    """
-    cells = sorted((row.get(name) for name in columns), key=lambda cell: isinstance(cell, list))
-    for cell in cells:
+    """The first text in these columns of a row; of lists, joined, if there is no other; else ''."""
+    lists = []
+    for name in columns:
+        cell = row.get(name)
         if isinstance(cell, str) and cell.startswith(("['", '["')):  # a list that pandas wrote
             with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 cell = ast.literal_eval(cell)
         if isinstance(cell, list):
-            parts = cell[0] if cell and isinstance(cell[0], list) else cell
-            texts = (part.strip() for part in parts if isinstance(part, str))
-            cell = between.join(filter(None, texts))
-        if isinstance(cell, str) and cell.strip().casefold() not in NO_VALUES:
+            lists.append(between.join(part for part in cell if isinstance(part, str)))
+        elif isinstance(cell, str) and cell.strip().casefold() not in NO_VALUES:
             return cell
-    return ""
+    return next(filter(None, lists), "")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1435,194 +1348,149 @@ USUAL_COLUMNS = {  # the role: names that are recognised, the first first; see `
 }
 JOINED_ROLES = ("text", "category")  # of which several columns are read, each if those before lack
 FIRST_ROWS = 10_000  # in which all columns must be seen
-SHOWN_COLUMNS = 12
+SHOWN_NAMES = 300  # characters of the columns' names
 SHOWN_LINES = 5  # of the rows that are dropped for one reason
-REPEATED = "duplicate of an earlier row"
 
 
 def fold_name(name):
     """A column's name in small letters and digits only: `Body (HTML)` is bodyhtml."""
-    return re.sub(r"[\W_]+", "", str(name)).casefold()
+    return re.sub(r"[\W_]+", "", name).casefold()
 
 
-def find_columns(path, names, chosen, earlier, needs_price):
+def find_columns(path, names, chosen, earlier=(), needed=("title", "price", "text")):
     """{role: the columns that are read}, of a file with the columns `names`.
 
     `chosen` is {role: [name, …]}; for other roles the columns of an `earlier` file, {role: name or
-    names}, are taken where this one has them all, then the usual ones. Raises UserError if one is
-    missing, or two have the same name.
+    names}, are taken where this one has them all, then the usual ones.
     """
-    earlier = {role: [one] if isinstance(one, str) else one for role, one in earlier.items()}
-    known = {role: some for role, some in earlier.items() if some and set(some) <= set(names)}
-    columns = {
-        role: [find_column(path, names, name, role) for name in wanted]
-        for role, wanted in (known | chosen).items()
-    }
-    taken = sum(columns.values(), [])
-    free = [name for name in names if name not in taken]
-    folded = {fold_name(name) for name in free}
+    earlier = dict(earlier)
+    by_name = {fold_name(name): name for name in reversed(names)}
+    columns, missing = {}, []
     for role, usual in USUAL_COLUMNS.items():
-        if role not in columns:
-            found = [name for name in usual.split() if name in folded]
-            found = found if role in JOINED_ROLES else found[:1]
-            columns[role] = [find_column(path, free, name, role, False) for name in found]
-    needed = ("title", "price", "text") if needs_price else ("title", "text")
-    missing = [role for role in needed if not columns[role]]
+        wanted = chosen.get(role) or earlier.get(role) or []
+        wanted = [wanted] if isinstance(wanted, str) else wanted
+        found = [by_name.get(fold_name(name)) for name in wanted]
+        if role in chosen:
+            missing += [name for name in wanted if fold_name(name) not in by_name]
+        elif not found or None in found:
+            found = [by_name[name] for name in usual.split() if name in by_name]
+        columns[role] = found if role in JOINED_ROLES else found[:1]
+        if role in needed and not found:
+            missing.append(role)
     if missing:
         raise UserError(
-            f"{path}: no column for {' and '.join(missing)}; found: {shown_names(names)}. Say "
-            f"which by `columns` {' '.join(f'{role}=NAME' for role in missing)}."
+            f"{path}: no column for {' and '.join(missing)}; found: "
+            f"{shorten(', '.join(names), SHOWN_NAMES)}. Say which by `columns`, like price=NAME."
         )
     return columns
 
 
-def find_column(path, names, wanted, role, is_typed=True):
-    """The one of `names` that is called `wanted`, if need be in other capitals and signs."""
-    exact = [name for name in names if is_typed and str(name).strip() == wanted.strip()]
-    found = exact or [name for name in names if fold_name(name) == fold_name(wanted)]
-    if len(found) != 1:
-        raise UserError(
-            f"{path}: {'more than one' if found else 'no'} column is called {wanted}; found: "
-            f"{shown_names(names)}. Choose another by `columns` {role}=NAME."
-        )
-    return found[0]
-
-
-def shown_names(names, between=", "):
-    """The names of columns, shortened."""
-    shown = [str(name).strip() for name in names if str(name).strip()]
-    return between.join(shown[:SHOWN_COLUMNS] + ["…"] * (len(shown) > SHOWN_COLUMNS))
-
-
-@dataclass
-class OwnFile:
-    """The rows of the user's own file, read once: texts, and what the price cells say.
+class OwnFile(NamedTuple):
+    """The rows of the user's own file, read once.
 
     The items are on disk, where a million find room, in a `folder` that is removed with this.
     """
 
-    columns: dict  # {role: names}
-    names: list  # of all columns
     folder: tempfile.TemporaryDirectory
-    items: Dataset | None = None  # title and summary
-    lines: list = field(default_factory=list)
-    cells: list = field(default_factory=list)  # of prices
-    codes: list = field(default_factory=list)  # of currencies
-    keys: array.array = field(default_factory=partial(array.array, "Q"))  # four hashes an item
-    prices: PriceColumn | None = None
-    dropped: dict = field(default_factory=partial(defaultdict, list))  # {reason: [line, …]}
-    examples: dict = field(default_factory=dict)  # {reason: the first cell}
-    changed: int = 0
-    whole_texts: int = 0
-
-    def drop(self, row, problem):
-        """Notes why an item isn't used, or not judged."""
-        self.dropped[problem].append(self.lines[row])
-        if problem not in (PRICE_MISSING, REPEATED):
-            cell = " ".join(str(self.cells[row]).split())
-            self.examples.setdefault(problem, shorten(cell, SHOWN_EXAMPLE))
-
-    def usable_rows(self, scale):
-        """The numbers of the items with a usable price that repeat no earlier one, an array."""
-        kept = []
-        seen = set()
-        for row, price in enumerate(self.prices.amounts.tolist()):
-            problem = self.prices.problems[row] or price_problem(price, scale)
-            key = hash((price, self.keys[4 * row + 3]))
-            if not problem and key in seen:
-                problem = REPEATED
-            if problem:
-                self.drop(row, problem)
-            else:
-                seen.add(key)
-                kept.append(row)
-        return numpy.array(kept, int)
-
-    def record(self):
-        """What prepare.json has of it."""
-        single = {role: next(iter(names), None) for role, names in self.columns.items()}
-        return {
-            "columns": single | {role: self.columns[role] for role in JOINED_ROLES},
-            "decimal": self.prices.decimal,
-            "written_currency": self.prices.currency,
-            "changed": self.changed,
-            "whole_texts": self.whole_texts,
-            "dropped_examples": self.examples,
-        }
-
-    def notes(self):
-        """What was made of the file, lines for the screen."""
-        used = {role: shown_names(names, " or ") for role, names in self.columns.items() if names}
-        columns = ", ".join(f"{role} from {names}" for role, names in used.items())
-        unused = set(self.names).difference(*self.columns.values())
-        lines = [f"Columns: {columns}"]
-        if unused:
-            lines[0] += f"; unused: {shown_names(name for name in self.names if name in unused)}"
-        if self.prices.decimal:
-            name = SIGN_NAMES[self.prices.decimal]
-            lines.append(f"Prices: the {name} is the decimal sign, {self.prices.reason}")
-        if self.changed:
-            what = "HTML, white space, lists, titles repeated at the description's start"
-            lines.append(f"Changed: {self.changed:,} texts ({what})")
-        if self.whole_texts:
-            what = "begin with `Title:`, as the course's do, and are taken as they are"
-            lines.append(f"Note: {self.whole_texts:,} texts {what}")
-        return lines
+    items: Dataset  # title and summary
+    lines: list
+    prices: list  # a Written each
+    keys: array.array  # four hashes each
+    dropped: dict  # {reason: [line, …]}
+    currency: str
+    about: dict  # what prepare.json has of it
+    notes: list  # lines for the screen
 
 
-def read_own(path, chosen, earlier, decimal, needs_price=True):
-    """The OwnFile at `path`; for the rest see `find_columns` and `read_prices`."""
-    rows = file_rows(path)
+def read_own(path, rows, decimal, *choice):
+    """The OwnFile of `rows`, by `file_rows`; for `choice` see `find_columns`."""
     first = list(islice(rows, FIRST_ROWS))
-    if not first:
-        raise UserError(f"{path}: holds no rows.")
-    names = list(dict.fromkeys(name for _, row in first if isinstance(row, dict) for name in row))
-    columns = find_columns(path, names, chosen, earlier, needs_price) if names else {}
-    own = OwnFile(columns, names, tempfile.TemporaryDirectory(prefix="items-"))
-    file = str(Path(own.folder.name, "items.arrow"))
+    names = {}
+    for _, row in first:
+        if isinstance(row, dict):
+            names.update(row)
+    columns = find_columns(path, list(names), *choice) if names else {}
+    folder = tempfile.TemporaryDirectory(prefix="items-")
+    file = str(Path(folder.name, "items.arrow"))
     features = Features({"title": Value("string"), "summary": Value("string")})
-    bar = tqdm(desc="reading", unit=" rows", unit_scale=True, leave=False, disable=None)
-    with bar, ArrowWriter(path=file, features=features) as writer:
+    lines, prices, keys = [], [], array.array("Q")
+    dropped = defaultdict(list)
+    with ArrowWriter(path=file, features=features) as writer:
         for line, row in chain(first, rows):
-            bar.update()
-            problem = row if isinstance(row, str) else read_item(line, row, own, writer)
-            if problem:
-                own.dropped[problem].append(line)
+            item = row if isinstance(row, str) else read_item(row, columns)
+            if isinstance(item, str):
+                dropped[item].append(line)
+                continue
+            texts, price, item_keys = item
+            writer.write(texts)
+            lines.append(line)
+            prices.append(price)
+            keys.extend(item_keys)
         writer.finalize()
-    refuse_nothing(path, own, own.lines)
-    own.items = Dataset.from_file(file)
-    own.prices = read_prices(own.cells, own.codes, decimal)
-    return own
-
-
-def refuse_nothing(path, own, kept):
-    if not len(kept):
-        reasons = "; ".join(drop_reasons(own.dropped, own.examples))
+    if not lines:
+        reasons = format_dropped(dropped, "; ") or "there are none"
         raise UserError(f"{path}: none of its rows is usable; {reasons}.")
+    prices, currency, decimal = read_prices(prices, decimal)
+
+    about = {"columns": {}, "decimal": decimal, "written_currency": currency or None}
+    read = []
+    unused = list(filter(None, names))
+    for role, found in columns.items():
+        about["columns"][role] = found if role in JOINED_ROLES else next(iter(found), None)
+        if found:
+            read.append(f"{role} from {' or '.join(found)}")
+        unused = [name for name in unused if name not in found]
+    unused = shorten(", ".join(unused), SHOWN_NAMES) or "none"
+    notes = [f"Columns: {', '.join(read)}; unused: {unused}"]
+    if decimal:
+        notes.append(f"Prices: the decimal sign is `{decimal}`; `decimal` says otherwise")
+    items = Dataset.from_file(file)
+    return OwnFile(folder, items, lines, prices, keys, dropped, currency, about, notes)
 
 
-def read_item(line, row, own, writer):
-    """Adds a row's title and summary to an OwnFile, or returns why it can't be used, as text."""
-    raw_title, raw_text = text_of(row, own.columns["title"]), text_of(row, own.columns["text"])
-    is_whole = is_in_course_form(raw_text)
-    title = clean_text(raw_title).replace("\n", " ")
-    text = raw_text if is_whole else clean_text(raw_text)
-    problem = text_problem(title, "title") or text_problem(text, own.columns["text"][0].strip())
+def read_item(row, columns):
+    """(title and summary, the Written of the price, keys) of a row; why it is of no use, as text.
+
+    The keys are hashes of `leak_keys`, and of the summary.
+    """
+    title = clean_text(text_of(row, columns["title"])).replace("\n", " ")
+    text = text_of(row, columns["text"])
+    if not is_in_course_form(text):
+        text = clean_text(text)
+    problem = text_problem(title, "title") or text_problem(text, columns["text"][0])
     if problem:
         return problem
-    category = clean_text(text_of(row, own.columns["category"], " > ")).replace("\n", " ")
+    category = clean_text(text_of(row, columns["category"], " > ")).replace("\n", " ")
     if text_problem(category, "category"):
         category = ""
     summary = describe_item(title, category, text)
-    is_changed = (raw_title, raw_text) != (title, text) or cut_title(text, title) != text
-    own.changed += is_changed and not is_whole
-    own.whole_texts += is_whole
-    own.lines.append(line)
-    own.cells.append(row.get(next(iter(own.columns["price"]), None)))
-    own.codes.append(text_of(row, own.columns["currency"]).strip().upper())
-    own.keys.extend(hashed(key) for key in (*leak_keys(title, text, summary), summary))
-    writer.write({"title": title, "summary": summary})
-    return None
+    keys = [hashed(key) for key in (*leak_keys(title, text, summary), summary)]
+    cell = None
+    for name in columns["price"]:
+        cell = row.get(name)
+    price = parse_price(str(cell))
+    if not isinstance(cell, str):  # a number has neither thousands nor a decimal comma
+        price = price._replace(decimal="", is_open=False)
+    code = text_of(row, columns["currency"]).strip().upper()
+    if code:
+        price = price._replace(currency=code)
+    return {"title": title, "summary": summary}, price, keys
+
+
+def usable_rows(own, scale):
+    """The numbers of an OwnFile's items with a usable price that repeat no earlier one."""
+    kept, seen = [], set()
+    for row, price in enumerate(own.prices):
+        problem = price.problem or price_problem(price.amount, scale)
+        key = (price.amount, own.keys[4 * row + 3])
+        if not problem and key in seen:
+            problem = "duplicate of an earlier row"
+        seen.add(key)
+        if problem:
+            own.dropped[problem].append(own.lines[row])
+        else:
+            kept.append(row)
+    return kept
 
 
 def own_catalogue(path, seed, columns=None, unit=None, currency="$", decimal=None):
@@ -1631,39 +1499,37 @@ def own_catalogue(path, seed, columns=None, unit=None, currency="$", decimal=Non
     `columns` is {role: [name, …]}. Without a `unit` the prices choose it; without `decimal`, `.` or
     `,`, they say themselves which sign is the decimal one.
     """
-    own = read_own(path, columns or {}, {}, decimal)
-    prices = own.prices.amounts[own.prices.amounts > 0]
-    scale = PriceScale(unit or choose_unit(prices), currency)
-    kept = own.usable_rows(scale)
-    refuse_nothing(path, own, kept)
-    keys = numpy.array(own.keys).reshape(-1, 4)[kept, :3].T
+    own = read_own(path, file_rows(path), decimal, columns or {})
+    prices = numpy.array([price.amount for price in own.prices])
+    scale = PriceScale(unit or choose_unit(prices[prices > 0]), currency)
+    kept = usable_rows(own, scale)
+    keys = numpy.array(own.keys).reshape(-1, 4)[kept, :3]
     try:
-        parts = split_rows(keys, seed)
+        parts = split_rows(keys.T, seed)
     except UserError as error:
-        dropped = "; ".join(drop_reasons(own.dropped, own.examples)) or "no row"
-        raise UserError(f"{path}: {error} Dropped: {dropped}.") from None
-    items = own.items.select_columns("summary").add_column("price", own.prices.amounts)
+        reasons = format_dropped(own.dropped, "; ") or "no row"
+        raise UserError(f"{path}: {error} Dropped: {reasons}.") from None
+    items = own.items.select_columns("summary").add_column("price", prices).select(kept)
     splits = DatasetDict()
-    for name, rows in zip(SPLITS, parts, strict=True):
-        splits[name] = items.select(kept[rows])
-    how = "as asked" if unit else f"the smallest that holds {HELD_SHARE:.1%}; `unit` says otherwise"
-    held = f"{(prices <= scale.highest).mean():.1%}"
-    notes = [f"Unit: {scale.step}, whose numbers 0 … 999 hold {held} of the prices ({how})"]
-    written = own.prices.currency
-    if is_foreign(own.prices, scale):
+    for name, part in zip(SPLITS, parts, strict=True):
+        splits[name] = items.select(part)
+    highest = scale.format_whole(scale.highest)
+    notes = [*own.notes, f"Unit: {scale.step}, for prices up to {highest}; `unit` chooses another"]
+    written = own.currency
+    if is_foreign(written, scale):
         notes.append(
             f"Currency: the prices are in {written}, the prompts say {currency}; `currency` "
             f"{written} makes them say {written}"
         )
     source = f"{readable(path)}, split 90/5/5 by title and description, seed {seed}"
-    about = {"source": source} | own.record()
-    return Catalogue(splits, own.dropped, about, scale, own.notes() + notes, own.folder)
+    about = {"source": source, **own.about}
+    return Catalogue(splits, own.dropped, about, scale, notes, own.folder)
 
 
-def is_foreign(prices, scale):
-    """Whether prices are written in another currency than the scale's."""
-    written, named = (CODES.get(sign, sign) for sign in (prices.currency, scale.currency))
-    return written not in (None, named)
+def is_foreign(written, scale):
+    """Whether a currency, '' for none, is another one than the scale's."""
+    named = CODES.get(scale.currency, scale.currency)
+    return CODES.get(written, written) not in ("", named)
 
 
 def own_rows(
@@ -1676,77 +1542,41 @@ def own_rows(
     ones, `earlier` those of the file that was trained on.
     """
     if path:
-        items, notes = items_to_price(path, collect_columns(columns), scale, earlier or {}, decimal)
-    elif text is None:
-        raise UserError("Nothing to price: give a file or a text.")
-    elif text_problem(text, "text"):
-        raise UserError("The text is empty or has an incomplete character. Give a description.")
+        read, chosen = file_rows(path), collect_columns(columns)
     else:
-        text = text if is_in_course_form(text) else clean_text(text)
-        title = text.strip().splitlines()[0].removeprefix("Title:").strip()
-        summary = describe_item(title, "", text)
-        items, notes = [Item(title=title, category="", price=None, summary=summary, id=1)], []
-    rows = []
-    for item in items:
-        item.make_prompts(tokenizer, cutoff, do_round=False, scale=scale)
-        rows.append(item.to_datapoint() | {"line": item.id, "title": item.title})
-    return rows, notes
-
-
-def items_to_price(path, columns, scale, earlier, decimal):
-    """(the Items of a file, without a price if it isn't usable; notes on them)."""
-    own = read_own(path, columns, earlier, decimal, needs_price=False)
-    notes = own.notes()
-    skipped = dict(own.dropped)
-    if skipped:
-        heading = f"Rows: {len(own.lines):,} priced, {sum(map(len, skipped.values())):,} skipped"
-        notes.append(with_lines(heading, drop_reasons(skipped)))
-    own.dropped.clear()
+        title = clean_text(text or "").partition("\n")[0].removeprefix("Title:")
+        read, chosen, earlier = iter([(1, {"title": title, "text": text})]), {}, {}
+    needed = ("title", "text")
+    own = read_own(path or "The text", read, decimal, chosen, earlier or {}, needed)
     foreign = ""
-    if is_foreign(own.prices, scale):
-        foreign = f"price is in {own.prices.currency}, the run's are in {scale.currency}"
-    items = []
-    for row, item in enumerate(own.items):
-        price = float(own.prices.amounts[row])
-        problem = foreign or own.prices.problems[row] or price_problem(price, scale)
-        if problem and own.prices.problems[row] != PRICE_MISSING:
-            own.drop(row, problem)
-        price = None if problem else price
-        items.append(Item(category="", price=price, id=own.lines[row], **item))
-    if own.dropped:
-        reasons = drop_reasons(own.dropped, own.examples)
-        notes.append(with_lines("Not judged, since they have no usable price", reasons))
-    warning = dropped_warning(len(items), skipped)
-    return items, [*notes, warning] if warning else notes
+    if is_foreign(own.currency, scale):
+        foreign = f"price is in {own.currency}, the run's are in {scale.currency}"
+    rows = []
+    unjudged = defaultdict(list)
+    for line, price, texts in zip(own.lines, own.prices, own.items, strict=True):
+        problem = foreign or price.problem or price_problem(price.amount, scale)
+        if problem:
+            unjudged[problem].append(line)
+        item = Item(category="", price=None if problem else price.amount, **texts)
+        item.make_prompts(tokenizer, cutoff, do_round=False, scale=scale)
+        rows.append(item.to_datapoint() | {"line": line, "title": item.title})
+    if not path:
+        return rows, []
+    for heading, found in (("Skipped", own.dropped), ("Not judged", unjudged)):
+        if found:
+            own.notes.append(f"{heading}:\n  {format_dropped(found)}")
+    return rows, own.notes
 
 
-def with_lines(heading, lines):
-    """The heading, a colon and the lines below it, indented."""
-    return "\n  ".join([f"{heading}:", *lines])
-
-
-def drop_reasons(dropped, examples=None):
-    """Texts like '3 × price is zero, such as `0` (lines 17, 40, 41)', most rows first."""
+def format_dropped(dropped, between="\n  "):
+    """Like '3 × price is zero or negative (lines 17, 40, 41)' for each reason, most rows first."""
     parts = []
     for reason, lines in sorted(dropped.items(), key=lambda pair: -len(pair[1])):
-        shown = ", ".join(str(line) for line in lines[:SHOWN_LINES])
-        more = ", …" if len(lines) > SHOWN_LINES else ""
-        word = "line" if len(lines) == 1 else "lines"
-        example = f", such as `{examples[reason]}`" if reason in (examples or {}) else ""
-        parts.append(f"{len(lines):,} × {reason}{example} ({word} {shown}{more})")
-    return parts
-
-
-def dropped_warning(kept, dropped):
-    """A warning if more than WARNED_SHARE of the rows were dropped, or ''."""
-    count = sum(len(lines) for lines in dropped.values())
-    if count <= WARNED_SHARE * (kept + count):
-        return ""
-    main_reason = max(dropped, key=lambda reason: len(dropped[reason]))
-    return (
-        f"WARNING: {count:,} of {kept + count:,} rows ({count / (kept + count):.0%}) were dropped, "
-        f"most because: {main_reason}. Is the right column read?"
-    )
+        shown = ", ".join(map(str, lines[:SHOWN_LINES]))
+        if len(lines) > SHOWN_LINES:
+            shown += ", …"
+        parts.append(f"{len(lines):,} × {reason} (line {shown})")
+    return between.join(parts)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1757,20 +1587,16 @@ NEAR_SHARE = 0.8  # of an item's word 5-grams
 MAX_COMPARED = 1000  # test rows
 
 
-def normalised(text):
-    """A text for comparison: capitals and white space don't count."""
-    return " ".join(text.casefold().split())
-
-
 def leak_keys(title, text, summary):
-    """(title, text, description) of an item, normalised: items that share one belong together.
+    """(title, text, description) of an item: items that share one belong together.
 
-    The text is what the file has, the description what the prompt has of it.
+    The text is what the file has, the description what the prompt has of it. Capitals and white
+    space don't count.
     """
     _, _, description = summary.partition("\nDescription: ")
     if is_in_course_form(text) or not description:
         description = text
-    return tuple(normalised(part) for part in (title, text, description))
+    return tuple(" ".join(part.casefold().split()) for part in (title, text, description))
 
 
 def hashed(text):
@@ -1779,7 +1605,7 @@ def hashed(text):
 
 
 def connected_groups(keys):
-    """Arrays of row numbers: rows that share a key, directly or through others, are together.
+    """Lists of row numbers: rows that share a key, directly or through others, are together.
 
     `keys` is a list of columns, each with a sortable key a row.
     """
@@ -1790,9 +1616,11 @@ def connected_groups(keys):
         partners.append(first[inverse])
     rows = numpy.tile(numpy.arange(count), len(keys))
     pairs = (numpy.ones(len(rows), bool), (rows, numpy.concatenate(partners)))
-    _, group = connected_components(coo_array(pairs, (count, count)), directed=False)
-    order = numpy.argsort(group, kind="stable")
-    return numpy.split(order, numpy.flatnonzero(numpy.diff(group[order])) + 1)
+    _, numbers = connected_components(coo_array(pairs, (count, count)), directed=False)
+    groups = defaultdict(list)
+    for row, number in enumerate(numbers.tolist()):
+        groups[number].append(row)
+    return list(groups.values())
 
 
 def split_rows(keys, seed):
@@ -1801,50 +1629,39 @@ def split_rows(keys, seed):
     `keys` as in `connected_groups`, the titles' first. A group of more than 5 % of the rows goes to
     train. Raises UserError if there are fewer than three groups.
     """
-    groups = connected_groups(keys)
-    if len(groups) < 3:  # a few words behind each title, the same everywhere
+    titles = numpy.asarray(keys[0])
+    groups = connected_groups(keys) if len(titles) else []
+    if len(groups) < 3 <= len(titles):  # a few words behind each title, the same everywhere
         groups = connected_groups(keys[:2])
     if len(groups) < 3:
-        raise UserError(
-            f"{len(groups)} different titles or descriptions: at least 3 are needed for train, val "
-            "and test."
-        )
-    titles = numpy.asarray(keys[0])
+        raise UserError(f"{len(groups)} different titles or descriptions, of at least 3.")
     groups.sort(key=lambda group: min(titles[group]))
     rng = random.Random(seed)
     rng.shuffle(groups)
 
     limit = max(1, len(titles) / 20)
     groups.sort(key=lambda group: -len(group) if len(group) > limit else 0)
-    parts = []
-    for _ in ("val", "test"):
-        part, count = [], 0
+    val, test = [], []
+    for part in (val, test):
+        count = 0
         while len(groups) > 1 and count < limit:
             part.append(groups.pop())
             count += len(part[-1])
-        parts.append(part)
-    val, test = parts
     if not test:  # of a few groups beside a large one
         val, test = val[::2], val[1::2]
-    splits = [numpy.concatenate(part).tolist() for part in (groups, val, test)]
-    for part in splits:  # so that the first N rows of a split are a fair sample of it
-        rng.shuffle(part)
+    splits = []
+    for part in (groups, val, test):
+        rows = list(chain(*part))
+        rng.shuffle(rows)  # so that the first N rows of a split are a fair sample of it
+        splits.append(rows)
     return tuple(splits)
 
 
 def split_by_title(items, seed):
     """(train, val, test), lists of the items: `split_rows` by title and text."""
     keys = [leak_keys(item.title, item.full or item.summary, item.summary) for item in items]
-    keys = [numpy.array(column) for column in zip(*keys, strict=True)]
-    return tuple([items[row] for row in rows] for rows in split_rows(keys, seed))
-
-
-def word_grams(text):
-    """The set of a text's runs of GRAM_WORDS words; of a shorter text all its words are one."""
-    words = re.findall(r"\w+", text.casefold())
-    if len(words) < GRAM_WORDS:
-        return {tuple(words)}
-    return set(zip(*(words[start:] for start in range(GRAM_WORDS)), strict=False))
+    splits = split_rows(list(zip(*keys, strict=True)), seed)
+    return tuple([items[row] for row in rows] for rows in splits)
 
 
 def description_in(prompt):
@@ -1852,30 +1669,37 @@ def description_in(prompt):
     return rest.rpartition("\n\n")[0]
 
 
+def word_grams(text):
+    """The set of a text's runs of GRAM_WORDS words; of a shorter text all its words are one."""
+    words = re.findall(r"\w+", text.casefold())
+    ends = range(GRAM_WORDS, max(GRAM_WORDS, len(words)) + 1)
+    return {tuple(words[end - GRAM_WORDS : end]) for end in ends}
+
+
 def count_near_duplicates(prompts):
     """How many of the first MAX_COMPARED test rows are nearly the same as a training row.
 
     That is: one training row has NEAR_SHARE of the test row's word 5-grams. Returns {"compared":
-    rows, "near": rows}. Exact: a training row that lacks at most a fifth of them has one of any
-    fifth and one more, so only those that have one of a test row's rarest ones are compared.
+    rows, "near": rows}. A near row lacks at most a fifth of them, so it has one of any fifth and
+    one more; only those that have one of a test row's rarest are compared.
     """
     first = prompts["test"]["prompt"][:MAX_COMPARED]
     tests = [word_grams(description_in(prompt)) for prompt in first]
     counts = Counter(gram for grams in tests for gram in grams)
-    rows_with = defaultdict(list)  # the rarest of a test row's 5-grams: its rows
+    rows_with = defaultdict(set)  # the rarest of a test row's 5-grams: its rows
     for row, grams in enumerate(tests):
         rarest = sorted(grams, key=lambda gram: (counts[gram], gram))
-        for gram in rarest[: len(grams) - math.ceil(NEAR_SHARE * len(grams)) + 1]:
-            rows_with[gram].append(row)
+        for gram in rarest[: len(grams) // 5 + 1]:
+            rows_with[gram].add(row)
 
     near = set()
     for batch in prompts["train"].select_columns(["prompt"]).iter(1000):
         for prompt in batch["prompt"]:
-            found = word_grams(description_in(prompt))
-            candidates = {row for gram in rows_with.keys() & found for row in rows_with[gram]}
-            for row in candidates - near:
-                if len(tests[row] & found) >= NEAR_SHARE * len(tests[row]):
-                    near.add(row)
+            grams = word_grams(description_in(prompt))
+            for gram in rows_with.keys() & grams:
+                for row in rows_with[gram] - near:
+                    if len(tests[row] & grams) >= NEAR_SHARE * len(tests[row]):
+                        near.add(row)
     return {"compared": len(tests), "near": len(near)}
 
 
@@ -1892,68 +1716,52 @@ DEMO_TIERS = {  # invented brands: (their factor on the price, how the descripti
 }
 DEMO_BRANDS = {brand: tier for brands, tier in DEMO_TIERS.items() for brand in brands}
 DEMO_CONDITIONS = {"new": 1.0, "open box": 0.9, "refurbished": 0.75, "used": 0.6}
-DEMO_KINDS = {  # category: (kind, dollars in the middle size of a middle brand, unit, three sizes)
-    "Appliances": (
-        ("refrigerator", 560, "cubic feet", 14, 18, 25),
-        ("washing machine", 480, "pounds", 12, 16, 20),
-        ("dishwasher", 440, "settings", 8, 12, 15),
-        ("electric oven", 520, "liters", 45, 60, 75),
-        ("freezer", 380, "cubic feet", 5, 7, 14),
-        ("air conditioner", 410, "square feet", 150, 350, 700),
-    ),
-    "Electronics": (
-        ("laptop computer", 540, "GB", 8, 16, 32),
-        ("television", 460, "inches", 32, 50, 65),
-        ("smartphone", 520, "GB", 64, 128, 256),
-        ("computer monitor", 230, "inches", 22, 27, 32),
-        ("digital camera", 430, "megapixels", 16, 24, 45),
-        ("game console", 390, "GB", 500, 1000, 2000),
-    ),
-    "Furniture": (
-        ("sofa", 540, "seats", 2, 3, 4),
-        ("mattress", 450, "inches", 8, 10, 12),
-        ("dining table", 380, "seats", 4, 6, 8),
-        ("wardrobe", 340, "doors", 2, 3, 4),
-        ("desk", 260, "inches", 40, 48, 60),
-        ("bookcase", 120, "shelves", 3, 5, 6),
-    ),
-    "Accessories": (
-        ("flash drive", 14, "GB", 32, 64, 128),
-        ("phone charger", 18, "watts", 20, 30, 65),
-        ("mouse pad", 11, "inches", 9, 12, 31),
-        ("charging cable", 10, "feet", 3, 6, 10),
-        ("earbuds", 28, "hours", 20, 30, 50),
-        ("power strip", 20, "outlets", 4, 6, 12),
-    ),
-    "Kitchen": (
-        ("frying pan", 28, "inches", 8, 10, 12),
-        ("chef knife", 32, "inches", 6, 8, 10),
-        ("mixing bowl", 17, "quarts", 2, 3, 5),
-        ("water bottle", 16, "ounces", 16, 24, 40),
-        ("cutting board", 21, "inches", 10, 14, 18),
-        ("coffee maker", 60, "cups", 4, 8, 12),
-    ),
-    "Toys": (
-        ("building blocks", 30, "pieces", 150, 400, 900),
-        ("jigsaw puzzle", 15, "pieces", 300, 1000, 2000),
-        ("teddy bear", 20, "inches", 10, 16, 30),
-        ("board game", 28, "players", 2, 4, 8),
-    ),
-    "Tools": (
-        ("screwdriver", 10, "inches", 4, 6, 8),
-        ("tape measure", 12, "feet", 12, 25, 35),
-        ("tool box", 32, "inches", 13, 16, 22),
-        ("cordless drill", 85, "volts", 12, 18, 20),
-        ("ladder", 75, "feet", 4, 6, 8),
-        ("garden hose", 30, "feet", 25, 50, 100),
-    ),
-    "Sports": (
-        ("treadmill", 540, "horsepower", 2, 2.5, 3.5),
-        ("mountain bike", 480, "gears", 7, 21, 24),
-        ("rowing machine", 420, "levels", 8, 12, 16),
-        ("camping tent", 140, "persons", 2, 4, 8),
-    ),
-}
+DEMO_KINDS = (  # category, kind, dollars in the middle size of a middle brand, unit, three sizes
+    ("Appliances", "refrigerator", 560, "cubic feet", 14, 18, 25),
+    ("Appliances", "washing machine", 480, "pounds", 12, 16, 20),
+    ("Appliances", "dishwasher", 440, "settings", 8, 12, 15),
+    ("Appliances", "electric oven", 520, "liters", 45, 60, 75),
+    ("Appliances", "freezer", 380, "cubic feet", 5, 7, 14),
+    ("Appliances", "air conditioner", 410, "square feet", 150, 350, 700),
+    ("Electronics", "laptop computer", 540, "GB", 8, 16, 32),
+    ("Electronics", "television", 460, "inches", 32, 50, 65),
+    ("Electronics", "smartphone", 520, "GB", 64, 128, 256),
+    ("Electronics", "computer monitor", 230, "inches", 22, 27, 32),
+    ("Electronics", "digital camera", 430, "megapixels", 16, 24, 45),
+    ("Electronics", "game console", 390, "GB", 500, 1000, 2000),
+    ("Furniture", "sofa", 540, "seats", 2, 3, 4),
+    ("Furniture", "mattress", 450, "inches", 8, 10, 12),
+    ("Furniture", "dining table", 380, "seats", 4, 6, 8),
+    ("Furniture", "wardrobe", 340, "doors", 2, 3, 4),
+    ("Furniture", "desk", 260, "inches", 40, 48, 60),
+    ("Furniture", "bookcase", 120, "shelves", 3, 5, 6),
+    ("Accessories", "flash drive", 14, "GB", 32, 64, 128),
+    ("Accessories", "phone charger", 18, "watts", 20, 30, 65),
+    ("Accessories", "mouse pad", 11, "inches", 9, 12, 31),
+    ("Accessories", "charging cable", 10, "feet", 3, 6, 10),
+    ("Accessories", "earbuds", 28, "hours", 20, 30, 50),
+    ("Accessories", "power strip", 20, "outlets", 4, 6, 12),
+    ("Kitchen", "frying pan", 28, "inches", 8, 10, 12),
+    ("Kitchen", "chef knife", 32, "inches", 6, 8, 10),
+    ("Kitchen", "mixing bowl", 17, "quarts", 2, 3, 5),
+    ("Kitchen", "water bottle", 16, "ounces", 16, 24, 40),
+    ("Kitchen", "cutting board", 21, "inches", 10, 14, 18),
+    ("Kitchen", "coffee maker", 60, "cups", 4, 8, 12),
+    ("Toys", "building blocks", 30, "pieces", 150, 400, 900),
+    ("Toys", "jigsaw puzzle", 15, "pieces", 300, 1000, 2000),
+    ("Toys", "teddy bear", 20, "inches", 10, 16, 30),
+    ("Toys", "board game", 28, "players", 2, 4, 8),
+    ("Tools", "screwdriver", 10, "inches", 4, 6, 8),
+    ("Tools", "tape measure", 12, "feet", 12, 25, 35),
+    ("Tools", "tool box", 32, "inches", 13, 16, 22),
+    ("Tools", "cordless drill", 85, "volts", 12, 18, 20),
+    ("Tools", "ladder", 75, "feet", 4, 6, 8),
+    ("Tools", "garden hose", 30, "feet", 25, 50, 100),
+    ("Sports", "treadmill", 540, "horsepower", 2, 2.5, 3.5),
+    ("Sports", "mountain bike", 480, "gears", 7, 21, 24),
+    ("Sports", "rowing machine", 420, "levels", 8, 12, 16),
+    ("Sports", "camping tent", 140, "persons", 2, 4, 8),
+)
 
 
 def demo_items(n, seed, noise=DEMO_NOISE):
@@ -1965,12 +1773,11 @@ def demo_items(n, seed, noise=DEMO_NOISE):
     distance between the two is the least mean absolute error that any model can reach.
     """
     rng = random.Random(seed)
-    kinds = [(category, *kind) for category, group in DEMO_KINDS.items() for kind in group]
     brands = list(DEMO_BRANDS)
     conditions = list(DEMO_CONDITIONS)
     items = []
     for number in range(n):
-        category, kind, dollars, unit, *sizes = rng.choice(kinds)
+        category, kind, dollars, unit, *sizes = rng.choice(DEMO_KINDS)
         brand = rng.choice(brands)
         size = rng.choice(sizes)
         condition = rng.choice(conditions)
@@ -1982,14 +1789,10 @@ def demo_items(n, seed, noise=DEMO_NOISE):
         price = round(min(DEMO_MAX, max(DEMO_MIN, price)), 2)
 
         title = f"{brand} {kind}, {size:g} {unit}"
-        lines = (
-            f"Title: {title}",
-            f"Category: {category}",
-            f"Brand: {brand}",
-            f"Description: {praise}.",
-            f"Details: {condition}",
+        summary = (
+            f"Title: {title}\nCategory: {category}\nBrand: {brand}\n"
+            f"Description: {praise}.\nDetails: {condition}"
         )
-        summary = "\n".join(lines)
         items.append(Item(title=title, category=category, price=price, summary=summary, id=number))
     return items
 

@@ -1,7 +1,6 @@
 """People's own catalogues: files, columns, prices and texts as shops write them; no leaks."""
 
 import csv
-import gzip
 import io
 import json
 import math
@@ -14,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import items
@@ -28,10 +27,10 @@ SUMMARY = (
 
 def read_items(path, columns=None, earlier=None, decimal=None):
     """{line: (price, summary) of a usable row, or why it was dropped}."""
-    own = items.read_own(path, columns or {}, earlier or {}, decimal)
+    own = items.read_own(path, items.file_rows(path), decimal, columns or {}, earlier or {})
     found = {}
-    for row in own.usable_rows(items.COURSE_SCALE):
-        found[own.lines[row]] = (own.prices.amounts[row], own.items[int(row)]["summary"])
+    for row in items.usable_rows(own, items.COURSE_SCALE):
+        found[own.lines[row]] = (own.prices[row].amount, own.items[row]["summary"])
     for reason, lines in own.dropped.items():
         found |= dict.fromkeys(lines, reason)
     return found
@@ -44,46 +43,38 @@ def write_lines(path, *rows):
 
 # A file with every oddity
 
-FOREIGN = "price has other words or another currency beside it than most (€)"
+FOREIGN = "price has another currency or word beside it than €"
+NO_NUMBER = "price is no single amount"
 ODD_ROWS = (  # the first line of the row, as an editor shows it; its cells; what becomes of it
-    (3, ("Lamp", "1.234,50 kr", "x"), FOREIGN),
-    (4, ("Sofa", "€ 912,50", "<p>Red &amp; soft</p><p>Oak</p>"), (912.5, "Red & soft\nOak")),
-    (5, ("Pan", "19,99 &euro;", "Panasonic   microwave"), (19.99, "Panasonic microwave")),
-    (6, ("Tea pot", "12,-", "Tea pot, blue"), (12.0, "blue")),
-    (7, ("Rug", "ab 9,99", "x"), "price is no single amount"),
-    (8, ("Bed", "10 - 15 €", "x"), "price is no single amount"),
-    (9, ("Cup", "$5 / 4€", "x"), "price is no single amount"),
-    (10, ("Mug", "1.5", "x"), "price has another decimal sign than the column"),
-    (11, ("Jug", "1.234", "x"), "price is ambiguous"),
-    (12, ("Desk", "1.234,50 €", "x"), "price is outside $0.50–$999.49"),
-    (13, ("Vase", "N/A", "x"), "price is missing"),
-    (14, ("Bowl", "7 each", "x"), FOREIGN),
-    (15, ("Two\nlines", "€ 8", "a\n\n\nb"), (8.0, "a\nb")),
-    (20, ("Oak", "free", "x"), "price is no single amount"),
-    (21, ("", "3", "x"), "title is empty or not text"),
-    (22, ("Tin", "3", "<br>"), "Body (HTML) is empty or not text"),
-    (23, ("Zinc", "3", "x", "more"), "more cells than the header has"),
-    (24, ("Pan", "19,99", "Panasonic microwave"), "duplicate of an earlier row"),
-    (25, ("Last", "−3,5", "x"), "price is zero or negative"),
+    (2, ("Lamp", "1.234,50 kr", "x"), FOREIGN),
+    (3, ("Sofa", "€ 912,50", "<p>Red &amp; soft</p><p>Oak</p>"), (912.5, "Red & soft\nOak")),
+    (4, ("Pan", "19,99 &euro;", "Panasonic   microwave"), (19.99, "Panasonic microwave")),
+    (5, ("Tea pot", "12,-", "Tea pot, blue"), (12.0, "blue")),
+    (6, ("Rug", "ab 9,99", "x"), FOREIGN),
+    (7, ("Bed", "10 - 15 €", "x"), NO_NUMBER),
+    (8, ("Cup", "$5 / 4€", "x"), NO_NUMBER),
+    (9, ("Jug", "1,234", "x"), "price is ambiguous"),
+    (10, ("Desk", "1.234,50 €", "x"), "price is outside $0.50–$999.49"),
+    (11, ("Vase", "N/A", "x"), "price is missing"),
+    (12, ("Two\nlines", "€ 8", "a\n\n\nb"), (8.0, "a\nb")),
+    (17, ("Oak", "free", "x"), NO_NUMBER),
+    (18, ("", "3", "x"), "title is empty or not text"),
+    (19, ("Tin", "3", "<br>"), "Body (HTML) is empty or not text"),
+    (20, ("Zinc", "3", "x", "more"), "more cells than the header has"),
+    (21, ("Pan", "19,99", "Panasonic microwave"), "duplicate of an earlier row"),
+    (22, ("Last", "0,00", "x"), "price is zero or negative"),
 )
 
 
-@pytest.fixture()
-def odd_file(tmp_path):
-    """A gzip'd CSV as Excel writes it, with every oddity."""
+def test_odd_file_gives_exact_rows(tmp_path):
+    """Each row is kept with its price and description, or dropped for its reason, by its line."""
     text = io.StringIO(newline="")
-    text.write("sep=;\r\n")
     writer = csv.writer(text, delimiter=";")
     writer.writerow(["NAME", "Cost", "Body (HTML)"])
     writer.writerows(cells for _, cells, _ in ODD_ROWS)
-    path = tmp_path / "odd.csv.gz"
-    path.write_bytes(gzip.compress(("\ufeff" + text.getvalue()).encode()))
-    return path
-
-
-def test_odd_file_gives_exact_rows(odd_file):
-    """Each row is kept with its price and description, or dropped for its reason, by its line."""
-    found = read_items(odd_file)
+    path = tmp_path / "odd.csv"
+    path.write_bytes(("\ufeff" + text.getvalue()).encode())
+    found = read_items(path)
     assert sorted(found) == [line for line, _, _ in ODD_ROWS]
     for line, _, expected in ODD_ROWS:
         if isinstance(expected, str):
@@ -94,15 +85,17 @@ def test_odd_file_gives_exact_rows(odd_file):
             assert found[line][1].endswith(f"Description: {text}")
 
 
-def test_what_was_made_is_said(odd_file):
-    """Columns, decimal sign with two examples, what was changed; dropped reasons by example."""
-    catalogue = items.own_catalogue(odd_file, seed=1, unit=1, currency="€")
-    columns, prices, changed, unit = catalogue.notes
-    assert columns == "Columns: title from NAME, price from Cost, text from Body (HTML)"
-    assert prices.endswith("comma is the decimal sign, as in '€ 912,50' and '19,99 &euro;'")
-    assert changed.startswith("Changed: 4 texts (HTML, white space")
-    assert unit.startswith("Unit: €1, whose numbers 0 … 999 hold 83.3% of the prices (as asked)")
-    assert catalogue.about["dropped_examples"]["price is no single amount"] == "ab 9,99"
+def test_what_was_made_is_said(tmp_path):
+    """Columns, decimal sign, unit, and the other currency that the prices have."""
+    rows = [{"NAME": f"T{i}", "Cost": f"{i},50 €", "Body (HTML)": f"{i}"} for i in range(1, 6)]
+    catalogue = items.own_catalogue(write_lines(tmp_path / "own.jsonl", *rows), seed=1)
+    assert catalogue.notes == [
+        "Columns: title from NAME, price from Cost, text from Body (HTML); unused: none",
+        "Prices: the decimal sign is `,`; `decimal` says otherwise",
+        "Unit: $0.01, for prices up to $9.99; `unit` chooses another",
+        "Currency: the prices are in €, the prompts say $; `currency` € makes them say €",
+    ]
+    assert catalogue.about["columns"]["title"] == "NAME"
     assert catalogue.about["columns"]["text"] == ["Body (HTML)"]
 
 
@@ -112,18 +105,11 @@ def test_course_texts_stay_whole(tmp_path):
         {"title": " Desk", "category": "c", "summary": SUMMARY, "price": 7.0},
         {"title": "Desk", "category": "c", "summary": "Walnut", "price": 2},
     ]
-    path = write_lines(tmp_path / "own.jsonl", *rows)
-    texts = [text for _, text in read_items(path).values()]
-    assert texts == [SUMMARY, "Title: Desk\nCategory: c\nDescription: Walnut"]
-    own = items.read_own(path, {}, {}, None)
-    assert own.changed == 0
-    assert "1 texts begin with `Title:`" in own.notes()[-1]
-
-
-def test_many_dropped_rows_are_warned_of():
-    assert items.dropped_warning(80, {"price is missing": list(range(20))}) == ""
-    warning = items.dropped_warning(79, {"price is missing": list(range(20)), "x": [1]})
-    assert "WARNING: 21 of 100 rows (21%) were dropped, most because: price is missing" in warning
+    found = read_items(write_lines(tmp_path / "own.jsonl", *rows))
+    assert [text for _, text in found.values()] == [
+        SUMMARY,
+        "Title: Desk\nCategory: c\nDescription: Walnut",
+    ]
 
 
 # Files
@@ -134,29 +120,19 @@ ROWS = [
 ]
 
 
-def write_rows(path):
-    """ROWS in the format that the ending of `path` names."""
-    name = path.name.removesuffix(".gz")
-    if name.endswith("parquet"):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
-        content = path.read_bytes()
-    elif name.endswith("jsonl"):
-        content = "\n".join(json.dumps(row) for row in ROWS).encode()
-    elif name.endswith("json"):
-        content = json.dumps(ROWS, indent=1).encode()
-    else:
-        separator = "\t" if name.endswith("tsv") else ";"
-        content = pandas.DataFrame(ROWS).to_csv(sep=separator, index=False).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-
-
-@pytest.mark.parametrize("compressed", ["", ".gz"])
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "parquet"])
-def test_every_format_reads_alike(tmp_path, ending, compressed):
-    path = tmp_path / f"own.{ending}{compressed}"
-    write_rows(path)
-    found = list(read_items(path).values())
-    assert found == [
+def test_every_format_reads_alike(tmp_path, ending):
+    path = tmp_path / f"own.{ending}"
+    if ending == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    elif ending == "jsonl":
+        write_lines(path, *ROWS)
+    elif ending == "json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    else:
+        separator = "\t" if ending == "tsv" else ";"
+        pandas.DataFrame(ROWS).to_csv(path, sep=separator, index=False)
+    assert list(read_items(path).values()) == [
         (i + 0.25, f"Title: T{i}\nCategory: C\nDescription: text, {i}") for i in range(1, 6)
     ]
 
@@ -188,19 +164,6 @@ def test_bad_rows_are_named_by_line(tmp_path):
     assert found == {line: reason for line, (_, reason) in enumerate(BAD_ROWS, 2)}
 
 
-def test_json_texts_behind_one_another_are_read(tmp_path):
-    """Several arrays, or objects over several lines; each row by the line where it begins."""
-    path = tmp_path / "own.json"
-    path.write_text(
-        '\n[{"title": "A",\n"price": 1, "text": "a"},\n3][{"title": "B",\n"price": 2}\n]\n'
-        '{"title": "C", "price": 3, "text": "c"}'
-    )
-    found = read_items(path)
-    kept = {line for line, row in found.items() if isinstance(row, tuple)}
-    assert kept == {2, 7}
-    assert found[4] in ("not a JSON object", "text is empty or not text")
-
-
 def test_quotes_in_tsv_are_letters_or_cells(tmp_path):
     path = tmp_path / "own.tsv"
     path.write_text('title\ttext\tprice\n"The best" lamp\tBrass\t19.99\n24" TV\tFlat\t120.00\n')
@@ -227,16 +190,13 @@ def test_decimal_commas_without_quotes_are_refused(tmp_path, header):
     "name, content, expected",
     [
         ("own.jsonl", b'{"title": "A", "text": "a"}', "no column for price; found: title, text."),
-        ("own.jsonl", b'{"a": "A"}', "by `columns` title=NAME price=NAME text=NAME."),
-        ("own.jsonl", b"", "holds no rows"),
-        ("own.csv", b"title,price,text\n", "holds no rows"),
+        ("own.jsonl", b'{"a": "A"}', "no column for title and price and text; found: a."),
+        ("own.csv", b"title,price,text\n", "none of its rows is usable; there are none"),
         ("own.json", b"[1, 2]", "none of its rows is usable; 2 × not a JSON object"),
         ("own.json", b'[{"title": "A"},\n{"title": "B" "text"}]', "delimiter: line 2"),
-        ("own.json", b'[{"title": "A"}', "An array is never ended"),
-        ("own.csv.gz", b"title,price,text\n", "can't be read: Not a gzipped file"),
-        ("own.csv.gz", gzip.compress(b"title,price,text\n" * 9, mtime=0)[:-9], "can't be read: "),
-        ("own.csv", b"PK\x03\x04...", "is a spreadsheet or ZIP file. Save it as `CSV UTF-8`"),
-        ("own.jsonl", b'{"title": "A", "text": "a", "price": 0}', "none of its rows is usable"),
+        ("own.json", b'[{"title": "A"}\n]\n[{"title": "B"}]', "Extra data: line 3"),
+        ("own.csv", b"PK\x03\x04...", "is a spreadsheet, or ends in none of .csv"),
+        ("own.jsonl", b'{"title": "A", "text": "a", "price": 0}', "Dropped: 1 × price is zero"),
         ("own.parquet", b"no parquet", "can't be read: "),
         ("own.csv", b"title,price,text\na,1,b\n\xff\xfe,1,2", "not in UTF-8"),
         (
@@ -244,15 +204,13 @@ def test_decimal_commas_without_quotes_are_refused(tmp_path, header):
             b'title,price,text\nA,1,"a\n\nb" c\n',
             "(line 4, in the row that begins in line 2;",
         ),
-        ("own.csv", b'sep=,\ntitle,price,text\n\nB,2,"a" b\n', "(line 4, in"),
         (
             "own.csv",
             b'title,price,text\na,1,"b\nc,2,d\n',
             "begins in line 2; is a quote left open?",
         ),
-        ("own.csv", b"title,price,Price,text\na,1,2,b\n", "more than one column is called price"),
         ("own.csv", b"title,price,price,text\na,1,2,b\n", "more than one column is called price"),
-        ("own.xlsx", b"", "the ending is .xlsx; give a .csv"),
+        ("own.xlsx", b"", "Save it as `CSV UTF-8`"),
         ("missing.csv", None, "can't be read: No such file"),
     ],
 )
@@ -277,7 +235,7 @@ def test_chosen_columns_are_read(tmp_path):
     path = write_lines(tmp_path / "own.jsonl", row)
     chosen = {"title": ["Name"], "price": ["cost"], "text": ["Item description"]}
     assert read_items(path, chosen) == {1: (2, "Title: A\nDescription: a")}
-    with pytest.raises(UserError, match="no column is called Nmae; found: Name, title, Cost"):
+    with pytest.raises(UserError, match="no column for Nmae; found: Name, title, Cost"):
         read_items(path, {"title": ["Nmae"]})
 
 
@@ -303,7 +261,7 @@ def test_earlier_columns_are_known(tmp_path):
     ],
 )
 def test_what_the_customer_pays_is_the_price(names, price):
-    columns = items.find_columns("own.csv", ["name", *names, "text"], {}, {}, True)
+    columns = items.find_columns("own.csv", ["name", *names, "text"], {})
     assert columns["price"] == [price]
 
 
@@ -317,18 +275,18 @@ def test_next_text_column_counts(tmp_path):
     rows.append({"title": "L", "summary": [], "body": ["One.", "Two."], "price": 1})
     found = read_items(write_lines(tmp_path / "own.jsonl", *rows))
     texts = [text.split("Description: ")[1] for _, text in found.values()]
-    assert texts == ["s", "b1", "b2", "b3", "b4", "b5", "b6", "a\nb", "One.\nTwo."]
+    assert texts == ["s", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "One.\nTwo."]
 
 
 def test_lists_of_categories_become_paths(tmp_path):
-    categories = (["Home", "Kitchen"], [["A", "B"], ["C"]], "One", [], None, "nan", "['A', 'B']")
+    categories = (["Home", "Kitchen"], "One", [], None, "nan", "['A', 'B']")
     rows = [
         {"title": f"T{i}", "categories": value, "text": "x", "price": 1}
         for i, value in enumerate(categories)
     ]
     found = read_items(write_lines(tmp_path / "own.jsonl", *rows))
     lines = [text.splitlines()[1:-1] for _, text in found.values()]
-    paths = ["Home > Kitchen", "A > B", "One", None, None, None, "A > B"]
+    paths = ["Home > Kitchen", "One", None, None, None, "A > B"]
     assert lines == [[f"Category: {path}"] if path else [] for path in paths]
 
 
@@ -344,7 +302,7 @@ def test_lists_of_categories_become_paths(tmp_path):
         ("1.234,50", 1234.5, ","),
         ("1 234,50 €", 1234.5, ","),
         ("1\u202f234.50\u00a0€", 1234.5, "."),
-        ("CHF 1'234.–", 1234, ""),
+        ("CHF 1'234.–", 1234, "."),
         ("1.299,-", 1299, ","),
         ("US $ 1,29,999", 129999, "."),
         ("Rs.999/-", 999, ""),
@@ -353,7 +311,7 @@ def test_lists_of_categories_become_paths(tmp_path):
         ("<b>&pound;12.50</b>", 12.5, "."),
         ("19.989999999999998", 19.989999999999998, "."),
         ("1e+05", 100_000, ""),
-        ("-3.50 zł", -3.5, "."),
+        ("-3.50 zł", None, ""),
         (".5", 0.5, "."),
         ("$.50", 0.5, "."),
         ("0,125", 0.125, ","),
@@ -376,34 +334,44 @@ def test_price_is_read(text, amount, decimal):
 
 def read_column(cells, decimal=None):
     """The amounts of a column of prices, None where there is none."""
-    amounts = items.read_prices(cells, [""] * len(cells), decimal).amounts
-    return [None if math.isnan(amount) else amount for amount in amounts]
+    read, _, _ = items.read_prices([parse_price(cell) for cell in cells], decimal)
+    return [None if price.problem else price.amount for price in read]
 
 
-def test_the_whole_column_decides():
-    assert read_column(["1,234", "5"]) == [None, 5]
-    assert read_column(["1,234", "5"], ".") == [1234, 5]
-    assert read_column(["1,234", "5"], ",") == [1.234, 5]
-    assert read_column(["1,234", "5.5"]) == [1234, 5.5]
-    assert read_column(["1.299", "5,5"]) == [1299, 5.5]
-    assert read_column(["1.299", "19.99"]) == [None, 19.99]
-    assert read_column(["19.990", "1250.000"]) == [19.99, 1250]
-    assert read_column(["19.990", "5.500"]) == [None, None]
-    assert read_column(["¥19,990", "¥5,500"]) == [19990, 5500]
-    assert read_column(["KWD 19.990", "KWD 5.500"]) == [None, None]
-    assert read_column(["1,234", "5,5", "5.5"]) == [None, None, None]
-    assert read_column(["1,234", "5,5", "5.5", "6.5"]) == [None, None, 5.5, 6.5]
+@pytest.mark.parametrize(
+    "cells, decimal, expected",
+    [
+        (["1,234", "5"], None, [None, 5]),
+        (["1,234", "5"], ".", [1234, 5]),
+        (["1,234", "5"], ",", [1.234, 5]),
+        (["1,234", "5.5"], None, [1234, 5.5]),
+        (["1.299", "5,5"], None, [1299, 5.5]),
+        (["1.299", "19.99"], None, [None, 19.99]),
+        (["19.990", "1250.000"], None, [None, 1250]),
+        (["19.990", "1250.000"], ".", [19.99, 1250]),
+        (["19.990", "5.500"], None, [None, None]),
+        (["¥19,990", "¥5,500"], None, [19990, 5500]),
+        (["KWD 19.990", "KWD 5.500"], None, [None, None]),
+        (["1,234", "5,5", "5.5"], None, [None, 5.5, 5.5]),
+        (["19,99 €", "1.299 €", "$49.99", "5"], None, [19.99, 1299, None, 5]),
+        (["12 грн", "5 грн", "7 each"], None, [12, 5, None]),
+        (["12", "5", "7 each"], None, [12, 5, None]),
+        (["12", "5", "7 €"], None, [12, 5, 7]),
+    ],
+)
+def test_the_whole_column_decides(cells, decimal, expected):
+    """On thousands or decimals, and on the currency, of which no other sign or word counts."""
+    assert read_column(cells, decimal) == expected
 
 
-def test_most_rows_name_the_currency():
-    """Beside the price, or in a column; other currencies and words decide no sign either."""
-    assert read_column(["19,99 €", "1.299 €", "$49.99", "5"]) == [19.99, 1299, None, 5]
-    assert read_column(["12 грн", "5 грн", "7 each"]) == [12, 5, None]
-    assert read_column(["12", "5", "7 each"]) == [12, 5, None]
-    assert read_column(["12", "5", "7 €"]) == [12, 5, 7]
-    found = items.read_prices(["12", "5", "7"], ["EUR", "USD", "EUR"])
-    assert found.currency == "EUR"
-    assert [bool(problem) for problem in found.problems] == [False, True, False]
+def test_a_column_names_the_currency(tmp_path):
+    rows = [
+        {"title": "T", "text": f"{i}", "price": "12.50", "Currency code": code}
+        for i, code in enumerate(("EUR", "usd", "eur"))
+    ]
+    found = read_items(write_lines(tmp_path / "own.jsonl", *rows))
+    assert found[2] == "price has another currency or word beside it than EUR"
+    assert found[1][0] == found[3][0] == 12.5
 
 
 def written(cents, decimal, thousands, places, sign, before):
@@ -437,7 +405,7 @@ def test_prices_are_right_or_dropped(cents, style, places, sign, before):
     found = read_column(texts)
     for price, right in zip(found, expected, strict=True):
         assert price is None or price == right
-    if places:
+    if places and sign != " ":
         assert found == expected
 
 
@@ -458,36 +426,20 @@ PIECES = [*("$", "€", "kr", "İNR", "US$", "Fr.", " ", "\u00a0", "-", "–", "
 
 
 @given(st.lists(st.sampled_from([*PIECES, *"0123456789"]), max_size=12).map("".join) | st.text())
-@example("9007199254740993")  # which no float is
 @settings(deadline=None, max_examples=300)
 def test_a_price_has_all_its_digits(text):
     """Whatever the text is: the number has its digits and no other, or there is none."""
     found = parse_price(text)
-    assert not math.isinf(found.amount)
-    if not found.problem and "e" not in text.casefold():
-        digits = "".join(sign for sign in text if sign.isdecimal())
-        kept = format(Decimal(repr(found.amount)), "f")
-        kept = "".join(sign for sign in kept if sign in "0123456789")
+    digits = "".join(sign for sign in text if sign.isdecimal())
+    if not found.problem and "e" not in text.casefold() and len(digits) <= 15:
+        kept = "".join(sign for sign in f"{Decimal(repr(found.amount)):f}" if sign.isdecimal())
         assert digits.strip("0") == kept.strip("0")
 
 
-PARTS = (
-    "<",
-    "<!--",
-    "<a ",
-    '<a "',
-    "</",
-    "<![",
-    "<script>",
-    "&",
-    "&#",
-    "[",
-    "['",
-    ".",
-    ",",
-    " ",
-    "1",
-)
+PARTS = [
+    *("<", "<!--", "<a ", '<a "', "</", "<![", "<script>", "</style ", "&", "&#"),
+    *("[", "['", ".", ",", " ", "1"),
+]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -497,7 +449,7 @@ def test_no_cell_takes_long(part):
     start = time.process_time()
     for _ in range(10):
         parse_price.cache_clear()
-        items.read_cell(text[:100])
+        parse_price(text[:100])
         clean_text(items.text_of({"text": text}, ["text"]))
         items.cut_title(text, part)
     assert time.process_time() - start < 0.1
@@ -565,7 +517,7 @@ def test_csv_dialects_are_right_or_dropped(
         ("&lt;p&gt;From a feed&lt;/p&gt;", "From a feed"),
         ("<style>p {color: red}</style>x<!-- no\n<b> -->y", "xy"),
         ("<![CDATA[<p>Red</p>]]> <o:p></o:p>", "Red"),
-        ("size <5 and >3, a <b and c> d", "size <5 and >3, a <b and c> d"),
+        ("size <5 and >3", "size <5 and >3"),
         ("1 < 2 & 3 > 2; <unknown> & co;", "1 < 2 & 3 > 2; <unknown> & co;"),
         ("R&D, AT&T, a&copy, &unknown;", "R&D, AT&T, a&copy, &unknown;"),
         ("12&#34; x &#x41;", '12" x A'),
@@ -719,17 +671,13 @@ def test_near_duplicates_are_found_exactly(train, test):
 
 def test_own_items_need_no_price(tmp_path, smol_tokenizer):
     """Those without a usable one have an empty completion; rows may repeat others."""
-    rows = [
-        {"title": "A", "text": "a", "price": price}
-        for price in ("5.00", "5.00", None, "1299", "5-9")
-    ]
+    rows = [{"title": "A", "text": "a", "price": price} for price in (5.0, "5", None, "1299")]
     path = write_lines(tmp_path / "own.jsonl", *rows, {"title": "B"})
-    found, notes = items.own_rows(path, None, smol_tokenizer, 110)
-    assert [row["completion"] for row in found] == ["5.0", "5.0", "", "", ""]
-    assert [row["line"] for row in found] == [1, 2, 3, 4, 5]
-    said = "\n".join(notes)
-    assert "Rows: 5 priced, 1 skipped:\n  1 × text is empty or not text (line 6)" in said
-    assert "no usable price:\n  1 × price is outside $0.50–$999.49, such as `1299` (line 4)" in said
+    found, (_, skipped, unjudged) = items.own_rows(path, None, smol_tokenizer, 110)
+    assert [row["completion"] for row in found] == ["5.0", "5.0", "", ""]
+    assert [row["line"] for row in found] == [1, 2, 3, 4]
+    assert skipped == "Skipped:\n  1 × text is empty or not text (line 5)"
+    assert unjudged.startswith("Not judged:\n  1 × price is missing (line 3)\n  1 × price is out")
 
 
 def test_other_currencies_are_not_judged(tmp_path, smol_tokenizer):
@@ -738,17 +686,16 @@ def test_other_currencies_are_not_judged(tmp_path, smol_tokenizer):
     path = write_lines(tmp_path / "own.jsonl", row)
     found, notes = items.own_rows(path, None, smol_tokenizer, 110)
     assert found[0]["completion"] == ""
-    assert "1 × price is in EUR, the run's are in $, such as `EUR 5.00`" in notes[-1]
+    assert "1 × price is in EUR, the run's are in $ (line 1)" in notes[-1]
     scale = items.PriceScale(1, "€")
     found, _ = items.own_rows(path, None, smol_tokenizer, 110, scale=scale)
     assert found[0]["completion"] == "5.0"
 
 
 def test_one_text_is_an_item(smol_tokenizer):
-    (row,), notes = items.own_rows(None, "Brass lamp\nTall", smol_tokenizer, 110)
+    (row,), notes = items.own_rows(None, "Brass <b>lamp</b>\nTall", smol_tokenizer, 110)
     assert row["prompt"] == prompt_of("Title: Brass lamp\nDescription: Tall")
     assert (row["title"], row["completion"], notes) == ("Brass lamp", "", [])
-    with pytest.raises(UserError, match="Nothing to price"):
-        items.own_rows(None, None, smol_tokenizer, 110)
-    with pytest.raises(UserError, match="is empty"):
-        items.own_rows(None, " ", smol_tokenizer, 110)
+    for text in (None, " ", "<br>", "a \ud800"):
+        with pytest.raises(UserError, match="The text: none of its rows is usable; 1 × title"):
+            items.own_rows(None, text, smol_tokenizer, 110)
