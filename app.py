@@ -550,9 +550,6 @@ def prepare_prompts(
         util.save_figure(util.data_chart(counts["train"], about), new, "prepare.png")
         items.write_manifest(new)
     print(f"Saved: {folder}{replaced}")
-    warning = items.dropped_warning(sum(about["kept"].values()), about["dropped"])
-    if warning:
-        print(warning)
     if account:
         items.push_prompts(f"{account}/{folder.name}", prompts, folder, about)
     return folder
