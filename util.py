@@ -1694,6 +1694,28 @@ class PriceTrainer(SFTTrainer):
         """Nothing: TRL would write one with each checkpoint; ours comes with the adapter."""
 
 
+class Progress(ProgressCallback):
+    """One bar for the steps, and a line for what is logged."""
+
+    def __init__(self, val_size, scale):
+        super().__init__()
+        self.val_size = val_size  # rows
+        self.scale = scale
+
+    def on_log(self, args, state, control, logs=None, **_):
+        error = self.scale.format(logs.get("eval_mae", 0.0))
+        texts = {
+            "loss": "loss {:.3f}",
+            "price_loss": "price loss {:.3f}",
+            "eval_loss": "validation loss {:.3f}",
+            "eval_mae": f"validation error {error} (n = {self.val_size})",
+            "learning_rate": "LR {:.1e}",
+        }
+        parts = [text.format(logs[name]) for name, text in texts.items() if name in logs]
+        if parts and self.training_bar is not None:
+            self.training_bar.write(f"step {state.global_step:>5}  {'  '.join(parts)}")
+
+
 def build_trainer(model, tokenizer, data, run, plan, stopper):
     """The PriceTrainer of a run: LoRA on the quantised base, adapters in fp32."""
     recipe = run.recipe
@@ -1736,7 +1758,7 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     # The order matters: StopOnSignal requests a checkpoint, Checkpoints logs with it and completes
     # it for PushCheckpoints
-    for callback in (stopper, Checkpoints(run), ProgressCallback()):
+    for callback in (stopper, Checkpoints(run), Progress(len(data.val_rows), data.scale)):
         trainer.add_callback(callback)
     if run.hub and is_first_process():
         trainer.add_callback(PushCheckpoints(run.hub))
