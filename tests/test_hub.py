@@ -517,6 +517,7 @@ def test_cached_run_needs_no_hub(online, hub, prepared, trained):
     hub.put("models", "bob/price-first", files)
     local = ("eval", *SHARED, "--local", "--run-name", "base", "--size", "2")
     fetched = ("eval", *SHARED, "--hf-user", "bob", "--run-name", "first", "--size", "2")
+    fetched += ("--data-user", "ed-donner")
     online(*local)
     expected = read("outputs/price-base/eval/results.json")
     online(*fetched)
