@@ -101,17 +101,17 @@ def test_prepare_leaves_whole_dataset(prepared):
     assert sum(record["kept"].values()) + len(dropped) == 80
 
 
-MESSY = "sep=;\nName;Cost;Item description\nPan;19,99 $;<p>a microwave</p>\nBed;ab 9,99;soft\n"
+MESSY = "Name;Cost;Item description\nPan;19,99 $;<p>a microwave</p>\nBed;ab 9,99;soft\n"
 
 
 def test_messy_catalogue_is_prepared(call, shared, trained_project):
-    """What is dropped is said by example; `eval --input` reads the same columns."""
+    """What is dropped is said by line; `eval --input` reads the same columns."""
     folder = trained_project
     mugs = [f"Mug {n};7,{n};tin of {n} grams\n" for n in range(20, 50)]
     (folder / "messy.csv").write_text(MESSY + "".join(mugs), encoding="utf-8")
     columns = ("--columns", "title=Name", "price=Cost", "text=Item description")
     said = call("prepare", *shared, "--source", "messy.csv", *columns, "--unit", "1", cwd=folder)
-    assert "such as `ab 9,99` (line 4)" in said
+    assert "beside it than $ (line 3)" in said
     splits = load_prompts(folder / DATASET)
     prompts = {row["prompt"].split("\n\n")[1] for split in splits.values() for row in split}
     assert "Title: Pan\nDescription: a microwave" in prompts
@@ -119,8 +119,8 @@ def test_messy_catalogue_is_prepared(call, shared, trained_project):
     files = ("--input", "messy.csv", *columns, "--output", "out.csv")
     said = call(*JUDGE, *files, cwd=folder)
     prices = [(row["line"], row["price"]) for row in read_csv(folder / "out.csv")]
-    assert prices[:3] == [("3", "19.99"), ("4", ""), ("5", "7.2")]
-    assert "such as `ab 9,99` (line 4)" in said
+    assert prices[:3] == [("2", "19.99"), ("3", ""), ("4", "7.2")]
+    assert "beside it than $ (line 3)" in said
 
 
 def test_prepare_replaces_older_data(call, shared, project):
@@ -129,7 +129,7 @@ def test_prepare_replaces_older_data(call, shared, project):
     bad = project / "bad.jsonl"
     bad.write_text('{"title": "A", "text": "a", "price": 0}', encoding="utf-8")
     said = call("prepare", *shared, "--source", str(bad), cwd=project, code=1)
-    assert f"app.py prepare: {bad}: none of its rows is usable" in said
+    assert f"app.py prepare: {bad}: 0 different titles or descriptions, of at least 3" in said
     assert contents(project / "outputs") == before
     catalogue = write_catalogue(project / "new.jsonl", 60)
     said = call("prepare", *shared, "--source", catalogue, cwd=project)
@@ -462,7 +462,7 @@ def test_own_items_get_same_prices(call, trained_project, judged, splits):
     for row, other in zip([*found[:4], found[6]], [*expected, expected[0]], strict=True):
         for name in ("guess", "low", "high"):
             assert row[name] == other[name]
-    assert "7 priced, 1 skipped:\n  1 × title is empty or not text (line 7)" in said
+    assert "Skipped:\n  1 × title is empty or not text (line 7)" in said
     assert "n = 6" in said
     assert "words alone: ridge regression" in said
     assert "Note: 2 of these rows were trained on" in said
