@@ -1022,11 +1022,8 @@ def file_rows(path):
 
 
 def parquet_rows(file):
-    line = 0
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=2_000):
-        for row in batch.to_pylist():
-            line += 1
-            yield line, row
+    batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=2_000)
+    return enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
 def json_rows(file):
@@ -1174,10 +1171,7 @@ def parse_price(text):
 
 
 def main_currency(prices):
-    """What stands beside most prices, '' for nothing: a sign, a code, or what more than half have.
-
-    So no table of currencies is needed, and a single `each` is none.
-    """
+    """What stands beside most prices: a sign, a code, a word that more than half have; else ''."""
     counts = Counter(price.currency for price in prices)
     for currency, count in counts.most_common():
         if USUAL_CURRENCY.fullmatch(currency) or (currency and 2 * count > len(prices)):
@@ -1386,10 +1380,7 @@ def find_columns(path, names, chosen, earlier=(), needed=("title", "price", "tex
 
 
 class OwnFile(NamedTuple):
-    """The rows of the user's own file, read once.
-
-    The items are on disk, where a million find room, in a `folder` that is removed with this.
-    """
+    """The rows of the user's own file; a million items have room in a `folder` on disk."""
 
     folder: tempfile.TemporaryDirectory
     items: Dataset  # title and summary
@@ -1449,10 +1440,7 @@ def read_own(path, rows, decimal, *choice):
 
 
 def read_item(row, columns):
-    """(title and summary, the Written of the price, keys) of a row; why it is of no use, as text.
-
-    The keys are hashes of `leak_keys`, and of the summary.
-    """
+    """(title and summary, Written price, hashes of leak keys and summary); or why not, as text."""
     title = clean_text(text_of(row, columns["title"])).replace("\n", " ")
     text = text_of(row, columns["text"])
     if not is_in_course_form(text):
@@ -1680,8 +1668,7 @@ def count_near_duplicates(prompts):
     """How many of the first MAX_COMPARED test rows are nearly the same as a training row.
 
     That is: one training row has NEAR_SHARE of the test row's word 5-grams. Returns {"compared":
-    rows, "near": rows}. A near row lacks at most a fifth of them, so it has one of any fifth and
-    one more; only those that have one of a test row's rarest are compared.
+    rows, "near": rows}. A near row lacks at most a fifth: it has one of the rarest fifth and one.
     """
     first = prompts["test"]["prompt"][:MAX_COMPARED]
     tests = [word_grams(description_in(prompt)) for prompt in first]
