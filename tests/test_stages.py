@@ -536,7 +536,7 @@ def test_card_says_what_was_measured(judged):
     assert results["base_identity"] == record["base_identity"]
     card = ModelCard.load(judged / "README.md")
     for figure in card.data.eval_results:
-        assert figure.dataset_name == results["data"]["source"]
+        assert figure.dataset_name == util.public_source(results["data"]["source"])
         measured = {"n": results["n"], "fingerprint": results["data"]["fingerprint"]}
         assert figure.dataset_args == measured
         assert figure.metric_args == {"decode": "median"}
@@ -583,11 +583,11 @@ def test_other_base_is_evaluated_apart(call, shared, tiny_base, trained_project)
     shutil.copytree(tiny_base, copy)
     judge = (*JUDGE, "--size", "2", "--base-model", "copy")
     call(*judge, cwd=trained_project)
-    before = contents(run)
     assert read(run / "eval/results.json")["base_model"] == "copy"
     base = (*shared, "--run-name", "base", "--size", "2")
     call("eval", *base, cwd=trained_project)
     assert "on the same items" in call(*judge, "--compare", "base", cwd=trained_project)
+    before = contents(run)
 
     write_json(copy / "config.json", read(copy / "config.json") | {"rms_norm_eps": 1e-3})
     assert "the base model is copy" in call(*judge, cwd=trained_project)
