@@ -119,7 +119,7 @@ def test_signal_stops_both_alike(begin, project):
     ("flags", "problem"),
     [
         ("--micro-batch 4", "--batch-size 12: has to be a multiple of 8"),
-        ("--run-name taken", "--run-name taken: outputs/price-taken exists already"),
+        ("--run-name taken", "--run-name taken: outputs/price-taken exists. Give another name"),
     ],
 )
 def test_impossible_settings_are_said_once(begin, project, flags, problem):
