@@ -93,6 +93,11 @@ finally:
     if sys.modules["wandb"] is None:
         del sys.modules["wandb"]
 
+try:  # torch ≥ 2.10
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
 
 def world_size():
     """How many processes a launcher started: torchrun and accelerate say so in the environment."""
@@ -591,7 +596,7 @@ class PriceReader:
         if not self.in_tree:
             return self.separate_logits(prompts, completions, self.tree.nodes)
         completion_len = max(map(len, completions))
-        in_one_row = self.model.config._attn_implementation == PACKED and not self.tree.branches
+        in_one_row = is_packed(self.model) and not self.tree.branches
         make_inputs = self.one_row_inputs if in_one_row else self.tree_inputs
         inputs = BatchEncoding(make_inputs(prompts, completions, completion_len))
         logits = self.model(**inputs.to(self.model.device), use_cache=False).logits
@@ -733,7 +738,9 @@ def load_merged(base, adapter, quant_config, precision, out_precision=None):
 # `fast=False` turns all of it off, in make_plan and in open_reader. Times: one H100, the shape of
 # Llama-3.2-3B, rows of 102 tokens; see tests/BENCHMARKS.md.
 
-PACKED = "packed"  # the name of our attention in transformers' registry
+# The names of our attention functions in transformers' registry
+PACKED = "packed"
+PACKED_EFFICIENT = "packed_efficient"
 PACKING_MULTIPLE = 64  # tokens; total lengths are multiples of it, so that few shapes occur
 QUANTISED = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
 FP8_CAPABILITY = (8, 9)  # of GPUs that multiply matrices of 8-bit floats
@@ -756,31 +763,65 @@ FP8_PRODUCTS = f"fp8 products to {FP8_TOLERANCE:.0%}"
 
 
 def choose_attention(precision, use_bf16):
-    """The name of the attention of concatenated rows to use here; None if there is none."""
+    """The name of the attention of concatenated rows to use here; None if PyTorch has none.
+
+    `varlen_attn` is flash attention: 16 bits and a GPU of capability 8. CUTLASS's kernel runs on
+    all GPUs, but doesn't know sliding windows. Where both run, a step takes as long with either
+    (lite 91.4 and 91.8 ms); flash attention needs less memory, since it doesn't repeat heads.
+    """
+    if not torch.cuda.is_available():
+        return None
+    if varlen_attn is not None and use_bf16 and precision != "fp32":
+        return PACKED
     has_precision = use_bf16 or precision != "bf16"
-    return PACKED if torch.cuda.is_available() and has_precision else None
+    return PACKED_EFFICIENT if has_precision else None
 
 
-def efficient_attention(module, query, key, value, attention_mask=None, **options):
-    """Attention of concatenated sequences that begin at `cu_seq_lens_q`; without these sdpa.
+def is_packed(model):
+    """Whether a model has an attention of concatenated rows."""
+    return model.config._attn_implementation in (PACKED, PACKED_EFFICIENT)
 
-    (1, heads, tokens, size) each. By the CUTLASS kernel of PyTorch's memory-efficient attention,
-    which runs on all GPUs. Sequences padded to the longest would have 18 % more tokens. Raises
-    NotImplementedError for soft caps and sinks, which no kernel computes, and for windows shorter
-    than the longest sequence: the kernel's gradient would ignore them.
+
+def packed_attention(kernel, module, query, key, value, attention_mask=None, **options):
+    """Attention by a kernel of concatenated sequences that begin at `cu_seq_lens_q`; else sdpa.
+
+    (1, heads, tokens, size) each. Sequences padded to the longest would have 18 % more tokens.
+    Raises NotImplementedError for what no kernel computes: soft caps and sinks.
     """
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise NotImplementedError("attention with a soft cap or sinks")
     starts = options.get("cu_seq_lens_q")
     if starts is None:  # generation, or the price tree with its mask
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
-    longest = options["max_length_q"]
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     window = options.get("sliding_window")  # of tokens that a token sees, itself included
+    longest, scaling = options["max_length_q"], options.get("scaling")
+    return kernel(query, key, value, starts, longest, scaling, window), None
+
+
+def flash_kernel(query, key, value, starts, longest, scaling, window):
+    """The attention of packed_attention by PyTorch's flash attention."""
+    # torch 2.11 takes fewer key-value heads than query heads as they are; newer versions ask for it
+    # by name
+    is_asked = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    query, key, value = (x.squeeze(0) for x in (query, key, value))
+    ends = (starts, starts, longest, longest)
+    grouped = {"enable_gqa": True} if is_asked else {}
+    before = (window or 0) - 1  # tokens that a token sees, but itself; −1: all
+    out = varlen_attn(query, key, value, *ends, scale=scaling, window_size=(before, 0), **grouped)
+    return out.unsqueeze(0)
+
+
+def efficient_kernel(query, key, value, starts, longest, scaling, window):
+    """The same by the CUTLASS kernel of PyTorch's memory-efficient attention.
+
+    Raises NotImplementedError for windows shorter than the longest sequence, too: the kernel's
+    gradient would ignore them.
+    """
     if window is not None and window < longest:
         raise NotImplementedError("attention with a sliding window")
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     usual_scaling = query.shape[-1] ** -0.5
-    scaling = options.get("scaling") or usual_scaling
+    scaling = scaling or usual_scaling
     # A `scale` can't be passed: compiling would fail, since the meta function of the kernel's
     # backward lacks the parameter `out` (torch 2.11 and 2.13, meta__efficient_attention_backward in
     # _meta_registrations.py), so that all that follow are shifted by one.
@@ -798,11 +839,12 @@ def efficient_attention(module, query, key, value, attention_mask=None, **option
         1,  # each token sees itself and what precedes it in its sequence
         True,  # keeps what the backward pass needs
     )
-    return out, None
+    return out
 
 
-# No mask function is registered with it: transformers then makes no mask (masking_utils.py)
-ALL_ATTENTION_FUNCTIONS.register(PACKED, efficient_attention)
+# No mask functions are registered with them: transformers then makes no mask (masking_utils.py)
+ALL_ATTENTION_FUNCTIONS.register(PACKED, partial(packed_attention, flash_kernel))
+ALL_ATTENTION_FUNCTIONS.register(PACKED_EFFICIENT, partial(packed_attention, efficient_kernel))
 
 
 def packed_inputs(texts, longest):
@@ -1049,7 +1091,7 @@ def self_check(model, tokenizer, prompts, precision, attention=None, layers=(), 
             plain_attention = model.config._attn_implementation
             model.set_attn_implementation(attention)
             found[PACKED_ROWS] = (
-                model.config._attn_implementation == attention
+                is_packed(model)
                 and agrees(read_in_one_pass, expected, tolerance)
                 and agrees(read_packed_rows, along.flatten(0, 1)[None], tolerance)
             )

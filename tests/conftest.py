@@ -230,19 +230,27 @@ def number_base(llama_tokenizer, tmp_path_factory):
     return write_base(tmp_path_factory.mktemp("number-base"), llama_tokenizer)
 
 
-def attend_on_cpu(query, key, value, bias, starts, *options):
-    """What CUTLASS's kernel computes, which needs a GPU: each sequence sees itself."""
-    token = torch.arange(query.shape[1], dtype=starts.dtype)
+def attend_on_cpu(query, key, value, starts, _, longest, __, scale, window_size, enable_gqa=True):
+    """What PyTorch's `varlen_attn` computes, which needs a GPU: each sequence sees itself."""
+    assert window_size[1] == 0  # a token and what is before it
+    token = torch.arange(len(query))
     sequence = torch.searchsorted(starts, token, right=True)
-    mask = (sequence[:, None] == sequence) & (token[:, None] >= token)
-    heads = (x.transpose(1, 2) for x in (query, key, value))
-    return (torch.nn.functional.scaled_dot_product_attention(*heads, mask).transpose(1, 2),)
+    distance = token[:, None] - token
+    before = distance >= 0
+    if window_size[0] != -1:
+        before &= distance <= window_size[0]
+    mask = (sequence[:, None] == sequence) & before
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, scale=scale, enable_gqa=enable_gqa
+    )
+    return out[0].transpose(0, 1)
 
 
 @pytest.fixture()
 def packed_attention(monkeypatch):
     """Attention of concatenated sequences, on CPUs, too."""
-    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", attend_on_cpu)
+    monkeypatch.setattr(util, "varlen_attn", attend_on_cpu)
 
 
 def write_catalogue(path, n=80, factor=1):

@@ -99,11 +99,20 @@ def test_fp8_needs_its_gpu(monkeypatch, capability, precision, is_refused):
         util.check_recipe(recipe, None, None, True)
 
 
-@pytest.mark.parametrize("precision", util.DTYPES)
-@pytest.mark.parametrize("use_bf16", [True, False])
-def test_attention_suits_the_gpu(monkeypatch, use_bf16, precision):
+@pytest.mark.parametrize(
+    ("flash", "use_bf16", "precision", "expected"),
+    [
+        (True, True, "bf16", util.PACKED),
+        (True, True, "fp16", util.PACKED),
+        (True, True, "fp32", util.PACKED_EFFICIENT),
+        (False, True, "bf16", util.PACKED_EFFICIENT),
+        (True, False, "fp16", util.PACKED_EFFICIENT),
+        (True, False, "bf16", None),
+    ],
+)
+def test_attention_suits_the_gpu(monkeypatch, flash, use_bf16, precision, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    expected = None if precision == "bf16" and not use_bf16 else util.PACKED
+    monkeypatch.setattr(util, "varlen_attn", flash or None)
     assert util.choose_attention(precision, use_bf16) == expected
 
 
@@ -111,8 +120,9 @@ def test_efficient_attention_refuses_windows():
     """Its gradient would ignore them; one that no row reaches does no harm."""
     query = torch.randn(1, 2, 8, 16)
     options = {"cu_seq_lens_q": torch.tensor([0, 8]).int(), "max_length_q": 8, "sliding_window": 4}
+    attend = util.ALL_ATTENTION_FUNCTIONS[util.PACKED_EFFICIENT]
     with pytest.raises(NotImplementedError, match="sliding window"):
-        util.efficient_attention(None, query, query, query, **options)
+        attend(None, query, query, query, **options)
 
 
 def test_failed_compiling_goes_on_without(capsys):

@@ -95,8 +95,17 @@ def separate_attention(module, tensors, ends, scaling, window):
 
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize(("scaling", "window"), [(0.125, None), (0.3, None), (0.125, 64)])
-def test_packed_attention_equals_separate_rows(scaling, window, precision, is_compiled):
+@pytest.mark.parametrize(
+    ("attention", "scaling", "window"),
+    [
+        (util.PACKED, 0.125, None),
+        (util.PACKED, 0.125, 16),
+        (util.PACKED_EFFICIENT, 0.125, None),
+        (util.PACKED_EFFICIENT, 0.3, None),
+        (util.PACKED_EFFICIENT, 0.125, 64),
+    ],
+)
+def test_packed_attention_equals_separate_rows(attention, scaling, window, precision, is_compiled):
     """Forward and backward, for grouped heads, also with empty sequences as padding makes them."""
     torch.manual_seed(0)
     sizes = [5, 64, 17, 0, 1, 41, 0, 0]
@@ -112,7 +121,7 @@ def test_packed_attention_equals_separate_rows(scaling, window, precision, is_co
     module.is_causal = True
     options = {"scaling": scaling, "sliding_window": window}
     options |= {"cu_seq_lens_q": ends, "max_length_q": max(sizes)}
-    attend = util.efficient_attention
+    attend = util.ALL_ATTENTION_FUNCTIONS[attention]
     if is_compiled:
         torch.compiler.reset()
         attend = torch.compile(attend)
@@ -155,12 +164,13 @@ def test_fast_ways_train_alike(build, settings, others, tolerance):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("compiling", ["off", "on", "on, as graphs"])
-def test_packed_rows_train_alike(build, precision, compiling):
-    """Compiled, also in fp16, as on a T4; against padded rows."""
+def test_efficient_attention_trains_alike(build, monkeypatch, precision, compiling):
+    """A T4's way: packed rows by the other kernel, compiled, in fp16; against padded rows."""
+    monkeypatch.setattr(util, "choose_attention", lambda *_: util.PACKED_EFFICIENT)
     micro_batch = 16 if "graphs" in compiling else 8
     settings = {"precision": precision, "micro_batch": micro_batch}
     trainer = build(compile=compiling.split(",")[0], **settings)
-    assert trainer.model.config._attn_implementation == util.PACKED
+    assert trainer.model.config._attn_implementation == util.PACKED_EFFICIENT
     found = losses(trainer)
     assert largest_difference(found, losses(build(fast=False, **settings))) < 0.03
 

@@ -472,7 +472,7 @@ def test_fastest_plan_that_fits(large_base, plan_for, fits, asked, expected):
 def test_weights_suit_the_gpu(plan_for, monkeypatch, capability, changes, rows, text):
     """A T4 gains by a dequantised base even where that takes smaller micro-batches."""
     monkeypatch.setattr(util, "choose_precision", lambda *_: ("fp16", "no bf16"))
-    monkeypatch.setattr(util, "choose_attention", lambda *_: util.PACKED)
+    monkeypatch.setattr(util, "choose_attention", lambda *_: util.PACKED_EFFICIENT)
     monkeypatch.setattr(util, "gpu_capability", lambda: capability)
     plan = plan_for(14 * 2**30, compile="on", lora_dropout=0.0, **changes)
     assert plan.micro_batch == rows
