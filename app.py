@@ -242,7 +242,7 @@ class RunConfig:
     )
     project_name: str = setting(DEFAULT_PROJECT_NAME, "first part of run names", plain_name)
     data_user: str | None = setting(
-        None, "whose datasets to read", none="local copy, else your account's, else the course's"
+        None, "whose datasets to read", none="as found: local, yours or the course's"
     )
     lite_mode: bool = setting(
         False, "20,000 items, LoRA r 32 (default: full, 800,000, r 256)", bool, flag="--lite"
@@ -280,8 +280,7 @@ class RunConfig:
     def for_run(self, run):
         """The config for that run: its mode and, unless another is named, its base model."""
         modes = {"lite_mode": run.mode == "lite", "demo_mode": run.mode == "demo"}
-        base_model = self.base_model or run.base_model
-        return replace(self, **modes, base_model=base_model, local=self.local)
+        return replace(self, **modes, base_model=self.base_model or run.base_model)
 
     def command(self, text):
         """A command for messages, with the flags that say where the runs are."""
@@ -810,7 +809,7 @@ ARGUMENTS = {
     "hf_user": Argument("whose account the adapter is in, or goes to (default: the token's own)"),
     "log_wandb": Argument("log to Weights & Biases, needs its login (default: off)", bool),
     "run_name": Argument("the run; eval: or `base` (default: date and time; newest)", plain_name),
-    "use_4bit": Argument("hold the base in 8 bits, not 4", bool, const=False, flag="--no-4bit"),
+    "use_4bit": Argument("base in 8 bits (default: 4)", bool, const=False, flag="--no-4bit"),
     "resume": Argument("resume or push a run (default: the newest)", nargs="?", const=""),
     "dry_run": Argument("check everything, print the plan and stop (default: train)", bool),
     "micro_batch": Argument("rows computed at once by a process (default: what fits)", at_least(1)),

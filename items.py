@@ -7,7 +7,7 @@ parquet
     2. Tokens to train on                   7. Texts as people read them
     3. Atomic files, full disks             8. The user's own catalogue
     4. Datasets, on disk and on the Hub     9. Splits without leaks
-    5. Rows of the user's own file          10. The demo's synthetic catalogue
+    5. Files of rows                        10. The demo's synthetic catalogue
 
 Before them come the errors that users see. The formats are those of the course "The Price Is
 Right", so that its datasets and ours can be exchanged.
@@ -65,7 +65,6 @@ COURSE_USER = "ed-donner"  # whose datasets on the Hub are the course's
 MIN_PRICE = 0.50  # units; the course's lowest price in dollars
 MAX_PRICE = 999.49  # units; the highest that rounds to 999
 HELD_SHARE = 0.995  # of the prices: what a unit has to hold to be chosen
-WARNED_SHARE = 0.2  # of rows that are dropped
 UNITS = (0.01, 0.1, *(10**exponent for exponent in range(13)))  # that can be chosen
 TIMES = "×"  # between the unit and the number in a prompt
 
@@ -989,7 +988,7 @@ def published_items(name, scale=COURSE_SCALE):
 
 
 # ------------------------------------------------------------------------------------------------
-# 5. Rows of the user's own file
+# 5. Files of rows
 
 UNREADABLE = (OSError, RecursionError, csv.Error, json.JSONDecodeError, pyarrow.ArrowException)
 

@@ -1,17 +1,18 @@
-"""The engine behind the stages: figures, prices, the fast path, planning, training, runs.
+"""The engine behind the stages, in the order of a run: from the base model to the report.
 
     from util import evaluate
     evaluate(lambda row: "$49.99", rows)    # any function from a row to an answer
 
-    1. The base model       finding and loading it, merging adapters into it
-    2. Reading prices       PriceReader: the probability of every price, from one forward pass
-    3. Speed                all that is there for speed only, and the self-check that guards it
-    4. Planning             precision, micro-batch, weights and memory, each with its reason
-    5. Training             the trainer, its callbacks, signals, memory that runs out
-    6. Runs                 run.json, checkpoints, the Hub, Weights & Biases
-    7. Figures              answers and distributions → errors, scores and their intervals
-    8. Evaluations          of runs, and of the user's own items; their tables
-    9. Charts and report    and model cards
+     1. The base model       finding, checking and loading it
+     2. Reading prices       PriceReader: the probability of every price, from one forward pass
+     3. Speed                all that is there for speed only, and the self-check that guards it
+     4. Planning             precision, micro-batch, weights and memory, each with its reason
+     5. Training             the data, the loss, the trainer and its arguments
+     6. Going on             signals, complete checkpoints, pushes, memory that runs out
+     7. Runs                 run.json, checkpoints, the Hub, Weights & Biases
+     8. Figures              answers and distributions → errors, scores and their intervals
+     9. Evaluations          of runs, and of the user's own items; their tables; exports
+    10. Charts and report    and model cards
 
 app.py imports this module where a stage begins: it takes seconds.
 """
@@ -1468,7 +1469,7 @@ def possible_plans(plan, base, recipe, examples, micro_batch=None):
         )
 
 
-def check_plan(plan, model, base, data, run):
+def check_plan(plan, model, base, data):
     """The Plan without what computes the loaded model wrong. All processes follow the first."""
     layers = layers_of_each_kind(model, plan.targets) if plan.fast_lora else []
     in_fp8 = layers_of_each_kind(model, list(fp8_layers(model))) if plan.fp8 else []
@@ -1861,7 +1862,7 @@ def training_arguments(run, plan):
 
 
 # ------------------------------------------------------------------------------------------------
-# Training: callbacks and going on
+# 6. Going on
 
 
 class StopOnSignal(TrainerCallback):
@@ -2003,7 +2004,7 @@ def train(base, run, data, plan, quant_config):
         start = time.time()
         run.follow(plan)  # should it be stopped before its first step
         model = load_base(base, plan, quant_config)
-        plan = check_plan(plan, model, base, data, run)
+        plan = check_plan(plan, model, base, data)
         run.follow(plan)
         trainer = build_trainer(model, base.tokenizer, data, run, plan, stopper)
         run.add_seconds("load", start)
@@ -2076,7 +2077,7 @@ def training_log(trainer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Runs
+# 7. Runs
 
 LOCKS = ".locks"  # the folder of the runs' locks, beside them
 # Fields of run.json that say where a run goes and what came of it, not how it is trained
@@ -2586,7 +2587,7 @@ def log_evaluation(run, folder, results):
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. Figures
+# 8. Figures
 
 BANDS = (0, 20, 50, 100, 250, 1000)  # units: where the bands begin that errors are grouped by
 INTERVAL_WIDTHS = range(0, 101, 5)  # %, of the central intervals that are calibrated and charted
@@ -2944,7 +2945,7 @@ def save_predictions(figures, table, title, folder=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Evaluations
+# 9. Evaluations
 
 MOST_MOVED = 0.25  # of a distribution's probability, between a run and its export
 SHOWN_ITEMS = 20  # of the user's own, on the screen
@@ -3344,7 +3345,7 @@ def price_shares(reader, rows):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Charts and report
+# 10. Charts and report
 
 SHADES = {  # of `color`: (colour, marker, limit in units, what it means)
     "green": ("#2e8b57", "o", 40, "error < {} or 20 %"),

@@ -58,7 +58,7 @@ def build(base_folder, splits, tmp_path):
         data = util.make_training_data(splits, base.tokenizer, run.recipe.val_size)
         plan = util.make_plan(base, run, data, True, micro_batch, fast)
         model = util.load_base(base, plan, build_quant_config(True, True, plan.dtype))
-        plan = util.check_plan(plan, model, base, data, run)
+        plan = util.check_plan(plan, model, base, data)
         run.folder.mkdir(parents=True)
         run.follow(plan)
         plans.append(plan)

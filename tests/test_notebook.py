@@ -84,14 +84,14 @@ def test_demo_runs_in_notebook(run_cell, tiny_base):
         f"config = RunConfig(demo_mode=True, base_model={tiny_base!r})\n"
     )
     prepared = run_cell(setup + "folder = prepare_prompts(config)")
-    assert prepared.topics == ["Items", "Rows", "Cut", "Price", "Tokens", "Near", "Saved"]
+    assert prepared.topics == ["Items", "Rows", "Cut", "Medians", "Near", "Saved"]
     assert prepared.bars == []
     assert prepared.charts == 1
 
     stopped = run_cell("train_model(config, val_size=8)", stop_after="step    10")
     (line,) = stopped.error
     assert re.fullmatch(r"Stopped after step \d+, which is saved\. Resume by `(.+)`\.", line)
-    assert stopped.text.startswith(f"Data: {DATA}\nDevice: ")
+    assert stopped.text.startswith(f"Data: {DATA}\nSchedule: ")
     assert len(stopped.bars) == 1
     name = re.search(r"--resume ([\w.-]+)", line)[1]
     resumed = run_cell(f"run = train_model(config, resume={name!r})")

@@ -23,7 +23,7 @@ import child
 import util
 from app import RECIPES, build_quant_config
 from conftest import DATASET, TRAIN, contents, plain_loss, read, write_catalogue
-from items import IGNORED, load_prompts, write_json
+from items import IGNORED, load_prompts, tokenise, write_json
 
 RUN = "outputs/price-first"
 STEADY = {"batch_size": 16, "learning_rate": 1e-2, "logging_steps": 1, "lora_dropout": 0.0}
@@ -327,7 +327,7 @@ def test_validation_measures_loss_and_dollars(build, splits):
     trainer = build(max_steps=3, batch_size=4, learning_rate=1e-2)
     trainer.train()
     found = util.training_log(trainer)[-1]
-    rows = trainer.eval_dataset
+    rows = tokenise(splits["val"], trainer.processing_class, "val")
     tokens = sum(label != IGNORED for row in rows for label in row["labels"])
     loss = sum(plain_loss(trainer.model.eval(), row) for row in rows) / tokens
     assert found["eval_loss"] == pytest.approx(loss, rel=1e-3)
