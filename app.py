@@ -474,8 +474,9 @@ def find_run(config, name, hf_user=None, revision=None, is_finished=True):
     name = project.short(name or project.newest(is_finished, mode))
     print(f"Run: {project.folder(name).name}")
     has_account = not config.local and get_env("HF_TOKEN")
+    is_here = project.has(name) or (name in project.records and not is_finished)
     on_hub = None
-    if has_account and name != util.UNTOUCHED and (revision or not project.has(name)):
+    if has_account and name != util.UNTOUCHED and (revision or not is_here):
         on_hub = f"{login_huggingface(hf_user)}/{project.folder(name).name}"
     with saying_how_to_resume(config, name):
         run = project.open(name, config.mode, is_finished, on_hub, revision)
@@ -585,7 +586,9 @@ def train_model(
     name = util.broadcast(name if config.mode == "full" else f"{name}-{config.mode}")
     with util.PartialState().main_process_first():
         if resume is None:
-            run = new_run(config, run_name or name, RECIPES[config.mode], use_4bit, changes)
+            name = run_name or name
+            with saying_how_to_resume(config, config.project.short(name)):
+                run = new_run(config, name, RECIPES[config.mode], use_4bit, changes)
         else:
             run = find_run(config, resume, hf_user, is_finished=False)
             util.check_resumable(run, changes, use_4bit)
@@ -646,7 +649,8 @@ def check_all(config, run, hf_user, use_bf16, micro_batch, changes):
 def push(config, run):
     """Pushes a run's folder unless the config is local. Returns the folder."""
     if run.hub and not config.local:
-        util.push_run(run)
+        with saying_how_to_resume(config, run.name):
+            util.push_run(run)
     return run.folder
 
 
@@ -690,8 +694,10 @@ def evaluate_model(
     rows = util.first_rows(prompts.splits["test"], size)
     util.check_tokenizer(base.path, base.tokenizer, prompts.scale)
     data = util.describe_data(prompts)
-    is_others = run.account and not config.local and run.account not in items.own_accounts()
-    folder, differences = util.evaluation_folder(run, data, base, bool(is_others or revision))
+    is_fetched = run.adapter not in (None, run.folder)
+    is_others = is_fetched and run.account not in items.own_accounts()
+    origin = [run.account] * is_others + [revision] * bool(revision)
+    folder, differences = util.evaluation_folder(run, data, base, "-".join(origin))
     if differences:
         reasons = "; ".join(differences)
         print(f"Not the run's own evaluation, so it stays in {folder}, unpublished: {reasons}")
@@ -747,9 +753,8 @@ def price_items(
         items.check_output(output, source)
     config, run, base, options = open_run(config, run_name, hf_user, revision)
     cutoff = run.data.get("cutoff") or DEFAULT_CUTOFF
-    known = run.data.get("columns")
     rows, notes = items.own_rows(
-        source, text, base.tokenizer, cutoff, columns, run.scale, known, decimal
+        source, text, base.tokenizer, cutoff, columns, run.scale, run.data, decimal
     )
     print("\n".join(notes))
 
@@ -969,7 +974,8 @@ def main(argv=None) -> None:
     set_up_libraries()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, exit_on_signal)
-    if int(os.environ.get("RANK", 0)) > 0:  # only the first process prepares, evaluates and prints
+    is_first = int(os.environ.get("RANK", 0)) == 0
+    if not is_first:  # only the first process prepares, evaluates and prints
         if name != "train":
             return
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
@@ -984,10 +990,12 @@ def main(argv=None) -> None:
         text += "environment, or `python -m pip install -r requirements.txt`."
     except (items.UserError, items.Stopped) as error:
         text, code = re.sub(r"`(\w+)`", with_flags, str(error)), error.code
+        if isinstance(error, items.Stopped) and not is_first:
+            text = ""
     except Exception as error:
         if not items.is_disk_full(error):
             raise
-        text = "the disk is full, or your quota or a limit on files is reached. Make room first."
+        text = items.NO_ROOM
     for line in text.splitlines():
         print(f"app.py {name}: {line}", file=sys.stderr)
     sys.exit(code)

@@ -90,6 +90,9 @@ class UserError(Exception):
         return [str(self)]  # all that a notebook shows
 
 
+NO_ROOM = "the disk is full, or your quota or a limit on files is reached. Make room first."
+
+
 class Stopped(KeyboardInterrupt):
     """A signal, or a notebook's Stop button, has ended a stage; app.py adds how to resume it."""
 
@@ -437,6 +440,8 @@ def replacing(target):
         os.replace(new, target)
         sync(target.parent)
     finally:
+        if (folder / "old").exists() and not target.exists():
+            os.rename(folder / "old", target)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -990,7 +995,7 @@ def published_items(name, scale=COURSE_SCALE):
 # ------------------------------------------------------------------------------------------------
 # 5. Files of rows
 
-UNREADABLE = (OSError, RecursionError, csv.Error, json.JSONDecodeError, pyarrow.ArrowException)
+UNREADABLE = (OSError, RecursionError, csv.Error, ValueError, OverflowError, pyarrow.ArrowException)
 
 
 def file_rows(path):
@@ -1003,7 +1008,7 @@ def file_rows(path):
     reader = READERS.get(Path(path).suffix.lower())
     try:
         with open(path, "rb") as file:
-            if not reader or file.peek(4).startswith(b"PK"):
+            if not reader or file.peek(4).startswith(b"PK\x03\x04"):
                 raise UserError(
                     f"{path}: is a spreadsheet, or ends in none of {', '.join(READERS)}. Save it "
                     "as `CSV UTF-8` (in Excel: File, Save As; in LibreOffice: Text CSV)."
@@ -1028,7 +1033,7 @@ def parquet_rows(file):
 def json_rows(file):
     """The rows of one array, or JSON lines."""
     text = io.TextIOWrapper(file, encoding="utf-8-sig")
-    is_array = text.read(1) == "["
+    is_array = text.read(4096).lstrip().startswith("[")
     text.seek(0)
     rows = json.load(text) if is_array else map(read_json_line, text)
     for line, row in enumerate(rows, 1):
@@ -1053,7 +1058,7 @@ def csv_rows(file):
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     header = re.sub('"[^"]*"', "", text.readline())
     options = {"strict": True, "skipinitialspace": True}
-    options["delimiter"] = max("\t,;|", key=header.count)
+    options["delimiter"] = max(",;\t|", key=header.count)
     if "\t" in header and not has_quoted_cells(csv.reader(text, **options)):
         options["quoting"] = csv.QUOTE_NONE
     text.seek(0)
@@ -1103,8 +1108,10 @@ READERS = {
 
 MISSING_WORDS = "nan none null nil n/a #n/a na <na> [] {} - -- – — ? tba tbd"
 NO_VALUES = {"", *MISSING_WORDS.split()}
-DINARS = re.compile("BHD|IQD|JOD|KWD|LYD|OMR|TND|[BJK]D", re.IGNORECASE)  # with three decimals
+# With three decimals; the last two are Arabic
+DINARS = re.compile(r"BHD|IQD|JOD|KWD|LYD|OMR|TND|[BJK]D|د\.[كبعأاتل]\.?|ر\.ع\.?", re.IGNORECASE)
 CODES = {"$": "USD", "US$": "USD", "€": "EUR", "£": "GBP", "₹": "INR"}
+CODES |= {"US $": "USD", "$ USD": "USD", "€ EUR": "EUR"}  # as marketplaces write it
 OTHER_SIGN = {".": ",", ",": "."}
 
 LETTER = r"[^\W\d_]"
@@ -1119,6 +1126,12 @@ PRICE = re.compile(
     r"(?:(?!(?P=by))(?P<point>[.,])(?:(?P<decimals>[0-9]+)|[-–—]{0,2}))?"
     rf" ?(?:[:/]-|(?P<after>{CURRENCY}))?"
 )
+# What stands beside a number and is no currency: factors, hundredths, one end of a range
+NO_CURRENCY = re.compile(
+    r"(?:k|m|p|c|cts?|cents?|¢|mio|mil|million|lakh|crore)\.?$|(?:from|ab|bis|min|max|over|under)\b",
+    re.IGNORECASE,
+)
+BETWEEN_DIGITS = re.compile(r"(?<=\d)(?:\s*<[^>]*>)+(?=\s*\d)")  # tags, as in 12<sup>99</sup>
 FLOAT = re.compile(r"[0-9]+(?:\.[0-9]+)?e[+-]?[0-9]{1,2}", re.IGNORECASE)  # as programs write it
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 SMALL_DIGIT = re.compile("[²³¹¼-¾⁰-₉⅐-↋①-⓿]")  # which NFKC makes usual ones
@@ -1143,9 +1156,12 @@ class Written(NamedTuple):
 def parse_price(text):
     """The Written of a text, in any currency and of any size."""
     no_number = Written(problem=PRICE_NO_NUMBER)
-    if len(text) > LONGEST_PRICE or SMALL_DIGIT.search(text):
+    if len(text) > LONGEST_PRICE:
         return no_number
-    text = unicodedata.normalize("NFKC", html_to_text(text))  # signs and digits of full width
+    text = html_to_text(BETWEEN_DIGITS.sub(" | ", text))
+    if SMALL_DIGIT.search(text):
+        return no_number
+    text = unicodedata.normalize("NFKC", text)  # signs and digits of full width
     text = " ".join(INVISIBLE.sub("", text).split())
     if text.casefold() in NO_VALUES:
         return Written(problem=PRICE_MISSING)
@@ -1156,7 +1172,7 @@ def parse_price(text):
         return no_number
     before, grouped, by, point, decimals, after = match.groups("")
     whole = re.sub("[^0-9]", "", grouped)
-    if not whole + decimals:
+    if not whole + decimals or NO_CURRENCY.match(before) or NO_CURRENCY.match(after):
         return no_number
     is_open = by in (".", ",") and len(grouped) == len(whole) + 1 and not point
     if is_open:
@@ -1358,15 +1374,24 @@ def find_columns(path, names, chosen, earlier=(), needed=("title", "price", "tex
     """
     earlier = dict(earlier)
     by_name = {fold_name(name): name for name in reversed(names)}
+    taken = {fold_name(name) for wanted in chosen.values() for name in wanted}
     columns, missing = {}, []
     for role, usual in USUAL_COLUMNS.items():
         wanted = chosen.get(role) or earlier.get(role) or []
         wanted = [wanted] if isinstance(wanted, str) else wanted
-        found = [by_name.get(fold_name(name)) for name in wanted]
+        found = [name if name in names else by_name.get(fold_name(name)) for name in wanted]
         if role in chosen:
             missing += [name for name in wanted if fold_name(name) not in by_name]
         elif not found or None in found:
-            found = [by_name[name] for name in usual.split() if name in by_name]
+            usual = [name for name in usual.split() if name in by_name]
+            usual.sort(key=taken.__contains__)  # another role's only if there is no other
+            found = [by_name[name] for name in usual]
+            alike = [name for name in names if usual and fold_name(name) == usual[0]]
+            if len(alike) > 1:
+                raise UserError(
+                    f"{path}: {' or '.join(alike)}? Say which is the {role} by `columns`, like "
+                    f"{role}=NAME."
+                )
         columns[role] = found if role in JOINED_ROLES else found[:1]
         if role in needed and not found:
             missing.append(role)
@@ -1520,23 +1545,25 @@ def is_foreign(written, scale):
 
 
 def own_rows(
-    path, text, tokenizer, cutoff, columns=None, scale=COURSE_SCALE, earlier=None, decimal=None
+    path, text, tokenizer, cutoff, columns=None, scale=COURSE_SCALE, trained_on=None, decimal=None
 ):
     """(rows of the user's own items to price, notes on them, lines for the screen).
 
     They come from the file at `path` or are the one described by `text`. A row has prompt,
     completion ('' without a usable price in the scale), line and title. `columns` are the chosen
-    ones, `earlier` those of the file that was trained on.
+    ones; `trained_on` is a record that names columns and currency of the file that was trained on.
     """
+    trained_on = trained_on or {}
+    earlier = trained_on.get("columns") or {}
     if path:
         read, chosen = file_rows(path), collect_columns(columns)
     else:
         title = clean_text(text or "").partition("\n")[0].removeprefix("Title:")
         read, chosen, earlier = iter([(1, {"title": title, "text": text})]), {}, {}
     needed = ("title", "text")
-    own = read_own(path or "The text", read, decimal, chosen, earlier or {}, needed)
+    own = read_own(path or "The text", read, decimal, chosen, earlier, needed)
     foreign = ""
-    if is_foreign(own.currency, scale):
+    if is_foreign(own.currency, scale) and own.currency != trained_on.get("written_currency"):
         foreign = f"price is in {own.currency}, the run's are in {scale.currency}"
     rows = []
     unjudged = defaultdict(list)
@@ -1556,7 +1583,7 @@ def own_rows(
 
 
 def format_dropped(dropped, between="\n  "):
-    """Like '3 × price is zero or negative (lines 17, 40, 41)' for each reason, most rows first."""
+    """Like '3 × price is zero or negative (line 17, 40, 41)' for each reason, most rows first."""
     parts = []
     for reason, lines in sorted(dropped.items(), key=lambda pair: -len(pair[1])):
         shown = ", ".join(map(str, lines[:SHOWN_LINES]))

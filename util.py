@@ -18,6 +18,7 @@ app.py imports this module where a stage begins: it takes seconds.
 """
 
 import csv
+import errno
 import gc
 import inspect
 import io
@@ -1254,7 +1255,8 @@ def check_recipe(recipe, base, scale, use_bf16, micro_batch=None):
             text = "needs bf16 and a GPU of capability 8.9 or newer. Leave it out."
             problems.append(f"`base_weights` fp8: {text}")
     if recipe.price_loss and find_number_ids(base.tokenizer, scale) is None:
-        text = "needs a base whose tokenizer spells each number in one token. Leave it out."
+        text = "needs a base whose tokenizer spells each number in one token. Leave it out, or, if "
+        text += "an earlier version began the run, begin a new one."
         problems.append(f"`price_loss` {recipe.price_loss:g}: {text}")
     rows = world_size() * (micro_batch or 1)
     if recipe.batch_size % rows:
@@ -1886,7 +1888,8 @@ class StopOnSignal(TrainerCallback):
             self.signal_number = number
             # print can't be called while a print is interrupted; nobody may read what is written
             with suppress(OSError):
-                os.write(2, b"\nSaving, then stopping; once more to stop at once\n")
+                hint = b"" if world_size() > 1 else b"; once more to stop at once"
+                os.write(2, b"\nSaving, then stopping" + hint + b"\n")
         elif world_size() == 1:
             stop_at_once = self.previous_handlers[number]
             if not callable(stop_at_once):
@@ -2010,8 +2013,10 @@ def train(base, run, data, plan, quant_config):
         run.add_seconds("load", start)
         try:
             plan = fit(trainer, run, plan)
-        except Exception:
+        except Exception as error:
             print(file=sys.stderr)  # the progress bar is in this line
+            if items.is_disk_full(error):
+                raise items.UserError(items.NO_ROOM, resumes=True) from error
             raise
         if plan:
             model = trainer = None  # so that their memory is free, and that of compiled graphs
@@ -2055,13 +2060,18 @@ def go_on_without(trainer, plan, error):
     text = textwrap.shorten(f"{type(error).__name__}: {error}", 100)
     what = f"Step {trainer.state.global_step + 1:,}: {text}"
     if world_size() > 1:  # the others are in the middle of the step
-        remedy = f"a `micro_batch` below {plan.micro_batch}" if is_memory else "`compile` off"
-        raise items.UserError(f"{what}; train with {remedy}.", resumes=True) from error
+        if is_memory:
+            remedy = f"Take a `micro_batch` below {plan.micro_batch}."
+            raise items.UserError(f"{what}. {remedy}", resumes=True) from error
+        raise items.UserError(f"{what}. Begin a new run with `compile` off.") from error
     plan = plan.without(error)
     if plan is None:
         remedy = "Take a smaller base model, `lora_r` or `cutoff`"
         raise items.UserError(f"{what}; one row at a time doesn't fit. {remedy}.") from error
-    print(f"{what}; going on with micro-batches of {plan.reasons['Micro-batch']}")
+    print(
+        f"{what}; going on from the newest checkpoint, in micro-batches of "
+        f"{plan.reasons['Micro-batch']}"
+    )
     return plan
 
 
@@ -2080,11 +2090,13 @@ def training_log(trainer):
 # 7. Runs
 
 LOCKS = ".locks"  # the folder of the runs' locks, beside them
-# Fields of run.json that say where a run goes and what came of it, not how it is trained
+# Fields of run.json that may change when a run goes on: where it goes, how it is computed here, and
+# what came of it
 OTHER_FIELDS = (
-    *("hub", "wandb", "steps", "val_rows", "history"),
+    *("hub", "wandb", "micro_batch", "base_weights", "plan", "steps", "val_rows", "history"),
     *("calibration", "seconds", "peak_memory_bytes"),
 )
+DATA_FIELDS = ("hub", "cutoff", "columns", "written_currency")  # of prepare.json, kept in run.json
 UNTOUCHED = "base"  # what an evaluation calls the untouched base model
 WANDB_MODES_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 
@@ -2261,7 +2273,8 @@ class Project:
             mode = "lite" if name.endswith("-lite") else mode
             base = items.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
             record = {"run": name, "project": self.name, "mode": mode, "base_model": base}
-        return replace(Run.from_record(folder, record), adapter=adapter)
+        run = Run.from_record(folder, record)
+        return replace(run, adapter=adapter, hub=on_hub or run.hub)
 
 
 def has_adapter(folder):
@@ -2377,6 +2390,8 @@ def lock_run(folder):
             f"{folder.name}: another process is training it. Wait for its end, or stop it first."
         ) from None
     except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network drives have no locks
+            return FileLock(path)
         raise items.UserError(f"{path}: can't be locked ({error.strerror}).") from error
 
 
@@ -2470,62 +2485,6 @@ def push_run(run):
 
     if is_first_process():
         items.push_or_explain(run.hub, upload)
-
-
-def write_card(folder, run, results=None):
-    """Writes README.md of a run: base model, data, recipe, loss chart, how to load it.
-
-    With the results of its own evaluation also the figures and what they were measured on, in the
-    metadata, too (model-index).
-    """
-    data = run.data
-    is_on_hub = "/" in run.base_model and not Path(run.base_model).exists()
-    metadata = ModelCardData(
-        base_model=run.base_model if is_on_hub else None,
-        library_name="peft",
-        datasets=data.get("hub"),
-        eval_results=card_figures(results) if results else None,
-        model_name=run.folder.name,
-        tags=["lora", "price"],
-    )
-    names = ("batch_size", "learning_rate", "lora_r", "lora_dropout")
-    settings = {name: getattr(run.recipe, name) for name in names}
-    settings["seed"] = run.seed
-    card = ModelCard.from_template(
-        metadata,
-        template_str=CARD,
-        run=run,
-        dataset=data.get("hub") or public_source(data.get("source", "")),
-        settings=settings | run.plan,
-        results=results,
-        table=format_table(results) if results else "",
-        prompt_form=prompt_form(run.scale),
-    )
-    items.write_text(Path(folder, "README.md"), str(card))
-
-
-def card_figures(results):
-    """The figures of an evaluation, and its data, as the Hub's model-index has them.
-
-    Those that have no value, such as r² of a single item, are left out.
-    """
-    names = {
-        "mae": ("mae", f"mean absolute error in {results['currency']}"),
-        "mse": ("mse", "mean squared error"),
-        "r_squared": ("r2", "r² in %"),
-    }
-    data = results["data"]
-    task = ("text-generation", data["hub"] or "own", data["hub"] or public_source(data["source"]))
-    measured = {
-        "dataset_split": data["split"],
-        "dataset_args": {"n": results["n"], "fingerprint": data["fingerprint"]},
-        "metric_args": {"decode": results["decode"]},
-    }
-    return [
-        EvalResult(*task, metric, results[key], metric_name=name, **measured)
-        for metric, (key, name) in names.items()
-        if math.isfinite(results[key])
-    ]
 
 
 def load_wandb():
@@ -2796,8 +2755,10 @@ def evaluate(function, data, size=200, workers=1, batch_size=None, folder=None, 
     same time. See `predict` for `batch_size`, `score` for what is printed and returned,
     `save_predictions` for `folder`. Raises ValueError without items, or for one without a price.
     """
-    if isinstance(data, dict | pandas.DataFrame):  # dict: a slice of a Dataset
-        data = pandas.DataFrame(data).to_dict("records")
+    if isinstance(data, dict):  # a slice of a Dataset
+        data = [dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True)]
+    elif isinstance(data, pandas.DataFrame):
+        data = data.astype(object).where(data.notna(), None).to_dict("records")
     rows = [row_to_judge(item) for item in islice(data, size)]
     if not rows:
         raise ValueError("evaluate needs at least one row of prompt and completion, or Item")
@@ -3022,14 +2983,17 @@ def word_guesses(splits, rows):
 
 def describe_data(prompts):
     """What run.json and results.json record of the data."""
-    found = {name: prompts.about.get(name) for name in ("hub", "cutoff", "columns")}
+    found = {name: prompts.about.get(name) for name in DATA_FIELDS}
     found |= {"place": prompts.place, "source": prompts.source} | prompts.scale.record()
     constants = items.constant_guesses(prompts.splits["train"])
     return found | {"fingerprint": prompts.fingerprint, "constants": constants}
 
 
-def evaluation_folder(run, data, base, is_foreign=False):
-    """(the folder of an evaluation, how it differs from the run's own in words, a list)."""
+def evaluation_folder(run, data, base, origin=""):
+    """(the folder of an evaluation, how it differs from the run's own in words, a list).
+
+    `origin` names the account or the commit of an adapter that isn't the user's newest.
+    """
     scale = items.PriceScale.from_record(data)
     if run.data and run.scale != scale:
         raise items.UserError(
@@ -3040,15 +3004,17 @@ def evaluation_folder(run, data, base, is_foreign=False):
     if run.base_identity:  # its files decide, under whichever name
         is_own_base = base.identity == run.base_identity
     reasons = {
-        "the adapter is another account's, or not the newest commit": is_foreign,
+        "the adapter is another account's, or not the newest commit": origin,
         f"the base model is {base.name} ({base.identity[:8]}), not what the run was trained on, "
         f"{run.base_model}": run.adapter and not is_own_base,
         "these are not the data that the run was trained on; test items may have been in "
         "training": run.data and run.data["fingerprint"] != data["fingerprint"],
     }
     differences = [reason for reason, applies in reasons.items() if applies]
-    name = f"eval-{data['fingerprint'][:8]}-{base.identity[:8]}" if differences else "eval"
-    return run.folder / name, differences
+    if not differences:
+        return run.folder / "eval", differences
+    parts = ["eval", data["fingerprint"][:8], base.identity[:8], *re.findall(r"[\w.]+", origin)]
+    return run.folder / "-".join(parts), differences
 
 
 def read_earlier(project, names, rows, decode, base):
@@ -3083,7 +3049,7 @@ def earlier_guesses(name, folders, rows, decode, base_identity=None):
             found = [(row["title"], float(row["truth"])) for row in table]
             guesses = [float(row["guess"]) for row in table]
             damage = items.manifest_problem(folder, must_exist=False)
-        except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+        except (*items.UNREADABLE, LookupError, TypeError, ValueError) as error:
             damage = f"can't be read ({error})"
         if damage:
             problem = f"its {folder.name}: {damage}"
@@ -3091,6 +3057,8 @@ def earlier_guesses(name, folders, rows, decode, base_identity=None):
             problem = "was evaluated on other items or fewer"
         elif other != decode:
             problem = f"was evaluated with `decode` {other}"
+        elif results.get("revision") or results.get("pooled"):
+            problem = f"its {folder.name} is of another commit, or of several runs"
         elif base_identity not in (None, identity):
             problem = f"was evaluated with another base model, {results.get('base_model')}"
         else:
@@ -3312,6 +3280,8 @@ def export_run(run, base, splits, folder, **reader_options):
     options = {name: reader_options[name] for name in ("quant_config", "precision")}
     model = load_merged(base, run.adapter, **options, out_precision="bf16")
     model.save_pretrained(folder)
+    for weights in Path(folder).glob("*.safetensors"):
+        weights.chmod(0o644)  # written for its owner only; servers run as somebody else
     base.tokenizer.save_pretrained(folder)
     card = (
         f"# {run.folder.name}\n\nEstimates a product's price from its description: "
@@ -3357,8 +3327,10 @@ CHART_STYLE = {"font.size": 9, "text.parse_math": False}  # `$` is a currency
 
 def public_source(source):
     """A dataset's source for titles: of a local file or folder the name, not where it is."""
-    is_local = source.startswith(("/", ".", "~")) or source.count("/") > 1
-    return re.sub(r"^.*/(?!\d+[/ ])", "", source) if is_local else source  # keeps `90/5/5`
+    path, *split = source.rsplit(", split ", 1)
+    is_local = split or path.startswith(("/", ".", "~")) or path.count("/") > 1
+    name = path.rsplit("/", 1)[-1] if is_local else path
+    return ", split ".join([name, *split])
 
 
 def new_figure(title, height=4.0, rows=1):
@@ -3564,6 +3536,62 @@ def prompt_form(scale):
         f"line and `{scale.prefix}`. The number that follows {times}is the price in "
         f"{scale.currency}."
     )
+
+
+def write_card(folder, run, results=None):
+    """Writes README.md of a run: base model, data, recipe, loss chart, how to load it.
+
+    With the results of its own evaluation also the figures and what they were measured on, in the
+    metadata, too (model-index).
+    """
+    data = run.data
+    is_on_hub = "/" in run.base_model and not Path(run.base_model).exists()
+    metadata = ModelCardData(
+        base_model=run.base_model if is_on_hub else None,
+        library_name="peft",
+        datasets=data.get("hub"),
+        eval_results=card_figures(results) if results else None,
+        model_name=run.folder.name,
+        tags=["lora", "price"],
+    )
+    names = ("batch_size", "learning_rate", "lora_r", "lora_dropout")
+    settings = {name: getattr(run.recipe, name) for name in names}
+    settings["seed"] = run.seed
+    card = ModelCard.from_template(
+        metadata,
+        template_str=CARD,
+        run=run,
+        dataset=data.get("hub") or public_source(data.get("source", "")),
+        settings=settings | run.plan,
+        results=results,
+        table=format_table(results) if results else "",
+        prompt_form=prompt_form(run.scale),
+    )
+    items.write_text(Path(folder, "README.md"), str(card))
+
+
+def card_figures(results):
+    """The figures of an evaluation, and its data, as the Hub's model-index has them.
+
+    Those that have no value, such as r² of a single item, are left out.
+    """
+    names = {
+        "mae": ("mae", f"mean absolute error in {results['currency']}"),
+        "mse": ("mse", "mean squared error"),
+        "r_squared": ("r2", "r² in %"),
+    }
+    data = results["data"]
+    task = ("text-generation", data["hub"] or "own", data["hub"] or public_source(data["source"]))
+    measured = {
+        "dataset_split": data["split"],
+        "dataset_args": {"n": results["n"], "fingerprint": data["fingerprint"]},
+        "metric_args": {"decode": results["decode"]},
+    }
+    return [
+        EvalResult(*task, metric, results[key], metric_name=name, **measured)
+        for metric, (key, name) in names.items()
+        if math.isfinite(results[key])
+    ]
 
 
 CARD = '''\

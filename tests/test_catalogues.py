@@ -50,7 +50,7 @@ ODD_ROWS = (  # the first line of the row, as an editor shows it; its cells; wha
     (3, ("Sofa", "€ 912,50", "<p>Red &amp; soft</p><p>Oak</p>"), (912.5, "Red & soft\nOak")),
     (4, ("Pan", "19,99 &euro;", "Panasonic   microwave"), (19.99, "Panasonic microwave")),
     (5, ("Tea pot", "12,-", "Tea pot, blue"), (12.0, "blue")),
-    (6, ("Rug", "ab 9,99", "x"), FOREIGN),
+    (6, ("Rug", "ab 9,99", "x"), NO_NUMBER),
     (7, ("Bed", "10 - 15 €", "x"), NO_NUMBER),
     (8, ("Cup", "$5 / 4€", "x"), NO_NUMBER),
     (9, ("Jug", "1,234", "x"), "price is ambiguous"),
@@ -239,6 +239,20 @@ def test_chosen_columns_are_read(tmp_path):
         read_items(path, {"title": ["Nmae"]})
 
 
+def test_prices_of_two_currencies_are_told_apart():
+    names = ["title", "Price ($)", "Price (€)", "text"]
+    columns = items.find_columns("own.csv", names, {"price": ["Price (€)"]})
+    assert columns["price"] == ["Price (€)"]
+    with pytest.raises(UserError, match=r"own.csv: Price \(\$\) or Price \(€\)\? Say which"):
+        items.find_columns("own.csv", names, {})
+
+
+def test_chosen_column_has_one_role():
+    names = ["Product", "Item", "Price", "text"]
+    columns = items.find_columns("own.csv", names, {"category": ["Product"]})
+    assert (columns["title"], columns["category"]) == (["Item"], ["Product"])
+
+
 def test_earlier_columns_are_known(tmp_path):
     """Where the file has all of a role's; what is chosen goes before."""
     row = {"Artikel": "A", "title": "B", "Betrag": "2", "price": 1, "summary": "no", "Lang": "long"}
@@ -316,6 +330,10 @@ def test_lists_of_categories_become_paths(tmp_path):
         ("$.50", 0.5, "."),
         ("0,125", 0.125, ","),
         ("from $9.99", None, ""),
+        ("1.2k", None, ""),
+        ("99¢", None, ""),
+        ("12<sup>99</sup>", None, ""),
+        ("12&sup2;", None, ""),
         ("1,2,3", None, ""),
         ("1,234.567,8", None, ""),
         ("12 34", None, ""),
@@ -677,9 +695,12 @@ def test_other_currencies_are_not_judged(tmp_path, smol_tokenizer):
     found, notes = items.own_rows(path, None, smol_tokenizer, 110)
     assert found[0]["completion"] == ""
     assert "1 × price is in EUR, the run's are in $ (line 1)" in notes[-1]
-    scale = items.PriceScale(1, "€")
-    found, _ = items.own_rows(path, None, smol_tokenizer, 110, scale=scale)
-    assert found[0]["completion"] == "5.0"
+    for options in (
+        {"scale": items.PriceScale(1, "€")},
+        {"trained_on": {"written_currency": "EUR"}},
+    ):
+        found, _ = items.own_rows(path, None, smol_tokenizer, 110, **options)
+        assert found[0]["completion"] == "5.0"
 
 
 def test_one_text_is_an_item(smol_tokenizer):

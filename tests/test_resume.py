@@ -348,7 +348,7 @@ def test_out_of_memory_takes_smaller_micro_batches(call, shared, project):
     start = ("train", *shared, "--run-name", "run", "--batch-size", "12", "--max-steps", "8")
     options = (6, 6, 4)  # rows; in the fourth step of two micro-batches 4
     said = call(*start, "--save-steps", "2", cwd=project, hook="limit_memory", options=options)
-    pattern = r"Step (\d): OutOfMemoryError: .*; going on with micro-batches of (\d)"
+    pattern = r"Step (\d): OutOfMemoryError: .*; going on from .*, in micro-batches of (\d)"
     found = re.findall(pattern, said)
     assert found == [("1", "6"), ("4", "4")]
     assert "Resuming from step 2, the newest complete checkpoint" in said

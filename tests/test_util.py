@@ -258,6 +258,7 @@ def test_ladder_stands_beside_course_data(results):
     "source, expected",
     [
         ("/home/me/my, split files/shop.csv, split 90/5/5 by title, seed 42", "shop.csv, split"),
+        ("/home/me/2024 prices.csv, split 90/5/5 by title, seed 42", "2024 prices.csv, split"),
         ("/tmp/outputs/datasets/items_prompts_lite", "items_prompts_lite"),
         ("ed-donner/items_lite", "ed-donner/items_lite"),
         ("synthetic catalogue of 2,400 items, seed 42", "synthetic catalogue of 2,400 items"),
@@ -349,6 +350,7 @@ def test_earlier_guesses_are_of_same_rows(tmp_path):
         (None, "not evaluated yet"),
         ({"base_identity": "b", "base_model": "llama"}, "with another base model, llama"),
         ({"decode": "mean"}, "was evaluated with `decode` mean"),
+        ({"revision": "v1"}, "its eval is of another commit"),
         ("rows", "was evaluated on other items or fewer"),
         ("a digit", "its eval: predictions.csv is corrupt"),
         ("no table", "its eval: can't be read"),
