@@ -2202,7 +2202,7 @@ class Project:
     def records(self):
         """{name: run.json's content} of the runs, the newest last."""
         records = {}
-        for folder in sorted(self.place.glob("*/"), key=last_change):
+        for folder in sorted(self.place.glob("[!.]*/"), key=last_change):
             record = read_record(folder)
             if record and folder == self.folder(record["run"]):
                 records[record["run"]] = record

@@ -247,8 +247,8 @@ def test_published_adapter_loads_at_revision(online, hub, prepared, trained):
     run = Path("outputs/price-2025-11-30_15.10.55-lite")
     (apart,) = run.iterdir()
     results = read(apart / "results.json")
-    identity = results["base_identity"][:8]
-    assert apart.name == f"eval-{results['data']['fingerprint'][:8]}-{identity}"
+    data, base = results["data"]["fingerprint"][:8], results["base_identity"][:8]
+    assert apart.name == f"eval-{data}-{base}-ed-donner-{revision}"
     assert results["revision"] == revision
     assert len(hub.commits("models", name)) == 2
 
