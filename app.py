@@ -582,11 +582,10 @@ def train_model(
     util.join_processes()
     changes |= {"seed": seed}
     changes = {name: value for name, value in changes.items() if value is not None}
-    name = datetime.now().strftime("%Y-%m-%d_%H.%M.%S")
-    name = util.broadcast(name if config.mode == "full" else f"{name}-{config.mode}")
+    now = datetime.now().strftime("%Y-%m-%d_%H.%M.%S")
+    name = util.broadcast(run_name or (now if config.mode == "full" else f"{now}-{config.mode}"))
     with util.PartialState().main_process_first():
         if resume is None:
-            name = run_name or name
             with saying_how_to_resume(config, config.project.short(name)):
                 run = new_run(config, name, RECIPES[config.mode], use_4bit, changes)
         else:
@@ -695,8 +694,8 @@ def evaluate_model(
     util.check_tokenizer(base.path, base.tokenizer, prompts.scale)
     data = util.describe_data(prompts)
     is_fetched = run.adapter not in (None, run.folder)
-    is_others = is_fetched and run.account not in items.own_accounts()
-    origin = [run.account] * is_others + [revision] * bool(revision)
+    own = items.own_accounts() if is_fetched else [run.account]
+    origin = [name for name in (run.account, revision) if name and name not in own]
     folder, differences = util.evaluation_folder(run, data, base, "-".join(origin))
     if differences:
         reasons = "; ".join(differences)
@@ -878,9 +877,8 @@ def build_parser() -> argparse.ArgumentParser:
         usage = f"app.py {name} [flags]"  # shown with each error; --help lists the flags below it
         options = {"usage": usage, "description": text, "epilog": parser.epilog}
         parsers.append(stages.add_parser(name, help=text, allow_abbrev=False, **options))
-        for argument, default in {
-            k: v for f in functions for k, v in defaults_of(f).items()
-        }.items():
+        defaults = dict(pair for one in functions for pair in defaults_of(one).items())
+        for argument, default in defaults.items():
             ARGUMENTS[argument].add_to(parsers[-1], argument, default)
     for one in parsers:
         shared = one.add_argument_group("shared", "before or after the subcommand")

@@ -1128,7 +1128,8 @@ PRICE = re.compile(
 )
 # What stands beside a number and is no currency: factors, hundredths, one end of a range
 NO_CURRENCY = re.compile(
-    r"(?:k|m|p|c|cts?|cents?|¢|mio|mil|million|lakh|crore)\.?$|(?:from|ab|bis|min|max|over|under)\b",
+    r"(?:k|m|p|c|cts?|cents?|¢|mio|mil|million|lakh|crore)\.?$"
+    r"|(?:from|ab|bis|min|max|over|under)\b",
     re.IGNORECASE,
 )
 BETWEEN_DIGITS = re.compile(r"(?<=\d)(?:\s*<[^>]*>)+(?=\s*\d)")  # tags, as in 12<sup>99</sup>
