@@ -111,7 +111,7 @@ def test_messy_catalogue_is_prepared(call, shared, trained_project):
     (folder / "messy.csv").write_text(MESSY + "".join(mugs), encoding="utf-8")
     columns = ("--columns", "title=Name", "price=Cost", "text=Item description")
     said = call("prepare", *shared, "--source", "messy.csv", *columns, "--unit", "1", cwd=folder)
-    assert "beside it than $ (line 3)" in said
+    assert "price is no single amount (line 3" in said
     splits = load_prompts(folder / DATASET)
     prompts = {row["prompt"].split("\n\n")[1] for split in splits.values() for row in split}
     assert "Title: Pan\nDescription: a microwave" in prompts
@@ -120,7 +120,7 @@ def test_messy_catalogue_is_prepared(call, shared, trained_project):
     said = call(*JUDGE, *files, cwd=folder)
     prices = [(row["line"], row["price"]) for row in read_csv(folder / "out.csv")]
     assert prices[:3] == [("2", "19.99"), ("3", ""), ("4", "7.2")]
-    assert "beside it than $ (line 3)" in said
+    assert "price is no single amount (line 3" in said
 
 
 def test_prepare_replaces_older_data(call, shared, project):
