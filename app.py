@@ -322,18 +322,16 @@ def login_huggingface(namespace: str | None = None, write: bool = False) -> str:
     get_env("HF_TOKEN", required=True)
     if namespace and not write:
         return namespace  # so that what is cached needs no Hub
-    own, others = items.look_up_accounts(write)
-    if write and namespace not in (None, own, *others):
-        text = f"{namespace}: {items.token_name()} belongs to {own} and may not write there."
-        raise items.UserError(f"{text} Name another account.")
-    return namespace or own
+    accounts = items.look_up_accounts(write)
+    if write and namespace not in (None, *accounts):
+        text = f"{items.token_name()} belongs to {accounts[0]} and may not write there."
+        raise items.UserError(f"{namespace}: {text} Name another account.")
+    return namespace or accounts[0]
 
 
 def detect_bf16_support() -> bool:
     """Whether there is a GPU with bf16: compute capability 8.0 and higher (A100, not T4)."""
-    import torch
-
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+    return util.gpu_capability() >= (8, 0)
 
 
 def build_quant_config(use_4bit: bool, use_bf16: bool, compute_dtype=None):
@@ -716,7 +714,7 @@ def evaluate_model(
         results |= {"revision": revision, "differences": differences}
         util.write_evaluation(new, results, run, table)
     print(util.format_table(results))
-    print(f"Saved: {folder}; {folder / 'report.html'} shows it all")
+    print(f"Saved: {folder}; open {folder / 'report.html'} for all of it")
 
     # 4) Publish them, if they are its own: the run's card, the Hub, Weights & Biases
     if not differences:
@@ -764,8 +762,7 @@ def price_items(
     if output:
         items.write_table(output, table)
         print(f"Saved: {output}")
-    splits = items.splits_trained_on(config.dataset_folder, run.data.get("fingerprint"))
-    results = util.score_own_rows(run, answers, rows, source, splits, config.seed)
+    results = util.score_own_rows(run, answers, rows, source, config.dataset_folder, config.seed)
     if results:
         print(util.format_table(results))
     return table
@@ -783,7 +780,7 @@ def export_model(
 
     For vLLM, TGI, llama.cpp, Ollama. The adapter is merged into the dequantised base, against which
     it was trained. What was written is compared with the run on validation rows, if the data that
-    it was trained on are at hand.
+    it was trained on are available.
     """
     if Path(folder).exists():
         raise items.UserError(f"`folder` {folder}: exists already. Give a new folder.")
@@ -930,7 +927,7 @@ def parse_arguments(argv):
 
 
 class LastingFile(io.FileIO):
-    """Standard output or error that ends no stage, as after `| head`: the rest is discarded."""
+    """Standard output or error that never ends a stage, as after `| head`: the rest is lost."""
 
     def write(self, data):
         with suppress(OSError):

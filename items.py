@@ -144,7 +144,7 @@ def encode(texts, tokenizer, special=False):
 
 
 def truncate(summaries, tokenizer, max_tokens):
-    """The summaries, those of more than `max_tokens` tokens cut to so many and right-stripped."""
+    """The summaries, those of more than `max_tokens` tokens cut to that many and right-stripped."""
     # Of a long text only the beginning is encoded if that has tokens enough: tokenizers read word
     # by word, so what follows changes but the last one or two of them
     limit = max_tokens * 6  # most texts have fewer characters a token
@@ -379,7 +379,7 @@ def tokenise(prompts, tokenizer, name):
 
 
 def completion_tokens(completions, tokenizer, prefix=PREFIX):
-    """The token ids of each completion with its end of text, behind the prefix; lists.
+    """The token ids of each completion with its end of text, after the prefix; lists.
 
     Encoded alone a completion can differ: Llama 2's tokenizer puts a space before it.
     """
@@ -423,7 +423,7 @@ def is_disk_full(error):
 def replacing(target):
     """Yields a path beside `target`, for a file or a folder that the caller makes.
 
-    On success it is flushed to the disk and becomes `target`, of links what they lead to. After an
+    On success it is flushed to the disk and becomes `target`, or what a link leads to. After an
     error the old content stays. A folder can't be replaced in one step, so the old one is moved
     aside first: see `finish_interrupted_replace`.
     """
@@ -470,7 +470,7 @@ def finish_interrupted_replace(target):
 
 
 def sync(path):
-    """Has a file's content, or a folder's names, on the disk before anything relies on it."""
+    """Flushes a file's content, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -479,7 +479,7 @@ def sync(path):
 
 
 def write_text(path, text):
-    """Writes a text entirely or not at all; what isn't text in it becomes question marks."""
+    """Writes a text entirely or not at all; what can't be encoded becomes question marks."""
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8", errors="replace", newline="")
 
@@ -536,7 +536,7 @@ def manifest_problem(folder, must_exist=True):
 
 
 def file_identity(path):
-    """Size in bytes and checksum of a file, which tells damage, no forgery."""
+    """Size in bytes and checksum of a file, which detects damage, not forgery."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, xxhash.xxh3_128)  # a tenth of the time of SHA-256
     return {"size": path.stat().st_size, "xxh3": digest.hexdigest()}
@@ -553,7 +553,7 @@ def check_output(path, source=None):
     if path.suffix.lower() not in (".csv", ".jsonl") or path.is_dir():
         raise UserError(f"`output` {path}: give a .csv or .jsonl file.")
     if not path.parent.is_dir() or (source and path.resolve() == Path(source).resolve()):
-        raise UserError(f"`output` {path}: is the input, or its folder is missing. Give another.")
+        raise UserError(f"`output` {path}: is the input, or its folder is missing. Choose another.")
     check_writable(path.parent, path.name)
 
 
@@ -564,7 +564,7 @@ def check_writable(folder, name="any"):
         probe.mkdir(parents=True, exist_ok=True)
         probe.rmdir()
     except OSError as error:
-        text = f"{folder}: can't be written to ({error.strerror}). Give another place."
+        text = f"{folder}: can't be written to ({error.strerror}). Choose another folder."
         raise UserError(text) from error
 
 
@@ -647,21 +647,20 @@ def token_name():
 
 
 def look_up_accounts(write=False):
-    """(the token's account on the Hub, its organisations, a list). Checks that it may `write`."""
+    """The token's accounts on the Hub, its own first. Checks that it may `write`."""
     with hub_errors(token_name()):
         account = HfApi().whoami()
     if write and account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(
             f"{token_name()} may only read. Make a token with the role `write`, or add `local`."
         )
-    return account["name"], [organisation["name"] for organisation in account.get("orgs", ())]
+    return [account["name"], *(one["name"] for one in account.get("orgs", ()))]
 
 
 def own_accounts():
     """The accounts on the Hub that the token may write to; none if the Hub can't be asked."""
     with suppress(UserError):
-        own, organisations = look_up_accounts()
-        return [own, *organisations]
+        return look_up_accounts()
     return []
 
 
@@ -810,7 +809,9 @@ class Prompts:
         """Whether they are those that `prepare` recorded, to the letter."""
         columns = {"prompt": Value("string"), "completion": Value("string")}
         are_texts = all(split.features == columns for split in self.splits.values())
-        return are_texts and self.about.get("fingerprint") == self.fingerprint
+        if not are_texts or "fingerprint" not in self.about:
+            return False  # and all rows needn't be hashed
+        return self.about["fingerprint"] == self.fingerprint
 
     @property
     def is_own(self):
@@ -901,7 +902,7 @@ def read_completion(completion, do_round):
 
 
 def shorten(text, length=60):
-    """The text, cut to so many characters."""
+    """The text, cut to `length` characters."""
     return text if len(text) <= length else f"{text[:length]}…"
 
 
@@ -1198,7 +1199,7 @@ def main_currency(prices):
 def read_prices(prices, decimal=None):
     """(the Written of a column with what their cells leave open, its currency, its decimal sign).
 
-    Three digits behind a single sign are decimals or thousands as `decimal` says. Otherwise they
+    Three digits after a single sign are decimals or thousands as `decimal` says. Otherwise they
     are thousands if the other prices show the other sign, or, since only DINARS have three
     decimals, if no price shows any and they have a currency.
     """
@@ -1229,7 +1230,7 @@ def read_prices(prices, decimal=None):
 
 
 def price_problem(price, scale=COURSE_SCALE):
-    """Why `price` can't be used, in a few words, or None if the numbers 0 … 999 can say it."""
+    """Why `price` can't be used, in a few words, or None if the numbers 0 … 999 can express it."""
     if price is None or price != price:  # NaN
         return PRICE_MISSING
     if isinstance(price, bool | str) or price in (math.inf, -math.inf):
@@ -1450,13 +1451,13 @@ def read_own(path, rows, decimal, *choice):
 
     about = {"columns": {}, "decimal": decimal, "written_currency": currency or None}
     read = []
-    unused = list(filter(None, names))
     for role, found in columns.items():
         about["columns"][role] = found if role in JOINED_ROLES else next(iter(found), None)
         if found:
             read.append(f"{role} from {' or '.join(found)}")
-        unused = [name for name in unused if name not in found]
-    unused = shorten(", ".join(unused), SHOWN_NAMES) or "none"
+    used = set(chain(*columns.values()))
+    unused = ", ".join(name for name in names if name and name not in used)
+    unused = shorten(unused, SHOWN_NAMES) or "none"
     notes = [f"Columns: {', '.join(read)}; unused: {unused}"]
     if decimal:
         notes.append(f"Prices: the decimal sign is `{decimal}`; `decimal` says otherwise")
@@ -1478,9 +1479,7 @@ def read_item(row, columns):
         category = ""
     summary = describe_item(title, category, text)
     keys = [hashed(key) for key in (*leak_keys(title, text, summary), summary)]
-    cell = None
-    for name in columns["price"]:
-        cell = row.get(name)
+    cell = row.get(next(iter(columns["price"]), None))
     price = parse_price(str(cell))
     if not isinstance(cell, str):  # a number has neither thousands nor a decimal comma
         price = price._replace(decimal="", is_open=False)
@@ -1523,9 +1522,8 @@ def own_catalogue(path, seed, columns=None, unit=None, currency="$", decimal=Non
         reasons = format_dropped(own.dropped, "; ") or "no row"
         raise UserError(f"{path}: {error} Dropped: {reasons}.") from None
     items = own.items.select_columns("summary").add_column("price", prices).select(kept)
-    splits = DatasetDict()
-    for name, part in zip(SPLITS, parts, strict=True):
-        splits[name] = items.select(part)
+    named = zip(SPLITS, parts, strict=True)
+    splits = DatasetDict({name: items.select(part) for name, part in named})
     highest = scale.format_whole(scale.highest)
     notes = [*own.notes, f"Unit: {scale.step}, for prices up to {highest}; `unit` chooses another"]
     written = own.currency
@@ -1535,12 +1533,11 @@ def own_catalogue(path, seed, columns=None, unit=None, currency="$", decimal=Non
             f"{written} makes them say {written}"
         )
     source = f"{readable(path)}, split 90/5/5 by title and description, seed {seed}"
-    about = {"source": source, **own.about}
-    return Catalogue(splits, own.dropped, about, scale, notes, own.folder)
+    return Catalogue(splits, own.dropped, {"source": source} | own.about, scale, notes, own.folder)
 
 
 def is_foreign(written, scale):
-    """Whether a currency, '' for none, is another one than the scale's."""
+    """Whether a currency, '' for none, differs from the scale's."""
     named = CODES.get(scale.currency, scale.currency)
     return CODES.get(written, written) not in ("", named)
 
@@ -1687,8 +1684,8 @@ def description_in(prompt):
 def word_grams(text):
     """The set of a text's runs of GRAM_WORDS words; of a shorter text all its words are one."""
     words = re.findall(r"\w+", text.casefold())
-    ends = range(GRAM_WORDS, max(GRAM_WORDS, len(words)) + 1)
-    return {tuple(words[end - GRAM_WORDS : end]) for end in ends}
+    runs = zip(*(words[start:] for start in range(GRAM_WORDS)), strict=False)
+    return set(runs) or {tuple(words)}
 
 
 def count_near_duplicates(prompts):

