@@ -3513,10 +3513,10 @@ def write_report(folder, results, run, table):
 
 def prompt_form(scale):
     """How the prompts are written, for model cards."""
-    times = " " if scale.unit == 1 else f", times {items.format_unit(scale.unit)}, "
+    times = "" if scale.unit == 1 else f"times {items.format_unit(scale.unit)} "
     return (
         f"The prompt is the question `{scale.question}`, a blank line, the description, a blank "
-        f"line and `{scale.prefix}`. The number that follows{times}is the price in "
+        f"line and `{scale.prefix}`. The number that follows {times}is the price in "
         f"{scale.currency}."
     )
 
