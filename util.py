@@ -84,7 +84,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.utils import find_adapter_config_file
-from transformers.utils.logging import set_tqdm_hook
 
 import items
 
@@ -365,8 +364,6 @@ def load_quantised(base, quant_config, precision):
     quantisation = {"quantization_config": quant_config}
     if is_stored_quantised or not quantised_layers(base.skeleton):
         quantisation = {}  # None would replace that of the base's own configuration
-    # Its bar is gone at its end, so that the training's is the one
-    set_tqdm_hook(lambda bar, arguments, options: bar(*arguments, **options | {"leave": False}))
     with base_errors(base.path):
         model, found = AutoModelForCausalLM.from_pretrained(
             base.path,
@@ -757,7 +754,6 @@ ANY_COMPLETION = "219.00"
 # The checks that self_check reports
 ONE_PASS = "prices from one pass"
 PACKED_ROWS = "packed rows"
-LORA_LAYERS = "LoRA layers"
 FP8_PRODUCTS = f"fp8 products to {FP8_TOLERANCE:.0%}"
 
 
@@ -1053,14 +1049,14 @@ def compile_layers(model, graphs):
         layer.compile(dynamic=None if graphs else True, options=options)
 
 
-def self_check(model, tokenizer, prompts, precision, attention=None, layers=(), fp8_layers=()):
+def self_check(model, tokenizer, prompts, precision, attention=None, fp8_layers=()):
     """{way: whether it computes what plain forward passes do}, on prompts, lists of tokens.
 
     Architectures differ in what their layers do with masks and positions, and new ones appear, so
     it is measured on each model that is loaded; two prompts of different lengths show most. The
-    model keeps the `attention` of packed rows if it may be used. `layers` are to be FastLora,
-    `fp8_layers` Fp8Linear: the model itself is in 16 bits, since fp8 differs from it by so much
-    that errors elsewhere wouldn't show. Raises UserError if plain answers aren't finite or causal.
+    model keeps the `attention` of packed rows if it may be used. `fp8_layers` are to be Fp8Linear:
+    the model itself is in 16 bits, since fp8 differs from it by so much that errors elsewhere
+    wouldn't show. Raises UserError if plain answers aren't finite or causal.
     """
     tolerance = TOLERANCES[precision]
     completions = items.completion_tokens([ANY_COMPLETION] * len(prompts), tokenizer)
@@ -1097,8 +1093,6 @@ def self_check(model, tokenizer, prompts, precision, attention=None, layers=(), 
             if not found[PACKED_ROWS]:
                 model.set_attn_implementation(plain_attention)
         found[ONE_PASS] = found.get(PACKED_ROWS) or agrees(read_in_one_pass, expected, tolerance)
-        if layers:
-            found[LORA_LAYERS] = all(lora_agrees(layer, precision) for layer in layers)
     if fp8_layers:
         found[FP8_PRODUCTS] = all(fp8_agrees(layer) for layer in fp8_layers)
     return found
@@ -1133,17 +1127,6 @@ def agrees(compute, expected, tolerance):
     except (IndexError, RuntimeError, ValueError):
         return False
     return found.shape == expected.shape and difference(found, expected) <= tolerance
-
-
-def lora_agrees(layer, precision):
-    """Whether a FastLora layer on a linear layer computes what PEFT's LoRA layer does."""
-    device, dtype = layer.weight.device, DTYPES[precision]
-    config = LoraConfig(r=8, lora_alpha=16, init_lora_weights=False)
-    adapted = FastLora(layer, "check", config, r=8, lora_alpha=16).to(device).eval()
-    x = torch.randn(2, 7, layer.in_features).to(device, dtype)
-    with torch.autocast(device.type, dtype, enabled=precision != "fp32"):
-        expected = lora.Linear.forward(adapted, x)
-        return agrees(partial(adapted, x), expected, LAYER_TOLERANCES[precision])
 
 
 def fp8_agrees(layer):
@@ -1469,20 +1452,18 @@ def possible_plans(plan, base, recipe, examples, micro_batch=None):
 
 def check_plan(plan, model, base, data):
     """The Plan without what computes the loaded model wrong. All processes follow the first."""
-    layers = layers_of_each_kind(model, plan.targets) if plan.fast_lora else []
     in_fp8 = layers_of_each_kind(model, fp8_layers(model)) if plan.fp8 else []
     rows = [data.train[int(i)] for i in (data.lengths.argmin(), data.lengths.argmax())]
     prompts = [row["input_ids"][: row["labels"].count(items.IGNORED)] for row in rows]
     check = partial(self_check, model, base.tokenizer, prompts, plan.precision, plan.attention)
-    found = broadcast(check(layers, in_fp8))
+    found = broadcast(check(in_fp8))
     text = describe_checks(found)
     print(f"{'Check:':<14}{text}")
     if not found.get(FP8_PRODUCTS, True):
         reason = f"its products differ from bf16's by more than {FP8_TOLERANCE:.0%}"
         refuse("`base_weights` fp8", reason, "Leave it out")
     notes = plan.notes | {"Check": text}
-    fast_lora = found.get(LORA_LAYERS, False)
-    plan = replace(plan, fast_lora=fast_lora, in_tree=found[ONE_PASS], notes=notes)
+    plan = replace(plan, in_tree=found[ONE_PASS], notes=notes)
     if plan.attention and not found[PACKED_ROWS]:
         plan = replace(plan, attention=None, compiled=False, graphs=False)
     collate = PackedCollator(len(rows), data.lengths) if plan.attention else collate_padded

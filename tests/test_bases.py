@@ -349,8 +349,7 @@ def tiny_model(tiny_base):
 def check(tiny_model, rows, attention=util.PACKED):
     base, model = tiny_model
     prompts = base.tokenizer([row["prompt"] for row in rows])["input_ids"]
-    layers = util.layers_of_each_kind(model, ("q_proj", "down_proj"))
-    return util.self_check(model, base.tokenizer, prompts, "fp32", attention, layers)
+    return util.self_check(model, base.tokenizer, prompts, "fp32", attention)
 
 
 def ignore_the_mask(patch):
@@ -372,17 +371,12 @@ def mix_packed_rows(patch):
     patch.setattr(util, "varlen_attn", broken)
 
 
-def skip_adapters(patch):
-    patch.setattr(util.FastLora, "forward", lambda layer, x: layer.base_layer(x))
-
-
 @pytest.mark.parametrize(
     ("damage", "unused"),
     [
         (lambda patch: None, set()),
         (ignore_the_mask, {util.ONE_PASS, util.PACKED_ROWS}),
         (mix_packed_rows, {util.PACKED_ROWS}),
-        (skip_adapters, {util.LORA_LAYERS}),
     ],
 )
 def test_check_sees_what_is_wrong(tiny_model, rows, packed_attention, monkeypatch, damage, unused):
@@ -395,8 +389,8 @@ def test_check_sees_what_is_wrong(tiny_model, rows, packed_attention, monkeypatc
 
 def test_check_hides_no_bug(tiny_model, rows, monkeypatch):
     """An error that no architecture raises isn't taken for a way that can't be used."""
-    monkeypatch.setattr(util.FastLora, "forward", lambda layer, x: layer.lora_a)
-    with pytest.raises(AttributeError, match="lora_a"):
+    monkeypatch.setattr(util, "packed_inputs", lambda texts, longest: texts.sizes)
+    with pytest.raises(AttributeError, match="sizes"):
         check(tiny_model, rows)
 
 

@@ -69,6 +69,19 @@ def test_check_sees_wrong_fp8(monkeypatch):
     assert not util.fp8_agrees(layer)
 
 
+def test_fast_lora_computes_as_peft(build):
+    """The same losses as PEFT's layers, for several steps."""
+    settings = {"max_steps": 3, "lora_dropout": 0.0, "logging_steps": 1, "learning_rate": 1e-2}
+    losses = {}
+    for fast in (True, False):
+        trainer = build(fast=fast, batch_size=4, **settings)
+        has_fast_layers = any(isinstance(one, util.FastLora) for one in trainer.model.modules())
+        assert has_fast_layers == fast
+        trainer.train()
+        losses[fast] = [one["loss"] for one in trainer.state.log_history if "loss" in one]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+
+
 def test_fp8_trains_as_bf16(build):
     """All linear layers but the head; adapters stay in 32 bits; the losses of bf16, nearly."""
     settings = {"precision": "bf16", "max_steps": 3, "lora_dropout": 0.0, "logging_steps": 1}
