@@ -2304,11 +2304,10 @@ def resumable_run(folder):
     """
     record = read_record(folder)
     checkpoint = newest_checkpoint(folder, say=str)  # it is said when training begins
-    kept = read_record(Path(checkpoint)) if checkpoint else record
-    changed = [name for name in kept if name not in OTHER_FIELDS and kept[name] != record.get(name)]
-    if changed and not has_adapter(folder):
-        print(f"{folder / 'run.json'}: {', '.join(changed)} taken from {checkpoint}")
-        record = kept
+    if checkpoint and not has_adapter(folder):
+        # No manifest covers the folder's own run.json yet: a damaged one would be trained by
+        checked = read_record(Path(checkpoint))
+        record |= {name: checked[name] for name in checked if name not in OTHER_FIELDS}
     if not record:
         raise items.UserError(f"{folder}: has no run.json, so it can't be resumed.")
     if is_first_process():
@@ -2319,8 +2318,6 @@ def resumable_run(folder):
         print(f"{run.name} is finished")
     elif has_adapter(folder):
         print(f"{run.name}: {problem}: rebuilding it from its newest checkpoint")
-    elif checkpoint is None:
-        print(f"{run.name} has no checkpoint yet: starting at step 0")
     if run.processes != world_size():  # its micro-batch was for another share of the batch
         run.processes = world_size()
         run.micro_batch = None
@@ -2458,54 +2455,47 @@ def load_wandb():
     return wandb
 
 
-def can_log_to_wandb():
-    """Whether Weights & Biases has a login, or needs none. Raises UserError for bad settings."""
+def check_wandb():
+    """Raises UserError if Weights & Biases can't log: it would ask for a login, and wait."""
     wandb = load_wandb()
     try:
         mode = os.environ.get("WANDB_MODE", wandb.setup().settings.mode)
-        return mode in WANDB_MODES_WITHOUT_LOGIN or wandb.login(prompt=False, verify=False)
+        if mode in WANDB_MODES_WITHOUT_LOGIN or wandb.login(prompt=False, verify=False):
+            return
+        reason = "WANDB_API_KEY is not set, and no login is saved"
     except (ValueError, wandb.Error) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise items.UserError(f"`log_wandb`: {reason}. Correct it, or leave it out.") from error
+    raise items.UserError(
+        f"`log_wandb`: {reason}. Set it, `wandb login`, or set WANDB_MODE=offline to log to disk "
+        "only."
+    )
 
 
-def check_wandb():
-    """Raises UserError if Weights & Biases has no login: it would ask for one, and wait."""
-    if not can_log_to_wandb():
-        raise items.UserError(
-            "`log_wandb`: WANDB_API_KEY is not set, and no login is saved. Set it, `wandb login`, "
-            "or set WANDB_MODE=offline to log to disk only."
-        )
-
-
-def start_wandb(run, mode=None):
-    """Opens or continues the run's page on Weights & Biases; `mode` replaces WANDB_MODE."""
+def start_wandb(run):
+    """Opens or continues the run's page on Weights & Biases."""
     wandb = load_wandb()
     page = {"project": run.project, "name": run.name, "id": run.folder.name, "resume": "allow"}
     try:
-        return wandb.init(**page, dir=run.folder.parent, mode=mode)
+        return wandb.init(**page, dir=run.folder.parent)
     except wandb.Error as error:
         text = f"`log_wandb`: {error} Leave it out, or set WANDB_MODE=offline."
         raise items.UserError(text) from error
 
 
 def log_evaluation(run, folder, results):
-    """Logs figures and charts of an evaluation to the W&B run of the training.
-
-    Without a login, as in a new shell, to disk.
-    """
-    mode = None
-    if not can_log_to_wandb():
-        mode = "offline"
-        print("Weights & Biases: no login here, so this is logged to disk; `wandb sync` uploads it")
-    values = {
-        f"test/{name}": value
-        for name, value in results.items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
+    """Logs figures and charts of an evaluation to the W&B run of the training."""
+    try:
+        check_wandb()
+    except items.UserError:
+        print("Weights & Biases has no login here: the evaluation isn't logged")
+        return
+    values = {}
+    for name, value in results.items():
+        if isinstance(value, int | float) and math.isfinite(value):
+            values[f"test/{name}"] = value
     for chart in folder.glob("*.png"):
         values[f"test/{chart.stem}"] = load_wandb().Image(str(chart))
-    with start_wandb(run, mode) as page:
+    with start_wandb(run) as page:
         page.log(values)
 
 

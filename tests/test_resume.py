@@ -117,11 +117,11 @@ def test_finished_run_is_left_alone(call, whole, tmp_path):
 
 
 def test_resume_skips_damage_exactly(call, whole, tmp_path):
-    """The file is named; and the time that earlier sessions took is in the record."""
+    """The file is named; a record that was changed isn't trained by; earlier time counts."""
     run = copy_unfinished(whole, tmp_path, last=8)
     flip(run / "checkpoint-8" / "optimizer.pt")
-    record = read(run / "run.json")
-    record["seconds"] = {"load": 100, "train": 1000}
+    record = read(run / "run.json") | {"seed": 43, "seconds": {"load": 100, "train": 1000}}
+    record["recipe"]["learning_rate"] = 1.0
     (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
     said = call(*RESUME, cwd=tmp_path)
     assert "checkpoint-8 is skipped: optimizer.pt is corrupt" in said
