@@ -195,7 +195,7 @@ class Recipe:
     lora_r: int = setting(32, "rank of the adapters", at_least(1), full=256, demo=16)
     lora_alpha: int | None = setting(None, "adapters' scale × rank", at_least(1), "twice the rank")
     lora_dropout: float = setting(0.1, "of adapters' inputs", at_least(0, float, 1), demo=0.0)
-    targets: str | tuple = setting(  # older runs name the layers
+    targets: str = setting(
         "attention", "layers that get adapters", full="all", demo="all", choices="attention all"
     )
     price_loss: float | str = setting(
@@ -222,8 +222,6 @@ class Recipe:
         """The Recipe of a run.json: missing fields get defaults, unknown ones are ignored."""
         known = {one.name for one in fields(cls)}
         values = {name: value for name, value in record.items() if name in known}
-        if isinstance(values.get("targets"), list):
-            values["targets"] = tuple(values["targets"])
         return cls(**values)
 
 

@@ -276,28 +276,33 @@ class Targets:
 
 
 def find_targets(base, wanted):
-    """The Targets that `wanted` means on a base: `attention`, `all`, or a tuple of names."""
+    """The Targets of a base: the linear layers in its `attention`, or `all` of its decoder.
+
+    Raises UserError if it has none.
+    """
     linear = base.linear_layers
-    last = {name: name.rpartition(".")[-1] for name, _ in base.skeleton.named_modules()}
-    in_attention = [name for name in linear if re.search("attn|attention", name.rpartition(".")[0])]
     # PEFT takes names of linear layers beside experts for the experts' own, whatever precedes them
     # (convert_peft_config_for_transformers in PEFT 0.21)
     weights = base.skeleton.named_parameters()
     has_experts = any("experts" in name and weight.ndim == 3 for name, weight in weights)
-    if wanted == "attention" or (wanted == "all" and has_experts):
-        chosen = in_attention
-    else:
-        chosen = [name for name in linear if wanted == "all" or last[name] in wanted]
-    names = tuple(dict.fromkeys(last[name] for name in chosen))
+    chosen = list(linear)
+    if wanted == "attention" or has_experts:
+        chosen = [name for name in linear if re.search(r"(attn|attention).*\.", name)]
     if not chosen:
-        available = ", ".join(sorted({last[name] for name in linear}))
-        refuse(f"`targets` {wanted}", f"{base.path} has no such layer, only {available}")
+        refuse(f"`targets` {wanted}", f"{base.path} has no such layer", "Take `targets` all")
+    names = tuple(dict.fromkeys(map(last_name, chosen)))
     text = f"{', '.join(names)}: {len(chosen)} of {len(linear)} linear layers"
     if has_experts:
         text += ", the experts are not adapted"
-    if any(last[name] in names for name in last.keys() - set(chosen)):  # as an image encoder's
+    others = {name for name, _ in base.skeleton.named_modules()} - set(chosen)
+    if any(last_name(name) in names for name in others):  # as an image encoder's
         names = tuple(chosen)
     return Targets(names, {name: linear[name] for name in chosen}, text)
+
+
+def last_name(path):
+    """`q_proj` of `model.layers.0.self_attn.q_proj`."""
+    return path.rpartition(".")[-1]
 
 
 def open_base(name, revision=None, demo_folder=None):
