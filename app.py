@@ -714,13 +714,11 @@ def evaluate_model(
     print(util.format_table(results))
     print(f"Saved: {folder}; open {folder / 'report.html'} for all of it")
 
-    # 4) Publish them, if they are its own: the run's card, the Hub, Weights & Biases
+    # 4) Publish them, if they are its own: the run's card, the Hub
     if not differences:
         if run.data:
             util.write_card(run.folder, run, results)
         push(config, run)
-        if run.wandb:
-            util.log_evaluation(run, folder, results)
     return results
 
 

@@ -81,9 +81,9 @@ from transformers import (
     TrainerState,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.utils import find_adapter_config_file
+from transformers.utils.logging import set_tqdm_hook
 
 import items
 
@@ -227,8 +227,8 @@ def check_architecture(base):
     decoder, head = base.skeleton.get_decoder(), base.skeleton.get_output_embeddings()
     if decoder is None or head is None or decoder is head:
         refuse(path, "has no decoder with a head for tokens behind it")
-    if any(isinstance(module, Conv1D) for module in decoder.modules()):
-        refuse(path, f"{config.model_type} has transposed layers (Conv1D), which aren't trained")
+    if not base.linear_layers:
+        refuse(path, f"{config.model_type} has no linear layers, which adapters need")
 
 
 def check_tensors(file):
@@ -369,6 +369,8 @@ def load_quantised(base, quant_config, precision):
     quantisation = {"quantization_config": quant_config}
     if is_stored_quantised or not quantised_layers(base.skeleton):
         quantisation = {}  # None would replace that of the base's own configuration
+    # Its bar is gone at its end, so that the training's is the one
+    set_tqdm_hook(lambda bar, arguments, options: bar(*arguments, **options | {"leave": False}))
     with base_errors(base.path):
         model, found = AutoModelForCausalLM.from_pretrained(
             base.path,
@@ -1400,8 +1402,8 @@ def make_plan(base, run, data, use_bf16, micro_batch=None, fast=True):
         loss += f" + {recipe.price_loss:g} × CRPS of the prices / {spread}"
     steps = count_steps(recipe, rows)
     epochs = steps / math.ceil(rows / recipe.batch_size)  # of which the last step can be smaller
-    notes = {
-        "Schedule": run.schedule or "as given",
+    notes = {name: run.plan[name] for name in ("Schedule",) if name in run.plan}
+    notes |= {
         "Device": describe_device(),
         "Precision": f"{precision} ({reason}); adapters and optimizer in fp32",
         "Base": f"{type(base.skeleton).__name__}, {plan.base_weights}: {fits}",
@@ -1533,10 +1535,10 @@ class TrainingData:
 def prepare_training(run, prompts, base, use_bf16, micro_batch, changes):
     """The TrainingData of a run, in which data and base are recorded, or a UserError."""
     if not run.data:
-        run.auto = auto_fields(run, prompts, changes)
+        auto = auto_fields(run, prompts, changes)
         rows = len(prompts.splits["train"])
-        recipe, run.schedule = choose_schedule(run.recipe, run.auto, rows, base, prompts.scale)
-        run.recipe = recipe
+        run.recipe, text = choose_schedule(run.recipe, auto, rows, base, prompts.scale)
+        run.plan = {"Schedule": text} if text else {}
     check_tokenizer(base.path, base.tokenizer, prompts.scale)
     check_recipe(run.recipe, base, prompts.scale, use_bf16, micro_batch)
     data = describe_data(prompts)
@@ -2101,8 +2103,6 @@ class Run:
     processes: int = 1
     micro_batch: int | None = None  # dropout depends on it: resuming is exact with the same
     base_weights: str = ""
-    auto: list = field(default_factory=list)  # fields of the recipe that choose_schedule set
-    schedule: str = ""  # what it set, and why
     plan: dict = field(default_factory=dict)  # the reasons of the Plan
     steps: int = 0
     val_rows: int = 0  # that it was validated on; 0 in older records
@@ -2287,18 +2287,14 @@ def newest_checkpoint(folder, say=print):
 
 
 def read_record(folder):
-    """What a folder's run.json holds, or its checked copy in the newest checkpoint, or {}."""
-    problem = None
+    """The content of a run's run.json, or of its copy in the newest complete checkpoint, or {}."""
     try:
         record = items.read_json(folder / "run.json")
         if {"run", "mode", "recipe"} <= record.keys():
             return record
-        problem = "isn't a run's record" if record else None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        problem = f"can't be read ({error})"
+        print(f"{folder / 'run.json'} can't be read: {error}")
     checkpoint = newest_checkpoint(folder, say=str)
-    if problem:
-        print(f"{folder / 'run.json'} {problem}: {'using a copy' if checkpoint else 'skipped'}")
     return read_record(Path(checkpoint)) if checkpoint else {}
 
 
@@ -2453,16 +2449,10 @@ def push_run(run):
         items.push_or_explain(run.hub, upload)
 
 
-def load_wandb():
-    """The package of Weights & Biases, only if asked for: its import takes up to two seconds."""
-    import wandb
-
-    return wandb
-
-
 def check_wandb():
     """Raises UserError if Weights & Biases can't log: it would ask for a login, and wait."""
-    wandb = load_wandb()
+    import wandb  # only if it is asked for: that takes up to two seconds
+
     try:
         mode = os.environ.get("WANDB_MODE", wandb.setup().settings.mode)
         if mode in WANDB_MODES_WITHOUT_LOGIN or wandb.login(prompt=False, verify=False):
@@ -2477,31 +2467,15 @@ def check_wandb():
 
 
 def start_wandb(run):
-    """Opens or continues the run's page on Weights & Biases."""
-    wandb = load_wandb()
+    """Opens or continues the run's page on Weights & Biases, to which the trainer logs."""
+    import wandb
+
     page = {"project": run.project, "name": run.name, "id": run.folder.name, "resume": "allow"}
     try:
-        return wandb.init(**page, dir=run.folder.parent)
+        wandb.init(**page, dir=run.folder.parent)
     except wandb.Error as error:
         text = f"`log_wandb`: {error} Leave it out, or set WANDB_MODE=offline."
         raise items.UserError(text) from error
-
-
-def log_evaluation(run, folder, results):
-    """Logs figures and charts of an evaluation to the W&B run of the training."""
-    try:
-        check_wandb()
-    except items.UserError:
-        print("Weights & Biases has no login here: the evaluation isn't logged")
-        return
-    values = {}
-    for name, value in results.items():
-        if isinstance(value, int | float) and math.isfinite(value):
-            values[f"test/{name}"] = value
-    for chart in folder.glob("*.png"):
-        values[f"test/{chart.stem}"] = load_wandb().Image(str(chart))
-    with start_wandb(run) as page:
-        page.log(values)
 
 
 # ------------------------------------------------------------------------------------------------

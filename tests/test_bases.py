@@ -275,7 +275,7 @@ def stored_as(method, **options):
 without_end_of_text = change_tokenizer(lambda tokenizer: setattr(tokenizer, "eos_token", None))
 UNUSABLE = {
     "encoder": ({"model_type": "t5"}, None, "t5 has an encoder"),
-    "transposed": ({"model_type": "gpt2"}, None, "gpt2 has transposed layers"),
+    "transposed": ({"model_type": "gpt2"}, None, "gpt2 has no linear layers"),
     "unknown": ({"model_type": "no-such-type"}, None, "can't load it as a causal language model"),
     "own code": ({}, with_own_code, "needs code from its own repository"),
     "no end of text": ({}, without_end_of_text, "has no end-of-text token"),

@@ -91,7 +91,7 @@ def test_demo_runs_in_notebook(run_cell, tiny_base):
     stopped = run_cell("train_model(config, val_size=8)", stop_after="step    10")
     (line,) = stopped.error
     assert re.fullmatch(r"Stopped after step \d+, which is saved\. Resume by `(.+)`\.", line)
-    assert stopped.text.startswith(f"Data: {DATA}\nSchedule: ")
+    assert stopped.text.startswith(f"Data: {DATA}\nDevice: ")
     assert len(stopped.bars) == 1
     name = re.search(r"--resume ([\w.-]+)", line)[1]
     resumed = run_cell(f"run = train_model(config, resume={name!r})")
