@@ -498,9 +498,10 @@ class NumberTree:
             if len(spelling) < longest:
                 paths[number, len(spelling)] = (self.node_at[spelling] + 1) * columns - 1
         # sees[branch, other]: whether it is the branch itself or one of its beginnings
-        size = len(self.branches)
-        sees = [[one[: len(other)] == other for other in self.branches] for one in self.branches]
-        self.sees = torch.tensor(sees, dtype=torch.bool).view(size, size)
+        self.sees = torch.eye(len(self.branches), dtype=torch.bool)
+        for branch, row in zip(self.branches, self.sees, strict=True):
+            if len(branch) > 1:
+                row |= self.sees[self.node_at[branch[:-1]] - 1]
 
         self.token_ids = torch.tensor(self.tokens, device=device)
         self.is_child = is_child.to(device)
@@ -633,13 +634,13 @@ class PriceReader:
         text_end = width + completion_len
         total = text_end + len(branches)
 
-        ids = torch.zeros(len(prompts), total, dtype=torch.long)
-        for row, prompt, completion in zip(ids, prompts, completions, strict=True):
-            text = torch.tensor(prompt + completion)
-            row[width - len(prompt) : width + len(completion)] = text
-        ids[:, text_end:] = torch.tensor([node[-1] for node in branches], dtype=torch.long)
+        last_tokens = [branch[-1] for branch in branches]
+        ids = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            before, after = width - len(prompt), completion_len - len(completion)
+            ids.append([0] * before + prompt + completion + [0] * after + last_tokens)
 
-        depths = torch.tensor([len(node) for node in branches], dtype=torch.long)
+        depths = torch.tensor([len(branch) for branch in branches], dtype=torch.long)
         text_positions = (torch.arange(text_end) + prompt_len - width).clamp(min=0)
         positions = torch.cat([text_positions, prompt_len + depths - 1], 1)
 
@@ -655,7 +656,7 @@ class PriceReader:
 
         kept = [*range(width - 1, width + max(completion_len, 1) - 1), *range(text_end, total)]
         return {
-            "input_ids": ids,
+            "input_ids": torch.tensor(ids),
             "attention_mask": mask[:, None],
             "position_ids": positions,
             "logits_to_keep": torch.tensor(kept),
