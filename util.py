@@ -3050,15 +3050,14 @@ def score_others(rows, answers, constants, splits, earlier, seed):
 
 
 def write_evaluation(folder, results, run, table):
-    """Writes results.json, the comparison chart, the report and at last the manifest."""
-    save_figure(comparison(results), folder, "comparison.png")
+    """Writes results.json, the report and at last the manifest."""
     items.write_json(folder / "results.json", results)
     write_report(folder, results, run, table)
     items.write_manifest(folder)
 
 
 def table_rows(results):
-    """{name: figures} of all that results compare, each with its `kind`: a run's has several."""
+    """{name: figures} of all that results compare; those of the run are of `kind` run."""
     rows = {
         "constant: training mean": results["baselines"].get("constant_mean"),
         "constant: training median": results["baselines"].get("constant_median"),
@@ -3071,8 +3070,8 @@ def table_rows(results):
     rows["best reachable: the catalogue's own noise"] = results.get("best_reachable")
     if results.get("course"):
         for name, mae in LADDER.items():
-            rows[f"published: {name}"] = {"n": 200, "mae": mae, "kind": "published"}
-    return {name: {"kind": "yardstick"} | row for name, row in rows.items() if row}
+            rows[f"published: {name}"] = {"n": 200, "mae": mae}
+    return {name: row for name, row in rows.items() if row}
 
 
 def footnotes(results):
@@ -3351,27 +3350,6 @@ def reliability(intervals, count, title):
     axes.set(xlabel="promised: width of the interval (% of the probability)")
     axes.set(ylabel="found: true prices within it (%)", xlim=(0, 100), ylim=(0, 100))
     axes.legend(loc="lower right", title=f"{count:,} items; above the line: too cautious")
-    return figure
-
-
-@rc_context(CHART_STYLE)
-def comparison(results):
-    """The mean absolute errors of `table_rows`, with their 95 % intervals."""
-    rows = table_rows(results)
-    scale = items.PriceScale.from_record(results)
-    title = f"white: {LADDER_SOURCE}" if results.get("course") else ""
-    figure, axes = new_figure(title, height=1 + 0.36 * len(rows))
-    table = pandas.DataFrame(rows.values(), columns=["mae", "mae_ci95", "kind"])
-    fills = table.kind.map({"yardstick": "0.8", "run": "0.5", "published": "white"})
-    style = {"edgecolor": "black", "linewidth": 0.6, "error_kw": {"capsize": 2, "elinewidth": 1}}
-    bars = axes.barh(table.index, table.mae, xerr=table.mae_ci95, color=fills, **style)
-    axes.bar_label(bars, table.mae.map(scale.format), padding=4, fontsize=8)
-    names = ["\n".join(textwrap.wrap(n, 30, max_lines=3, placeholder="…")) for n in rows]
-    axes.set_yticks(table.index, names, fontsize=7.5)
-    axes.invert_yaxis()
-    axes.margins(x=0.25, y=0.02)
-    axes.set_xlim(left=0)
-    axes.set(xlabel=f"mean absolute error ({scale.currency}), n = {results['n']:,}")
     return figure
 
 

@@ -370,7 +370,7 @@ def test_eight_bit_stays_reachable(call, shared, project):
 def test_eval_leaves_figures_and_charts(judged, splits):
     """Of the run by each decoding, the base, and the training prices' mean and median."""
     files = {"results.json", "predictions.csv", "report.html", "manifest.json"}
-    charts = {"scatter.png", "running_error.png", "reliability.png", "comparison.png"}
+    charts = {"scatter.png", "running_error.png", "reliability.png"}
     assert set(os.listdir(judged / "eval")) == files | charts
     results = read(judged / "eval/results.json")
     figures = {"n", "mae", "mae_ci95", "mse", "r2", "parse_failures"}

@@ -195,14 +195,11 @@ def results():
 
 
 def test_table_has_dashes_for_one_item(results):
-    """In the row of a constant as well; the chart has bars without intervals."""
+    """In the row of a constant as well."""
     single = {"n": 1, "mae": 10.0, "mae_ci95": math.nan, "mse": 200.0, "r2": math.nan}
     results |= single | {"decodings": {"median": single}, "baselines": {"constant_mean": single}}
     rows = util.format_table(results).splitlines()[1:3]
     assert [row.split()[-3:] for row in rows] == [["10.00", "–", "–"]] * 2
-    axes = util.comparison(results).axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [10, 10]
-    assert [text.get_text() for text in axes.texts] == ["$10.00"] * 2
 
 
 @pytest.mark.parametrize(
@@ -242,16 +239,13 @@ def test_table_says_what_intervals_promise(results):
 
 
 def test_ladder_stands_beside_course_data(results):
-    """What the course published is compared on its own data only, in table and chart."""
+    """What the course published is compared on its own data only."""
     assert "GPT-5.1" not in util.format_table(results)
     results["course"] = True
     table = util.format_table(results)
     assert "GPT-5.1" in table
     assert "2025-11" in table
-    rows = util.table_rows(results).values()
-    assert len(rows) == 2 + len(util.LADDER)
-    bars = util.comparison(results).axes[0].patches
-    assert [bar.get_width() for bar in bars] == [row["mae"] for row in rows]
+    assert len(util.table_rows(results)) == 2 + len(util.LADDER)
 
 
 @pytest.mark.parametrize(
@@ -287,16 +281,6 @@ def test_titles_are_never_clipped(letter):
         assert figure.bbox.containsy(box.y1)
         shown = "".join(figure.get_suptitle().split())
         assert shown.startswith(title.replace(" ", ""))
-
-
-def test_long_names_beside_bars_are_wrapped(results):
-    """So that they are whole, and the bars keep half of the picture."""
-    figure = util.comparison(results | {"run": "x" * 200})
-    figure.draw_without_rendering()
-    (axes,) = figure.axes
-    assert axes.get_window_extent().width > figure.bbox.width / 2
-    for label in axes.get_yticklabels():
-        assert label.get_window_extent().x0 >= 0
 
 
 # What words alone tell
