@@ -543,7 +543,6 @@ def prepare_prompts(
     replaced = items.replaced_source(folder, about)
     with items.replacing(folder) as new:
         items.save_prompts(new, prompts, about)
-        util.save_figure(util.data_chart(counts["train"], about), new, "prepare.png")
         items.write_manifest(new)
     print(f"Saved: {folder}{replaced}")
     if account:

@@ -3375,20 +3375,6 @@ def loss_chart(history, title, val_size, currency="$"):
     return figure
 
 
-@rc_context(CHART_STYLE)
-def data_chart(train, about):
-    """How prices and lengths of training rows are spread; `about` is prepare.json's content."""
-    figure, (top, bottom) = new_figure(public_source(about["source"]), height=5, rows=2)
-    prices, tokens = train["price"], train["tokens"]
-    top.hist(prices, bins=50, color="0.45")
-    top.set(xlabel=f"price ({items.PriceScale.from_record(about).currency})")
-    bottom.hist(tokens, bins=range(min(tokens), max(tokens) + 2), color="0.45")
-    bottom.set(xlabel=f"tokens of prompt and completion; descriptions cut at {about['cutoff']}")
-    for axes in (top, bottom):
-        axes.set(ylabel=f"of {len(prices):,} training items")
-    return figure
-
-
 def report_settings(results, run):
     """{heading: {name: value}} of how a Run was trained, if it was, and how it was measured."""
     data = results["data"]

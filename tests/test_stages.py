@@ -95,7 +95,7 @@ def test_prepare_leaves_whole_dataset(prepared):
     """Every row of the catalogue was kept or dropped, and is recorded as that."""
     found = sorted(os.listdir(prepared / DATASET))
     splits = ["test.parquet", "train.parquet", "val.parquet"]
-    assert found == ["manifest.json", "prepare.json", "prepare.png", *splits]
+    assert found == ["manifest.json", "prepare.json", *splits]
     record = read(prepared / DATASET / "prepare.json")
     dropped = [line for lines in record["dropped"].values() for line in lines]
     assert sum(record["kept"].values()) + len(dropped) == 80
