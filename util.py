@@ -54,7 +54,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from huggingface_hub import (
-    EvalResult,
     HfApi,
     ModelCard,
     ModelCardData,
@@ -3439,8 +3438,7 @@ def prompt_form(scale):
 def write_card(folder, run, results=None):
     """Writes README.md of a run: base model, data, recipe, loss chart, how to load it.
 
-    With the results of its own evaluation also the figures and what they were measured on, in the
-    metadata, too (model-index).
+    With the results of its own evaluation also the figures and what they were measured on.
     """
     data = run.data
     is_on_hub = "/" in run.base_model and not Path(run.base_model).exists()
@@ -3448,8 +3446,6 @@ def write_card(folder, run, results=None):
         base_model=run.base_model if is_on_hub else None,
         library_name="peft",
         datasets=data.get("hub"),
-        eval_results=card_figures(results) if results else None,
-        model_name=run.folder.name,
         tags=["lora", "price"],
     )
     names = ("batch_size", "learning_rate", "lora_r", "lora_dropout")
@@ -3466,30 +3462,6 @@ def write_card(folder, run, results=None):
         prompt_form=prompt_form(run.scale),
     )
     items.write_text(Path(folder, "README.md"), str(card))
-
-
-def card_figures(results):
-    """The figures of an evaluation, and its data, as the Hub's model-index has them.
-
-    Those that have no value, such as r² of a single item, are left out.
-    """
-    names = {
-        "mae": ("mae", f"mean absolute error in {results['currency']}"),
-        "mse": ("mse", "mean squared error"),
-        "r_squared": ("r2", "r² in %"),
-    }
-    data = results["data"]
-    task = ("text-generation", data["hub"] or "own", data["hub"] or public_source(data["source"]))
-    measured = {
-        "dataset_split": data["split"],
-        "dataset_args": {"n": results["n"], "fingerprint": data["fingerprint"]},
-        "metric_args": {"decode": results["decode"]},
-    }
-    return [
-        EvalResult(*task, metric, results[key], metric_name=name, **measured)
-        for metric, (key, name) in names.items()
-        if math.isfinite(results[key])
-    ]
 
 
 CARD = '''\
@@ -3517,7 +3489,8 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
 On the first {{ results.n }} of {{ results.data.rows }} test items of {{ dataset }} (fingerprint
 {{ results.data.fingerprint }}), with the base model {{ results.base_model }}
-({{ results.base_identity }}). In the metadata: `--decode {{ results.decode }}`.
+({{ results.base_identity }}). The charts show the answers of
+`--decode {{ results.decode }}`.
 
 ```
 {{ table }}
