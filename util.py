@@ -3374,27 +3374,25 @@ def loss_chart(history, title, val_size, currency="$"):
     return figure
 
 
+def training_settings(run):
+    """{name: value} of how a Run was trained."""
+    settings = {"mode": run.mode, "seed": run.seed} | asdict(run.recipe) | run.plan
+    settings["training time"] = f"{run.seconds.get('train', 0):,.0f} s"
+    settings["peak memory"] = f"{run.peak_memory_bytes / 2**30:.1f} GiB"
+    return settings
+
+
 def report_settings(results, run):
     """{heading: {name: value}} of how a Run was trained, if it was, and how it was measured."""
+    settings = {}
+    if run.recipe:
+        settings["How it was trained"] = training_settings(run)
+    names = ("date", "decode", "seed", "device", "base_title", "base_identity")
+    measured = {name: results[name] for name in names} | results["versions"]
     data = results["data"]
-    names = ("date", "base_title", "base_identity", "decode", "device", "seed")
-    measured = {name: results[name] for name in names} | {
-        "data": f"{public_source(data['source'])} (fingerprint {data['fingerprint']})",
-        "test items": f"{results['n']:,} of {data['rows']:,}",
-        "items a second": format_number(results["items_per_s"], 1),
-        "versions": ", ".join(" ".join(pair) for pair in results["versions"].items()),
-    }
-    if not run.recipe:
-        return {"How it was measured": measured}
-    trained = {"recipe": run.mode} | asdict(run.recipe) | {"seed": run.seed} | run.plan
-    trained |= {
-        "base quantised to": "4 bits" if run.use_4bit else "8 bits",
-        "steps trained": run.steps,
-        "training time": f"{run.seconds.get('train', 0):,.0f} s",
-        "peak memory": f"{run.peak_memory_bytes / 2**30:.1f} GiB",
-        "data": f"{public_source(run.data['source'])} (fingerprint {run.data['fingerprint']})",
-    }
-    return {"How it was trained": trained, "How it was measured": measured}
+    measured["data"] = f"{public_source(data['source'])} (fingerprint {data['fingerprint']})"
+    settings["How it was measured"] = measured
+    return settings
 
 
 def write_report(folder, results, run, table):
@@ -3448,15 +3446,12 @@ def write_card(folder, run, results=None):
         datasets=data.get("hub"),
         tags=["lora", "price"],
     )
-    names = ("batch_size", "learning_rate", "lora_r", "lora_dropout")
-    settings = {name: getattr(run.recipe, name) for name in names}
-    settings["seed"] = run.seed
     card = ModelCard.from_template(
         metadata,
         template_str=CARD,
         run=run,
         dataset=data.get("hub") or public_source(data.get("source", "")),
-        settings=settings | run.plan,
+        settings=training_settings(run),
         results=results,
         table=format_table(results) if results else "",
         prompt_form=prompt_form(run.scale),
@@ -3502,7 +3497,7 @@ On the first {{ results.n }} of {{ results.data.rows }} test items of {{ dataset
 
 | setting | value |
 |---|---|
-{% for name, value in settings.items() -%}
+{% for name, value in settings.items() if value is not none -%}
 | {{ name }} | {{ value }} |
 {% endfor %}
 
