@@ -2487,7 +2487,8 @@ INTERVAL_WIDTHS = range(0, 101, 5)  # %, of the central intervals that are calib
 
 def quantile(shares, level):
     """The smallest numbers that have at least `level` of the distributions at or below them."""
-    return (shares.cumsum(1) >= level - 1e-12).argmax(1)  # the first one
+    is_reached = shares.cumsum(1) >= level - 1e-12
+    return is_reached.argmax(1).astype(float)  # the first one
 
 
 DECODINGS = {  # {name: (in words, its numbers of shares, rows × NUMBERS, and greedy numbers)}
@@ -2495,7 +2496,7 @@ DECODINGS = {  # {name: (in words, its numbers of shares, rows × NUMBERS, and g
     "median": ("the median price", lambda shares, greedy: quantile(shares, 0.5)),
     "mean": ("the mean price", lambda shares, greedy: shares @ numpy.array(NUMBERS)),
     # Token by token, which is not always the likeliest number
-    "greedy": ("what generation answers", lambda shares, greedy: greedy),
+    "greedy": ("what generation answers", lambda shares, greedy: numpy.array(greedy, dtype=float)),
 }
 
 
@@ -2510,7 +2511,6 @@ class Estimate:
     answers: dict  # {one of DECODINGS: its answer}
     low: float  # ends of the 80 % interval, which is central
     high: float
-    mass: float  # share of the distribution in it, both ends included
     outside: float  # probability of an answer that is none of these prices
     nll: float  # negative log of the probability given to the truth, to the unit
     crps: float  # continuous ranked probability score (Gneiting & Raftery 2007)
@@ -2524,36 +2524,44 @@ def estimate_prices(probabilities, greedy, rows, decode="median", width=0.8):
     see `calibrate`. Probability outside the prices counts in `outside` and `nll` only.
     """
     scale = scale_of_rows(rows)
-    inside = probabilities.sum(1, keepdims=True)
-    prices = numpy.arange(probabilities.shape[1])
-    shares = probabilities / inside
-    reached = shares.cumsum(1)
-    low, high = quantile(shares, (1 - width) / 2), quantile(shares, (1 + width) / 2)
-    each_row = numpy.arange(len(rows))
-    below_low = reached[each_row, low] - shares[each_row, low]
-    truths = numpy.array([float(row.get("completion") or math.nan) for row in rows])
-    is_known = numpy.where(numpy.isnan(truths), math.nan, 1)
-    at_truth = each_row, numpy.nan_to_num(truths).round().clip(0, prices[-1]).astype(int)
-    distance = (shares * abs(prices - truths[:, None])).sum(1)
-    spread = (reached * (1 - reached)).sum(1)
+    inside = probabilities.sum(1)
+    shares = probabilities / inside[:, None]
     columns = {
-        "low": scale.amount(low),
-        "high": scale.amount(high),
-        "mass": reached[each_row, high] - below_low,
-        "outside": 1 - inside[:, 0],
-        "nll": -numpy.log(probabilities[at_truth].clip(1e-12)) * is_known,
-        "crps": scale.amount(distance - spread),
-        "rank": (reached[at_truth] - shares[at_truth] / 2) * is_known,
+        "low": scale.amount(quantile(shares, (1 - width) / 2)),
+        "high": scale.amount(quantile(shares, (1 + width) / 2)),
+        "outside": 1 - inside,
     }
-    answers = {}
     for name, (_, numbers_of) in DECODINGS.items():
-        answers[name] = scale.amount(numpy.asarray(numbers_of(shares, greedy), dtype=float))
+        columns[name] = scale.amount(numbers_of(shares, greedy))
+    truths = [float(row.get("completion") or math.nan) for row in rows]
+    columns |= score_shares(probabilities, shares, numpy.array(truths))
+    columns["crps"] = scale.amount(columns["crps"])
+
     estimates = []
-    for i in range(len(rows)):
-        answer = {name: float(column[i]) for name, column in answers.items()}
-        scores = {name: float(column[i]) for name, column in columns.items()}
-        estimates.append(Estimate(answer[decode], answer, **scores))
+    for values in pandas.DataFrame(columns).to_dict("records"):
+        answers = {name: values.pop(name) for name in DECODINGS}
+        estimates.append(Estimate(answers[decode], answers, **values))
     return estimates
+
+
+def score_shares(probabilities, shares, truths):
+    """{score: an array} of distributions, as in Estimate; NaN where the truth is.
+
+    The shares are those of the probabilities' sum. Truths and "crps" are in units.
+    """
+    numbers = numpy.arange(shares.shape[1])
+    nearest = numpy.nan_to_num(truths).round().clip(0, numbers[-1])
+    at_truth = numpy.arange(len(truths)), nearest.astype(int)
+    reached = shares.cumsum(1)
+    distance = (shares * abs(numbers - truths[:, None])).sum(1)
+    spread = (reached * (1 - reached)).sum(1)
+    scores = {
+        "nll": -numpy.log(probabilities[at_truth].clip(1e-12)),
+        "crps": distance - spread,
+        "rank": reached[at_truth] - shares[at_truth] / 2,
+    }
+    is_unknown = numpy.isnan(truths)
+    return {name: numpy.where(is_unknown, math.nan, score) for name, score in scores.items()}
 
 
 def calibrate(ranks):
@@ -2804,20 +2812,21 @@ def score(rows, answers, title, calibration=None):
 def score_distributions(estimates, truths, scale=items.COURSE_SCALE, calibration=None):
     """`decodings`, the figures by each way to answer; `distribution`, its scores; `intervals`.
 
-    `coverage_80` is the share of true prices in the 80 % intervals, `promised_80` that of the
-    distributions: more than 0.8 without calibration, since intervals end at whole units.
+    `coverage_80` is the share of true prices in the 80 % intervals: rather more than 0.8 without
+    calibration, since intervals end at whole units.
     """
     decodings = {}
     for how in DECODINGS:
-        decodings[how] = metrics([estimate.answers[how] for estimate in estimates], truths)
+        guesses = [estimate.answers[how] for estimate in estimates]
+        decodings[how] = metrics(guesses, truths)
     is_within = []
-    for one, truth in zip(estimates, truths, strict=True):
-        is_within.append(one.low <= scale.amount(round(scale.number(truth))) <= one.high)
-    scores = {}
-    for name in ("mass", "nll", "crps", "outside"):
-        scores[name] = statistics.fmean(getattr(estimate, name) for estimate in estimates)
-    distribution = {"coverage_80": statistics.fmean(is_within), "promised_80": scores.pop("mass")}
-    distribution |= scores
+    for estimate, truth in zip(estimates, truths, strict=True):
+        nearest = scale.amount(round(scale.number(truth)))
+        is_within.append(estimate.low <= nearest <= estimate.high)
+    distribution = {"coverage_80": statistics.fmean(is_within)}
+    for name in ("nll", "crps", "outside"):
+        scores = [getattr(estimate, name) for estimate in estimates]
+        distribution[name] = statistics.fmean(scores)
     ranks = [estimate.rank for estimate in estimates]
     intervals = {"as read": shares_within(ranks)}
     if calibration:
@@ -3089,13 +3098,13 @@ def footnotes(results):
         lines.append(f"This run's error less that of {name}, on the same items: {difference}")
     scores = results["distribution"]
     step = f" (to the nearest {scale.step})" if scale.unit > 1 else ""
-    promise = f" and promise {100 * scores['promised_80']:.0f} %"
+    width = ""
     if "calibrated_on" in scores:
-        promise = f"; {scores['calibrated_on']:,} validation rows set their width"
+        width = f"; {scores['calibrated_on']:,} validation rows set their width"
     outside = 100 * max(0, scores["outside"])  # rounding makes it negative
     lines.append(
         f"The 80 % intervals hold {100 * scores['coverage_80']:.0f} %{step} of the true prices"
-        f"{promise}; log score {scores['nll']:.3f}, CRPS {scale.format(scores['crps'])}, "
+        f"{width}; log score {scores['nll']:.3f}, CRPS {scale.format(scores['crps'])}, "
         f"probability of no price {outside:.2f} %"
     )
     if results.get("course"):

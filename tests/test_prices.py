@@ -231,14 +231,6 @@ def test_estimate_by_hand():
     assert estimate.crps == pytest.approx(10 * 0.16 + 0.4 * 0.64 + 279.6 * 0.04)
 
 
-def test_interval_knows_its_mass():
-    """Whole dollars hold more than 80 %: here the ends have 0.3 each, of which 0.1 are needed."""
-    estimate = estimate_one({10: 0.15, 20: 0.2, 300: 0.14, 999: 0.01}, 10)
-    assert (estimate.low, estimate.high) == (10, 300)
-    assert estimate.mass == pytest.approx(0.98)
-    assert estimate_one({10: 0.5}, 10).mass == pytest.approx(1)
-
-
 def test_estimate_without_truth():
     """The answer needs no true price; the scores do, and are NaN."""
     estimate = estimate_one({999: 0.5}, 999)

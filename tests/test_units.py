@@ -163,7 +163,7 @@ def test_figures_scale_with_the_unit():
             assert found[name] == pytest.approx(unit * expected[name])
         assert found["r2"] == pytest.approx(expected["r2"])
         assert found["intervals"] == expected["intervals"]
-        for name in ("coverage_80", "promised_80", "nll", "outside"):
+        for name in ("coverage_80", "nll", "outside"):
             assert found["distribution"][name] == pytest.approx(expected["distribution"][name])
         assert found["distribution"]["crps"] == pytest.approx(
             unit * expected["distribution"]["crps"]

@@ -188,7 +188,7 @@ def test_guesses_are_printed_in_columns():
 def results():
     """What results.json has of a run, as far as tables and charts need it."""
     figures = {"n": 5, "mae": 10.0, "mae_ci95": 1.0, "mse": 200.0, "r2": 50.0}
-    scores = {"coverage_80": 0.95, "promised_80": 0.834, "nll": 5, "crps": 9, "outside": -1e-7}
+    scores = {"coverage_80": 0.95, "nll": 5, "crps": 9, "outside": -1e-7}
     decodings = {"median": figures, "mean": figures | {"mae": 12.0}}
     found = {"run": "a", "decodings": decodings, "distribution": scores}
     return figures | found | {"baselines": {}, "earlier": {}}
@@ -228,10 +228,10 @@ def test_columns_never_touch(results):
     assert len(head) == len(first)
 
 
-def test_table_says_what_intervals_promise(results):
+def test_table_says_what_intervals_hold(results):
     """Rounding can leave a little less than no probability."""
     table = util.format_table(results)
-    assert "The 80 % intervals hold 95 % of the true prices and promise 83 %;" in table
+    assert "The 80 % intervals hold 95 % of the true prices; log score 5.000" in table
     assert "no price 0.00 %" in table
     results["distribution"]["calibrated_on"] = 500
     table = util.format_table(results)
