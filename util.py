@@ -3066,20 +3066,23 @@ def write_evaluation(folder, results, run, table):
 
 def table_rows(results):
     """{name: figures} of all that results compare; those of the run are of `kind` run."""
+    baselines = results["baselines"]
     rows = {
-        "constant: training mean": results["baselines"].get("constant_mean"),
-        "constant: training median": results["baselines"].get("constant_median"),
+        "constant: training mean": baselines.get("constant_mean"),
+        "constant: training median": baselines.get("constant_median"),
         "words alone: ridge regression": results.get("words"),
         "the untouched base model": results.get("base"),
     }
-    rows |= {f"earlier {name}": row for name, row in results["earlier"].items()}
-    for how, row in reversed(results["decodings"].items()):
-        rows[f"run {results['run']}, {DECODINGS[how][0]}"] = row | {"kind": "run"}
+    for name, figures in results["earlier"].items():
+        rows[f"earlier {name}"] = figures
+    for how, figures in reversed(results["decodings"].items()):
+        words, _ = DECODINGS[how]
+        rows[f"run {results['run']}, {words}"] = figures | {"kind": "run"}
     rows["best reachable: the catalogue's own noise"] = results.get("best_reachable")
     if results.get("course"):
         for name, mae in LADDER.items():
             rows[f"published: {name}"] = {"n": 200, "mae": mae}
-    return {name: row for name, row in rows.items() if row}
+    return {name: figures for name, figures in rows.items() if figures}
 
 
 def footnotes(results):
@@ -3115,12 +3118,16 @@ def footnotes(results):
 def format_difference(name, figures, scale=items.COURSE_SCALE):
     """What the difference of `compare_guesses` to the earlier run `name` says, in words."""
     difference, low, high = figures["difference"], figures["low"], figures["high"]
-    sign, word = ("−", "better than") if difference < 0 else ("+", "worse than")
-    interval = "" if math.isnan(low) else f" ({format_number(low)} to {format_number(high)})"
-    doubt = ", but within the noise" if low <= 0 <= high else ""
+    text = scale.format(abs(difference))
+    text = f"−{text}" if difference < 0 else f"+{text}"
+    if not math.isnan(low):
+        text += f" ({format_number(low)} to {format_number(high)})"
     if difference == 0:
-        word, doubt = "equal to", ""
-    return f"{sign}{scale.format(abs(difference))}{interval}, {word} {name}{doubt}"
+        return f"{text}, equal to {name}"
+    text += f", {'better' if difference < 0 else 'worse'} than {name}"
+    if low <= 0 <= high:
+        text += ", but within the noise"
+    return text
 
 
 def format_number(value, digits=2):
@@ -3144,16 +3151,20 @@ def format_table(results):
     currency = items.PriceScale.from_record(results).currency
     lines = [("mean absolute error", "n", currency, "± 95 %", "r² %")]
     for name, row in table_rows(results).items():
-        error, interval = format_number(row["mae"]), format_number(row.get("mae_ci95"))
-        lines.append((name, f"{row['n']:,}", error, interval, format_number(row.get("r2"), 1)))
-    return "\n".join([*align(lines, "<>>>>"), *footnotes(results)])
+        error = format_number(row["mae"])
+        interval = format_number(row.get("mae_ci95"))
+        r2 = format_number(row.get("r2"), 1)
+        lines.append((name, f"{row['n']:,}", error, interval, r2))
+    return "\n".join(align(lines, "<>>>>") + footnotes(results))
 
 
 def align(lines, sides):
     """Lines of cells as texts in columns; `sides` has `<` or `>`, left or right, for each."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
-    return [form.format(*cells).rstrip() for cells in lines]
+    columns = []
+    for side, cells in zip(sides, zip(*lines, strict=True), strict=True):
+        width = max(map(len, cells))
+        columns.append([f"{cell:{side}{width}}" for cell in cells])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
 
 
 def price_table(rows, answers):
@@ -3171,16 +3182,18 @@ def price_table(rows, answers):
 
 def format_prices(table, scale=items.COURSE_SCALE):
     """The first items of a price_table with their 80 % intervals, a line each; a text."""
-    cells = []
+    lines = []
     for row in table[:SHOWN_ITEMS]:
-        base = f"; untouched base: {scale.format(row['base_guess'])}" if "base_guess" in row else ""
         low, high = scale.format_whole(row["low"]), scale.format_whole(row["high"])
-        title = items.shorten(" ".join(row["title"].split()), 80)
-        cells.append((scale.format(row["guess"]), f"(80 %: {low} to {high}{base})", title))
-    lines = align(cells, "><<")
+        note = f"(80 %: {low} to {high}"
+        if "base_guess" in row:
+            note += f"; untouched base: {scale.format(row['base_guess'])}"
+        title = " ".join(row["title"].split())
+        lines.append((scale.format(row["guess"]), f"{note})", items.shorten(title, 80)))
+    texts = align(lines, "><<")
     if len(table) > SHOWN_ITEMS:
-        lines.append(f"… and {len(table) - SHOWN_ITEMS:,} more")
-    return "\n".join(lines)
+        texts.append(f"… and {len(table) - SHOWN_ITEMS:,} more")
+    return "\n".join(texts)
 
 
 def score_own_rows(run, answers, rows, source, folder, seed):
