@@ -17,7 +17,6 @@
 app.py imports this module where a stage begins: it takes seconds.
 """
 
-import csv
 import errno
 import gc
 import inspect
@@ -2967,12 +2966,9 @@ def read_earlier(project, names, rows, decode, base):
     guesses = {}
     problems = items.Problems()
     for name in map(project.short, names):
+        identity = project.records.get(name, {}).get("base_identity", base.identity)
+        folders = sorted(project.folder(name).glob("eval*"))
         with problems:
-            if name != UNTOUCHED and not project.has(name):
-                known = ", ".join(project.records)
-                raise items.UserError(f"`earlier` {name}: no finished run. There are: {known}.")
-            identity = project.records.get(name, {}).get("base_identity", base.identity)
-            folders = sorted(project.folder(name).glob("eval*"))
             guesses[name] = earlier_guesses(name, folders, rows, decode, identity)
     problems.report()
     return guesses
@@ -2980,35 +2976,42 @@ def read_earlier(project, names, rows, decode, base):
 
 def earlier_guesses(name, folders, rows, decode, base_identity=None):
     """The guesses, in money, of the run `name` for rows, from an evaluation in one of `folders`."""
-    expected = [(title_of(row["prompt"]), truth_of(row)) for row in rows]
     problem = "not evaluated yet"
     for folder in folders:
         try:
-            results = items.read_json(folder / "results.json")
-            other, identity = results["decode"], results["base_identity"]
-            with open(folder / "predictions.csv", encoding="utf-8", newline="") as lines:
-                table = list(islice(csv.DictReader(lines), len(rows)))
-            found = [(row["title"], float(row["truth"])) for row in table]
-            guesses = [float(row["guess"]) for row in table]
-            damage = items.manifest_problem(folder, must_exist=False)
-        except (*items.UNREADABLE, LookupError, TypeError, ValueError) as error:
-            damage = f"can't be read ({error})"
-        if damage:
-            problem = f"its {folder.name}: {damage}"
-        elif found != expected:
-            problem = "was evaluated on other items or fewer"
-        elif other != decode:
-            problem = f"was evaluated with `decode` {other}"
-        elif results.get("revision") or results.get("pooled"):
-            problem = f"its {folder.name} is of another commit, or of several runs"
-        elif base_identity not in (None, identity):
-            problem = f"was evaluated with another base model, {results.get('base_model')}"
-        else:
-            return guesses
+            return read_guesses(folder, rows, decode, base_identity)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            problem = f"its {folder.name} can't be compared: {error}"
     raise items.UserError(
         f"`earlier` {name}: {problem}. Evaluate it on the same data first, with `size` "
         f"{len(rows)} and `decode` {decode}."
     )
+
+
+def read_guesses(folder, rows, decode, base_identity):
+    """The guesses of an evaluation; raises ValueError if it is damaged, or not of these rows."""
+    damage = items.manifest_problem(folder, must_exist=False)
+    if damage:
+        raise ValueError(damage)
+    results = items.read_json(folder / "results.json")
+    if results["decode"] != decode:
+        raise ValueError(f"it has `decode` {results['decode']}")
+    if base_identity not in (None, results["base_identity"]):
+        raise ValueError(f"it has another base model, {results.get('base_model')}")
+    if results.get("revision"):
+        raise ValueError("it is of another commit")
+    table = pandas.read_csv(
+        folder / "predictions.csv",
+        nrows=len(rows),
+        dtype={"title": str},
+        keep_default_na=False,
+        float_precision="round_trip",
+    )
+    titles = [title_of(row["prompt"]) for row in rows]
+    truths = [truth_of(row) for row in rows]
+    if table["title"].tolist() != titles or table["truth"].tolist() != truths:
+        raise ValueError("it has other items, or fewer")
+    return table["guess"].tolist()
 
 
 def score_run(run, base, prompts, data, rows, answers, earlier, seed, folder):

@@ -332,13 +332,13 @@ def test_earlier_guesses_are_of_same_rows(tmp_path):
     "spoil, problem",
     [
         (None, "not evaluated yet"),
-        ({"base_identity": "b", "base_model": "llama"}, "with another base model, llama"),
-        ({"decode": "mean"}, "was evaluated with `decode` mean"),
-        ({"revision": "v1"}, "its eval is of another commit"),
-        ("rows", "was evaluated on other items or fewer"),
-        ("a digit", "its eval: predictions.csv is corrupt"),
-        ("no table", "its eval: can't be read"),
-        ("no results", "its eval: can't be read"),
+        ({"base_identity": "b", "base_model": "llama"}, "it has another base model, llama"),
+        ({"decode": "mean"}, "it has `decode` mean"),
+        ({"revision": "v1"}, "it is of another commit"),
+        ("rows", "it has other items, or fewer"),
+        ("a digit", "its eval can't be compared: predictions.csv is corrupt"),
+        ("no table", "No such file"),
+        ("no results", "its eval can't be compared"),
     ],
 )
 def test_other_evaluations_are_not_compared(tmp_path, spoil, problem):
