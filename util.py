@@ -2941,21 +2941,22 @@ def evaluation_folder(run, data, base, origin=""):
             f"{run.name}: its prices are in steps of {run.scale.step}, those of {data['place']} in "
             f"steps of {scale.step}. Prepare what it was trained on again: {run.data['source']}."
         )
-    is_own_base = base.name == run.base_model
-    if run.base_identity:  # its files decide, under whichever name
-        is_own_base = base.identity == run.base_identity
-    reasons = {
-        "the adapter is another account's, or not the newest commit": origin,
-        f"the base model is {base.name} ({base.identity[:8]}), not what the run was trained on, "
-        f"{run.base_model}": run.adapter and not is_own_base,
-        "these are not the data that the run was trained on; test items may have been in "
-        "training": run.data and run.data["fingerprint"] != data["fingerprint"],
-    }
-    differences = [reason for reason, applies in reasons.items() if applies]
+    is_own_base = base.identity == run.base_identity
+    if not run.base_identity:  # as of published runs, which only name it
+        is_own_base = base.name == run.base_model
+    differences = []
+    if origin:
+        differences.append("the adapter is another account's, or not the newest commit")
+    if run.adapter and not is_own_base:
+        differences.append(f"the base model is {base.name}, not what the run was trained on")
+    if run.data and run.data["fingerprint"] != data["fingerprint"]:
+        differences.append("the run was trained on other data, perhaps on some of these test items")
     if not differences:
-        return run.folder / "eval", differences
-    parts = ["eval", data["fingerprint"][:8], base.identity[:8], *re.findall(r"[\w.]+", origin)]
-    return run.folder / "-".join(parts), differences
+        return run.folder / "eval", []
+    name = f"eval-{data['fingerprint'][:8]}-{base.identity[:8]}"
+    if origin:
+        name += "-" + re.sub(r"[^\w.]+", "-", origin)
+    return run.folder / name, differences
 
 
 def read_earlier(project, names, rows, decode, base):

@@ -559,7 +559,7 @@ def test_other_data_are_evaluated_apart(call, shared, trained_project):
     catalogue = write_catalogue(trained_project / "new.jsonl", 60)
     call("prepare", *shared, "--source", catalogue, cwd=trained_project)
     said = call(*JUDGE, "--size", "3", cwd=trained_project)
-    note = "these are not the data that the run was trained on; test items may have been in"
+    note = "the run was trained on other data, perhaps on some of these test items"
     assert f"Note: {note}" in said
     (apart,) = run.glob("eval-*")
     assert f"so it stays in {RUN}/{apart.name}, unpublished: {note}" in said
