@@ -40,7 +40,7 @@ from functools import cached_property, partial
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import groupby, islice, product
+from itertools import groupby, islice, pairwise, product
 from pathlib import Path
 
 import bitsandbytes
@@ -2674,9 +2674,11 @@ def category_of(prompt):
 
 def band_of(price, scale):
     """The band that a price is in, as text; the last one holds all that is dearer, too."""
-    starts = [scale.amount(start) for start in BANDS]
-    band = sum(price >= start for start in starts[1:-1])
-    return f"{scale.format_whole(starts[band])} to {starts[band + 1]:,.{scale.digits}f}"
+    for low, high in pairwise(scale.amount(bound) for bound in BANDS):
+        name = f"{scale.format_whole(low)} to {high:,.{scale.digits}f}"
+        if price < high:
+            break
+    return name
 
 
 def errors_by(table, group_of):
@@ -2684,31 +2686,33 @@ def errors_by(table, group_of):
     errors = {}
     for row in sorted(table, key=lambda row: row["truth"]):
         errors.setdefault(group_of(row), []).append(row["error"])
-    return {group: mean_error(found) for group, found in errors.items() if len(errors) > 1}
+    if len(errors) == 1:
+        return {}
+    return {group: mean_error(found) for group, found in errors.items()}
 
 
-def evaluate(function, data, size=200, workers=1, batch_size=None, folder=None, title=None):
+def evaluate(function, data, size=200, workers=1, folder=None, title=None):
     """Evaluates `function`, from an item to an answer, on the first `size` items of `data`.
 
     `data` are rows of prompt and completion, Items or dicts with a price, in a list, a Dataset or a
     slice of one, a DataFrame or any iterable. `size=None` takes all. `workers` calls run at the
-    same time. See `predict` for `batch_size`, `score` for what is printed and returned,
-    `save_predictions` for `folder`. Raises ValueError without items, or for one without a price.
+    same time. See `score` for what is printed and returned, `save_predictions` for `folder`. Raises
+    ValueError without items, or for one without a price.
     """
     if isinstance(data, dict):  # a slice of a Dataset
-        data = [dict(zip(data, row, strict=True)) for row in zip(*data.values(), strict=True)]
-    elif isinstance(data, pandas.DataFrame):
+        data = pandas.DataFrame(data)
+    if isinstance(data, pandas.DataFrame):
         data = data.astype(object).where(data.notna(), None).to_dict("records")
     rows = [row_to_score(item) for item in islice(data, size)]
     if not rows:
         raise ValueError("evaluate needs at least one row of prompt and completion, or Item")
 
-    def ask(batch):
-        given = [row["item"] for row in batch]
-        return function(given) if batch_size else [function(item) for item in given]
+    def answer(batch):
+        return [function(row["item"]) for row in batch]
 
-    answers, seconds = predict(ask, rows, batch_size or 1, threads=workers)
-    title = title or getattr(function, "__name__", "model").replace("__", ".").replace("_", " ")
+    answers, seconds = predict(answer, rows, batch_size=1, threads=workers)
+    if title is None:
+        title = getattr(function, "__name__", "model").replace("__", ".").replace("_", " ")
     figures, table = score(rows, answers, title)
     save_predictions(figures, table, title, folder)
     return figures | {"items_per_s": len(rows) / seconds, "seconds": seconds}
@@ -2716,15 +2720,15 @@ def evaluate(function, data, size=200, workers=1, batch_size=None, folder=None, 
 
 def row_to_score(item):
     """A row of prompt and completion of what `evaluate` is given, and the `item` itself."""
-    if isinstance(item, dict) and item.get("completion") is not None:
+    is_row = isinstance(item, dict)
+    fields = item if is_row else vars(item)
+    if is_row and item.get("completion") is not None:
         return {"prompt": item.get("prompt") or "", "completion": item["completion"], "item": item}
-    fields = item if isinstance(item, dict) else getattr(item, "__dict__", {})
     price = parse_price(fields.get("price"))
     if price is None:
         raise ValueError(f"evaluate needs a completion or a price, which {item!r:.80} has not")
-    scale = items.scale_of(fields.get("prompt") or "")
-    prompt = scale.prompt(f"Title: {fields.get('title')}\nCategory: {fields.get('category') or ''}")
-    return {"prompt": prompt, "completion": scale.completion(price, do_round=False), "item": item}
+    description = f"Title: {fields.get('title')}\nCategory: {fields.get('category') or ''}"
+    return {"prompt": items.prompt_of(description), "completion": price, "item": item}
 
 
 def predict(function, rows, batch_size, name="the model", threads=1):
