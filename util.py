@@ -2635,14 +2635,16 @@ def compare_guesses(guesses, of_run, truths, seed, draws=2000):
 
     {…, difference, low, high}: with its 95 % interval, by bootstrap over items (Efron 1979).
     """
-    differences = abs(numpy.subtract(of_run, truths)) - abs(numpy.subtract(guesses, truths))
+    errors = abs(numpy.subtract(guesses, truths))
+    errors_of_run = abs(numpy.subtract(of_run, truths))
+    differences = errors_of_run - errors
     low = high = math.nan
     if len(differences) > 1:
         rng = numpy.random.default_rng(seed)
         means = [rng.choice(differences, len(differences)).mean() for _ in range(draws)]
         low, high = numpy.quantile(means, (0.025, 0.975)).tolist()
-    paired = {"difference": float(differences.mean()), "low": low, "high": high}
-    return metrics(guesses, truths) | paired
+    found = metrics(guesses, truths)
+    return found | {"difference": float(differences.mean()), "low": low, "high": high}
 
 
 def truth_of(row):
@@ -2740,23 +2742,24 @@ def predict(function, rows, batch_size, name="the model", threads=1):
     order = list(range(len(rows)))
     if batch_size > 1:  # rows of similar length together need less padding
         order.sort(key=lambda i: len(rows[i]["prompt"]), reverse=True)
-    batches = [order[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    chosen = [[rows[i] for i in batch] for batch in batches]
-    answers = [None] * len(rows)
+    batches = []
+    for first in range(0, len(rows), batch_size):
+        batches.append([rows[i] for i in order[first : first + batch_size]])
+    found = []
     pool = ThreadPoolExecutor(threads)
     answer_all = pool.map if threads > 1 else map
     start = time.perf_counter()
     bar = tqdm(total=len(rows), desc=f"asking {name}", unit="item", disable=name is None)
     try:
-        ask = partial(answer_in_memory, function)
-        for batch, found in zip(batches, answer_all(ask, chosen), strict=True):
-            for i, answer in zip(batch, found, strict=True):
-                answers[i] = answer
-            bar.update(len(batch))
+        for answers in answer_all(partial(answer_in_memory, function), batches):
+            found.extend(answers)
+            bar.update(len(answers))
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
-    return answers, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    answer_of = dict(zip(order, found, strict=True))
+    return [answer_of[i] for i in range(len(rows))], seconds
 
 
 def answer_in_memory(function, rows):
@@ -2781,17 +2784,16 @@ def score(rows, answers, title, calibration=None):
     `parse_failures`. `calibration` is what the answers' intervals were made by.
     """
     scale = scale_of_rows(rows)
-    table, failures = [], 0
+    table = []
     for index, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        price, truth = parse_price(answer), truth_of(row)
-        failures += price is None
+        guess, truth = parse_price(answer) or 0.0, truth_of(row)
         entry = {
             "index": index,
             "title": title_of(row["prompt"]),
             "category": category_of(row["prompt"]),
             "truth": truth,
-            "guess": price or 0.0,
-            "error": round(abs((price or 0.0) - truth), 2),
+            "guess": guess,
+            "error": round(abs(guess - truth), 2),
         }
         if isinstance(answer, Estimate):
             entry |= {"low": answer.low, "high": answer.high}
@@ -2801,9 +2803,10 @@ def score(rows, answers, title, calibration=None):
     figures = metrics([row["guess"] for row in table], truths) | scale.record()
     interval = format_number(figures["mae_ci95"])
     print(f"{title}: {headline(figures)} (± {interval}, n = {len(rows):,})")
+    failures = sum(parse_price(answer) is None for answer in answers)
+    figures["parse_failures"] = failures
     if failures:
         print(f"{failures:,} answers named no price and count as {scale.currency}0")
-    figures["parse_failures"] = failures
     figures["by_category"] = errors_by(table, lambda row: row["category"])
     figures["by_price"] = errors_by(table, lambda row: band_of(row["truth"], scale))
     figures["worst"] = sorted(table, key=lambda row: -row["error"])[:100]
@@ -2840,9 +2843,8 @@ def score_distributions(estimates, truths, scale=items.COURSE_SCALE, calibration
 
 def save_predictions(figures, table, title, folder=None):
     """Writes predictions.csv and charts of what `score` returns to `folder`, if given."""
-    guesses, truths = ([row[name] for row in table] for name in ("guess", "truth"))
-    save_figure(scatter(guesses, truths, figures, title), folder, "scatter.png")
-    save_figure(running_error(guesses, truths, figures, title), folder, "running_error.png")
+    save_figure(scatter(table, figures, title), folder, "scatter.png")
+    save_figure(running_error(table, figures, title), folder, "running_error.png")
     if "intervals" in figures:
         chart = reliability(figures["intervals"], len(table), title)
         save_figure(chart, folder, "reliability.png")
@@ -3316,49 +3318,54 @@ def save_figure(figure, folder=None, name=None):
         display(Image(image.getvalue(), width=550))  # pyplot's backend alone shows a Figure
 
 
-def group_by_color(guesses, truths, scale):
-    """[(colour, marker, label, numbers of the items)] of the shades of `color` that occur."""
-    pairs = zip(guesses, truths, strict=True)
-    shades = [color(abs(guess - truth), truth, scale.unit) for guess, truth in pairs]
+def group_by_color(table, scale):
+    """[(colour, marker, label, rows)] of the shades of `color` that occur in a table."""
+    rows_of = {shade: [] for shade in SHADES}
+    for row in table:
+        error = abs(row["guess"] - row["truth"])
+        rows_of[color(error, row["truth"], scale.unit)].append(row)
     groups = []
     for shade, (fill, marker, limit, meaning) in SHADES.items():
-        chosen = [number for number, one in enumerate(shades) if one == shade]
-        if chosen:
-            meaning = meaning.format(scale.format_whole(scale.amount(limit)))
-            label = f"{meaning}: {len(chosen):,} of {len(shades):,}"
-            groups.append((fill, marker, label, chosen))
+        rows = rows_of[shade]
+        money = scale.format_whole(scale.amount(limit))
+        label = f"{meaning.format(money)}: {len(rows):,} of {len(table):,}"
+        if rows:
+            groups.append((fill, marker, label, rows))
     return groups
 
 
 @rc_context(CHART_STYLE)
-def scatter(guesses, truths, figures, title):
+def scatter(table, figures, title):
     """Each item's guess over its true price, with the line of perfect guesses."""
     scale = items.PriceScale.from_record(figures)
     figure, axes = new_figure(f"{title}\n{headline(figures)}", height=5)
-    points = numpy.array([truths, guesses])
-    for fill, marker, label, chosen in group_by_color(guesses, truths, scale):
-        style = {"color": fill, "marker": marker, "s": 14, "alpha": 0.7, "linewidths": 0}
-        axes.scatter(*points[:, chosen], label=label, clip_on=False, **style)
-    limit = 1.03 * max(scale.unit, points.max())
-    axes.plot([0, limit], [0, limit], "k--", linewidth=1, label="guess = truth")
+    style = {"s": 14, "alpha": 0.7, "linewidths": 0, "clip_on": False}
+    largest = scale.unit
+    for fill, marker, label, rows in group_by_color(table, scale):
+        truths = [row["truth"] for row in rows]
+        guesses = [row["guess"] for row in rows]
+        axes.scatter(truths, guesses, color=fill, marker=marker, label=label, **style)
+        largest = max(largest, *truths, *guesses)
+    ends = [0, 1.03 * largest]
+    axes.plot(ends, ends, "k--", linewidth=1, label="guess = truth")
     axes.set(xlabel=f"true price ({scale.currency})", ylabel=f"guess ({scale.currency})")
-    axes.set(xlim=(0, limit), ylim=(0, limit))
+    axes.set(xlim=ends, ylim=ends)
     axes.legend(loc="upper left")
     return figure
 
 
 @rc_context(CHART_STYLE)
-def running_error(guesses, truths, figures, title):
+def running_error(table, figures, title):
     """The mean absolute error of the first n items over n, with its 95 % band."""
     scale = items.PriceScale.from_record(figures)
     figure, axes = new_figure(f"{title}\n{headline(figures)}")
-    errors = pandas.Series(abs(numpy.subtract(guesses, truths)))
+    errors = pandas.Series([abs(row["guess"] - row["truth"]) for row in table])
     errors.index += 1
+    counts = errors.index
     means = errors.expanding().mean()
-    # As mean_error: a single item has no interval
-    bands = 1.96 * errors.expanding(2).std(ddof=0) / errors.index**0.5
-    ends = means - bands, means + bands
-    axes.fill_between(errors.index, *ends, color="0.85", label="95 % interval")
+    deviations = errors.expanding(2).std(ddof=0)  # as mean_error: a single item has no interval
+    bands = 1.96 * deviations / counts**0.5
+    axes.fill_between(counts, means - bands, means + bands, color="0.85", label="95 % interval")
     end = f"{scale.format(figures['mae'])} ± {format_number(figures['mae_ci95'])}"
     axes.plot(means, "k.-", markevery=[-1], label=f"{end} after {len(errors):,} items")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -3428,9 +3435,8 @@ def report_settings(results, run):
 def write_report(folder, results, run, table):
     """Writes report.html: an evaluation, its charts and its Run in one file that needs no other."""
     scale = items.PriceScale.from_record(results)
-    table = sorted(table, key=lambda row: -row["error"])
-    guesses, truths = ([row[name] for row in table] for name in ("guess", "truth"))
-    largest = max(scale.unit, *guesses, *truths) / scale.unit
+    table = sorted(table, key=lambda row: row["error"], reverse=True)
+    largest = max(max(row["guess"], row["truth"]) for row in table) / scale.unit
     charts = [*sorted(Path(folder).glob("*.png")), *run.folder.glob("loss.png")]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = format_number
@@ -3444,8 +3450,8 @@ def write_report(folder, results, run, table):
         },
         footnotes=footnotes(results),
         table=table,
-        ticks=scale.amount(MaxNLocator(4, integer=True).tick_values(0, largest)),
-        groups=group_by_color(guesses, truths, scale),
+        ticks=scale.amount(MaxNLocator(4, integer=True).tick_values(0, max(1, largest))),
+        groups=group_by_color(table, scale),
         charts={file.stem: b64encode(file.read_bytes()).decode() for file in charts},
         settings=report_settings(results, run),
         scale=scale,
@@ -3592,9 +3598,8 @@ img { max-width: 30rem; width: 100%; background: white }
 <text x="{{ share(tick) }}" y="100%" dy="18" text-anchor="end">{{ scale.format_whole(tick) }}</text>
 <text x="4" y="{{ share(ticks[-1] - tick) }}" dy="-4">{{ scale.format_whole(tick) }}</text>
 {% endfor %}
-{% for fill, _, _, numbers in groups %}
-{% for number in numbers %}
-{% set row = table[number] %}
+{% for fill, _, _, rows in groups %}
+{% for row in rows %}
 <circle r="4" fill="{{ fill }}" cx="{{ share(row.truth) }}" cy="{{ share(ticks[-1] - row.guess) }}">
 <title>{{ row.title }}: price {{ scale.format(row.truth) }}, guess {{ scale.format(row.guess) }},
 off by {{ scale.format(row.error) }}; 80 % interval {{ scale.format_whole(row.low) }} to

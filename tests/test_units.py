@@ -135,11 +135,12 @@ def test_asked_unit_drops_dear_items(tmp_path):
 
 def test_colors_go_by_the_unit():
     """What is $40 in the course is 40 units."""
-    groups = util.group_by_color([50, 400, 1500], [0, 0, 0], PriceScale(10, "€"))
-    assert [(label, list(numbers)) for _, _, label, numbers in groups] == [
-        ("error < €400 or 20 %: 1 of 3", [0]),
-        ("error < €800 or 40 %: 1 of 3", [1]),
-        ("larger: 1 of 3", [2]),
+    table = [{"truth": 0, "guess": guess} for guess in (50, 400, 1500)]
+    groups = util.group_by_color(table, PriceScale(10, "€"))
+    assert [(label, rows) for _, _, label, rows in groups] == [
+        ("error < €400 or 20 %: 1 of 3", [table[0]]),
+        ("error < €800 or 40 %: 1 of 3", [table[1]]),
+        ("larger: 1 of 3", [table[2]]),
     ]
 
 

@@ -267,10 +267,11 @@ def test_titles_have_no_folders(source, expected):
 def test_titles_are_never_clipped(letter):
     """All of a long title is inside the picture, whatever its letters."""
     title = letter * (300 // len(letter))
-    figures = {"mae": 10.0, "mse": 200.0, "r2": -50.0}
+    figures = {"mae": 10.0, "mae_ci95": 1.0, "mse": 200.0, "r2": -50.0}
+    table = [{"truth": 2, "guess": 1}, {"truth": 3, "guess": 2}]
     charts = [
-        util.scatter([1], [2], figures, title),
-        util.running_error([1, 2], [2, 3], figures | {"mae_ci95": 1.0}, title),
+        util.scatter(table, figures, title),
+        util.running_error(table, figures, title),
         util.loss_chart([{"step": 1, "loss": 2.0}], title, 5),
     ]
     for figure in charts:
