@@ -2885,6 +2885,11 @@ class Answers:
     seconds: float  # the run's
     decode: str  # which decoding is the answer
 
+    def only(self, numbers):
+        """The Answers to the rows of these numbers."""
+        of_base = self.of_base and [self.of_base[i] for i in numbers]
+        return replace(self, of_run=[self.of_run[i] for i in numbers], of_base=of_base)
+
 
 def read_answers(open_reader, run, rows, decode="median", compare_base=False):
     """The Answers of a Run; `open_reader` takes its adapter or None, and returns a PriceReader."""
@@ -2905,27 +2910,46 @@ def first_rows(split, size):
     return list(islice(split, size))
 
 
+def word_features(train, *others):
+    """A matrix of rows × words and pairs of neighbouring words for each list of rows.
+
+    Weighted by TF-IDF with logarithmic counts; what words there are is learnt from `train`.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer  # takes seconds to import
+
+    # A text without any word is one itself, or there may be none at all
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|^\W*$")
+    features = [vectorizer.fit_transform(descriptions_of(train))]
+    for rows in others:
+        features.append(vectorizer.transform(descriptions_of(rows)))
+    return features
+
+
+def descriptions_of(rows):
+    return [items.description_in(row["prompt"]) for row in rows]
+
+
 def word_guesses(splits, rows):
     """What words alone tell of the prices of rows, in money: what a model has to beat.
 
-    By ridge regression of the log price on words and pairs of neighbouring words, weighted by
-    TF-IDF with logarithmic counts. Validation rows choose its penalty.
+    By ridge regression of the log price on word_features. Validation rows choose its penalty.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer  # takes seconds to import
     from sklearn.linear_model import Ridge
 
-    train, val = (first_rows(splits[name], 50_000) for name in ("train", "val"))
-    # A text without any word is one itself, or there may be none at all
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|^\W*$")
-    texts = [[items.description_in(row["prompt"]) for row in part] for part in (train, val, rows)]
-    features = vectorizer.fit_transform(texts[0])
-    val_features, row_features = map(vectorizer.transform, texts[1:])
-    least = scale_of_rows(train).amount(0.5)  # half a unit: 0 has no logarithm
-    logs = numpy.log([max(truth_of(row), least) for row in train])
-    truths = [truth_of(row) for row in val]
-    fits = [Ridge(alpha, solver="sparse_cg").fit(features, logs) for alpha in WORD_PENALTIES]
-    errors = [abs(numpy.exp(fit.predict(val_features)) - truths).mean() for fit in fits]
-    return numpy.exp(fits[numpy.argmin(errors)].predict(row_features)).tolist()
+    train = first_rows(splits["train"], 50_000)
+    val = first_rows(splits["val"], 50_000)
+    features, val_features, row_features = word_features(train, val, rows)
+    prices = numpy.array([truth_of(row) for row in train])
+    half_a_unit = scale_of_rows(train).amount(0.5)  # 0 has no logarithm
+    logs = numpy.log(prices.clip(half_a_unit))
+    val_prices = [truth_of(row) for row in val]
+    least_error = math.inf
+    for penalty in WORD_PENALTIES:
+        fit = Ridge(penalty, solver="sparse_cg").fit(features, logs)
+        error = abs(numpy.exp(fit.predict(val_features)) - val_prices).mean()
+        if error < least_error:
+            best, least_error = fit, error
+    return numpy.exp(best.predict(row_features)).tolist()
 
 
 def describe_data(prompts):
@@ -3057,9 +3081,11 @@ def score_others(rows, answers, constants, splits, earlier, seed):
     truths = [truth_of(row) for row in rows]
     of_run = [estimate.guess for estimate in answers.of_run]
     compare = partial(compare_guesses, of_run=of_run, truths=truths, seed=seed)
-    found = {"baselines": {}, "earlier": {name: compare(earlier[name]) for name in earlier}}
+    found = {"baselines": {}, "earlier": {}}
     for name, guess in constants.items():
         found["baselines"][name] = metrics([guess] * len(rows), truths)
+    for name, guesses in earlier.items():
+        found["earlier"][name] = compare(guesses)
     if splits:
         found["words"] = compare(word_guesses(splits, rows))
     if answers.of_base:
@@ -3214,19 +3240,27 @@ def score_own_rows(run, answers, rows, source, folder, seed):
     priced = [i for i, row in enumerate(rows) if row["completion"]]
     if not priced:
         return {}
-    splits = items.splits_trained_on(folder, run.data.get("fingerprint"))
+    answers = answers.only(priced)
     rows = [rows[i] for i in priced]
-    of_base = answers.of_base and [answers.of_base[i] for i in priced]
-    answers = replace(answers, of_run=[answers.of_run[i] for i in priced], of_base=of_base)
+    splits = items.splits_trained_on(folder, run.data.get("fingerprint"))
     title = f"{run.folder.name} on {items.readable(Path(source).name)}"
     results, _ = score(rows, answers.of_run, title, run.calibration)
+    constants = run.data.get("constants", {})
+    results |= score_others(rows, answers, constants, splits, {}, seed)
     results["run"] = run.name
-    results |= score_others(rows, answers, run.data.get("constants", {}), splits, {}, seed)
     if splits:
-        prompts = (prompt for (prompt,) in items.pairs_of(splits["train"], "prompt"))
-        trained_on = {row["prompt"] for row in rows}.intersection(prompts)
-        results["trained_on"] = sum(row["prompt"] in trained_on for row in rows)
+        results["trained_on"] = count_seen(rows, splits["train"])
     return results
+
+
+def count_seen(rows, train):
+    """How many of the rows have the prompt of a training row."""
+    prompts = {row["prompt"] for row in rows}
+    seen = set()
+    for (prompt,) in items.pairs_of(train, "prompt"):
+        if prompt in prompts:
+            seen.add(prompt)
+    return sum(row["prompt"] in seen for row in rows)
 
 
 def export_run(run, base, splits, folder, **reader_options):
