@@ -2998,46 +2998,42 @@ def read_earlier(project, names, rows, decode, base):
     problems = items.Problems()
     for name in map(project.short, names):
         identity = project.records.get(name, {}).get("base_identity", base.identity)
+        expected = {"decode": decode, "base_identity": identity, "revision": None}
         folders = sorted(project.folder(name).glob("eval*"))
         with problems:
-            guesses[name] = earlier_guesses(name, folders, rows, decode, identity)
+            guesses[name] = earlier_guesses(name, folders, rows, expected)
     problems.report()
     return guesses
 
 
-def earlier_guesses(name, folders, rows, decode, base_identity=None):
-    """The guesses, in money, of the run `name` for rows, from an evaluation in one of `folders`."""
+def earlier_guesses(name, folders, rows, expected):
+    """The guesses, in money, of the run `name` for rows, from an evaluation in one of `folders`.
+
+    `expected` is what its results.json has to have.
+    """
     problem = "not evaluated yet"
     for folder in folders:
         try:
-            return read_guesses(folder, rows, decode, base_identity)
+            return read_guesses(folder, rows, expected)
         except (OSError, ValueError, LookupError, TypeError) as error:
             problem = f"its {folder.name} can't be compared: {error}"
     raise items.UserError(
         f"`earlier` {name}: {problem}. Evaluate it on the same data first, with `size` "
-        f"{len(rows)} and `decode` {decode}."
+        f"{len(rows)} and `decode` {expected['decode']}."
     )
 
 
-def read_guesses(folder, rows, decode, base_identity):
-    """The guesses of an evaluation; raises ValueError if it is damaged, or not of these rows."""
+def read_guesses(folder, rows, expected):
+    """The guesses of an evaluation; raises ValueError if it is damaged, or another one."""
     damage = items.manifest_problem(folder, must_exist=False)
     if damage:
         raise ValueError(damage)
-    results = items.read_json(folder / "results.json")
-    if results["decode"] != decode:
-        raise ValueError(f"it has `decode` {results['decode']}")
-    if base_identity not in (None, results["base_identity"]):
-        raise ValueError(f"it has another base model, {results.get('base_model')}")
-    if results.get("revision"):
-        raise ValueError("it is of another commit")
-    table = pandas.read_csv(
-        folder / "predictions.csv",
-        nrows=len(rows),
-        dtype={"title": str},
-        keep_default_na=False,
-        float_precision="round_trip",
-    )
+    results = dict(items.read_json(folder / "results.json"))
+    for name, value in expected.items():
+        if results.get(name) != value:
+            raise ValueError(f"its {name} is {results.get(name)}, not {value}")
+    options = {"dtype": {"title": str}, "keep_default_na": False, "float_precision": "round_trip"}
+    table = pandas.read_csv(folder / "predictions.csv", nrows=len(rows), **options)
     titles = [title_of(row["prompt"]) for row in rows]
     truths = [truth_of(row) for row in rows]
     if table["title"].tolist() != titles or table["truth"].tolist() != truths:
@@ -3281,12 +3277,8 @@ def export_run(run, base, splits, folder, **reader_options):
     for weights in Path(folder).glob("*.safetensors"):
         weights.chmod(0o644)  # written for its owner only; servers run as somebody else
     base.tokenizer.save_pretrained(folder)
-    card = (
-        f"# {run.folder.name}\n\nEstimates a product's price from its description: "
-        f"{run.base_model} in bf16, with the run's LoRA adapter merged into it.\n\n"
-        f"{prompt_form(run.scale)} Greedy generation is less accurate than the median of the "
-        "model's price distribution.\n"
-    )
+    card = f"# {run.folder.name}\n\n{run.base_model} in bf16, with this run's LoRA adapter merged "
+    card += f"into it. {prompt_form(run.scale)}\n"
     items.write_text(Path(folder, "README.md"), card)
     model = None
     gc.collect()
@@ -3453,25 +3445,17 @@ def training_settings(run):
     return settings
 
 
-def report_settings(results, run):
-    """{heading: {name: value}} of how a Run was trained, if it was, and how it was measured."""
-    settings = {}
-    if run.recipe:
-        settings["How it was trained"] = training_settings(run)
-    names = ("date", "decode", "seed", "device", "base_title", "base_identity")
-    measured = {name: results[name] for name in names} | results["versions"]
-    data = results["data"]
-    measured["data"] = f"{public_source(data['source'])} (fingerprint {data['fingerprint']})"
-    settings["How it was measured"] = measured
-    return settings
-
-
 def write_report(folder, results, run, table):
     """Writes report.html: an evaluation, its charts and its Run in one file that needs no other."""
     scale = items.PriceScale.from_record(results)
     table = sorted(table, key=lambda row: row["error"], reverse=True)
     largest = max(max(row["guess"], row["truth"]) for row in table) / scale.unit
     charts = [*sorted(Path(folder).glob("*.png")), *run.folder.glob("loss.png")]
+    names = ("date", "decode", "seed", "device", "base_title", "base_identity")
+    settings = {"How it was measured": {name: results[name] for name in names}}
+    settings["How it was measured"] |= results["versions"]
+    if run.recipe:
+        settings["How it was trained"] = training_settings(run)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = format_number
     environment.filters["money"] = partial(format_number, digits=2 if scale.unit < 100 else 0)
@@ -3487,7 +3471,7 @@ def write_report(folder, results, run, table):
         ticks=scale.amount(MaxNLocator(4, integer=True).tick_values(0, max(1, largest))),
         groups=group_by_color(table, scale),
         charts={file.stem: b64encode(file.read_bytes()).decode() for file in charts},
-        settings=report_settings(results, run),
+        settings=settings,
         scale=scale,
     )
     Path(folder, "report.html").write_text(page, encoding="utf-8")

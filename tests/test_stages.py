@@ -592,7 +592,7 @@ def test_other_base_is_evaluated_apart(call, shared, tiny_base, trained_project)
     assert contents(run).items() > before.items()
     call("eval", *base, "--base-model", "copy", cwd=trained_project)
     said = call(*JUDGE, "--size", "2", "--compare", "base", cwd=trained_project, code=1)
-    assert "--compare base: its eval can't be compared: it has another base model, copy." in said
+    assert "--compare base: its eval can't be compared: its base_identity is" in said
 
 
 # Full disks

@@ -325,17 +325,19 @@ def test_earlier_guesses_are_of_same_rows(tmp_path):
         write_evaluation(tmp_path / "eval-data", rows, 2),
         write_evaluation(tmp_path / "eval-other", rows, 3, base_identity="b"),
     ]
-    assert util.earlier_guesses("one", folders, rows[:3], "median") == [2.0] * 3
-    assert util.earlier_guesses("base", folders, rows, "median", "b") == [3.0] * 5
+    expected = {"decode": "median", "base_identity": "a"}
+    assert util.earlier_guesses("one", folders, rows[:3], expected) == [2.0] * 3
+    expected["base_identity"] = "b"
+    assert util.earlier_guesses("base", folders, rows, expected) == [3.0] * 5
 
 
 @pytest.mark.parametrize(
     "spoil, problem",
     [
         (None, "not evaluated yet"),
-        ({"base_identity": "b", "base_model": "llama"}, "it has another base model, llama"),
-        ({"decode": "mean"}, "it has `decode` mean"),
-        ({"revision": "v1"}, "it is of another commit"),
+        ({"base_identity": "b"}, "its base_identity is b, not a"),
+        ({"decode": "mean"}, "its decode is mean, not median"),
+        ({"revision": "v1"}, "its revision is v1, not None"),
         ("rows", "it has other items, or fewer"),
         ("a digit", "its eval can't be compared: predictions.csv is corrupt"),
         ("no table", "No such file"),
@@ -358,7 +360,8 @@ def test_other_evaluations_are_not_compared(tmp_path, spoil, problem):
     if spoil == "no results":
         (tmp_path / "eval/results.json").write_text("[3]")
     with pytest.raises(UserError) as raised:
-        util.earlier_guesses("one", folders, rows, "median", "a")
+        expected = {"decode": "median", "base_identity": "a", "revision": None}
+        util.earlier_guesses("one", folders, rows, expected)
     assert str(raised.value).startswith("`earlier` one: ")
     assert problem in str(raised.value)
     assert "with `size` 5 and `decode` median." in str(raised.value)
