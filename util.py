@@ -2885,11 +2885,6 @@ class Answers:
     seconds: float  # the run's
     decode: str  # which decoding is the answer
 
-    def only(self, numbers):
-        """The Answers to the rows of these numbers."""
-        of_base = self.of_base and [self.of_base[i] for i in numbers]
-        return replace(self, of_run=[self.of_run[i] for i in numbers], of_base=of_base)
-
 
 def read_answers(open_reader, run, rows, decode="median", compare_base=False):
     """The Answers of a Run; `open_reader` takes its adapter or None, and returns a PriceReader."""
@@ -2917,16 +2912,13 @@ def word_features(train, *others):
     """
     from sklearn.feature_extraction.text import TfidfVectorizer  # takes seconds to import
 
-    # A text without any word is one itself, or there may be none at all
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|^\W*$")
-    features = [vectorizer.fit_transform(descriptions_of(train))]
-    for rows in others:
-        features.append(vectorizer.transform(descriptions_of(rows)))
-    return features
-
-
-def descriptions_of(rows):
-    return [items.description_in(row["prompt"]) for row in rows]
+    vectorizer = TfidfVectorizer(
+        preprocessor=lambda row: items.description_in(row["prompt"]).lower(),
+        token_pattern=r"\w+|^\W*$",  # a text without any word is one itself: some word has to be
+        ngram_range=(1, 2),
+        sublinear_tf=True,
+    )
+    return [vectorizer.fit_transform(train), *map(vectorizer.transform, others)]
 
 
 def word_guesses(splits, rows):
@@ -3236,27 +3228,22 @@ def score_own_rows(run, answers, rows, source, folder, seed):
     priced = [i for i, row in enumerate(rows) if row["completion"]]
     if not priced:
         return {}
-    answers = answers.only(priced)
     rows = [rows[i] for i in priced]
+    of_run = [answers.of_run[i] for i in priced]
+    of_base = answers.of_base and [answers.of_base[i] for i in priced]
+    answers = replace(answers, of_run=of_run, of_base=of_base)
     splits = items.splits_trained_on(folder, run.data.get("fingerprint"))
     title = f"{run.folder.name} on {items.readable(Path(source).name)}"
-    results, _ = score(rows, answers.of_run, title, run.calibration)
+    results, _ = score(rows, of_run, title, run.calibration)
     constants = run.data.get("constants", {})
     results |= score_others(rows, answers, constants, splits, {}, seed)
     results["run"] = run.name
     if splits:
-        results["trained_on"] = count_seen(rows, splits["train"])
+        prompts = {row["prompt"] for row in rows}
+        trained_on = (prompt for (prompt,) in items.pairs_of(splits["train"], "prompt"))
+        seen = prompts.intersection(trained_on)
+        results["trained_on"] = sum(row["prompt"] in seen for row in rows)
     return results
-
-
-def count_seen(rows, train):
-    """How many of the rows have the prompt of a training row."""
-    prompts = {row["prompt"] for row in rows}
-    seen = set()
-    for (prompt,) in items.pairs_of(train, "prompt"):
-        if prompt in prompts:
-            seen.add(prompt)
-    return sum(row["prompt"] in seen for row in rows)
 
 
 def export_run(run, base, splits, folder, **reader_options):
