@@ -2624,7 +2624,8 @@ def metrics(guesses, truths):
     r2 is in %, and NaN for truths that are all the same.
     """
     errors = [abs(guess - truth) for guess, truth in zip(guesses, truths, strict=True)]
-    mse = statistics.fmean(error * error for error in errors)
+    squares = [error * error for error in errors]
+    mse = statistics.fmean(squares)
     spread = statistics.pvariance(truths)
     r2 = 100 * (1 - mse / spread) if spread else math.nan
     return mean_error(errors) | {"mse": mse, "r2": r2}
@@ -2987,36 +2988,31 @@ def read_earlier(project, names, rows, decode, base):
     Raises one UserError that names all that can't be compared.
     """
     guesses = {}
-    problems = items.Problems()
+    problems = []
     for name in map(project.short, names):
-        identity = project.records.get(name, {}).get("base_identity", base.identity)
+        identity = project.records.get(name, {}).get("base_identity") or base.identity
         expected = {"decode": decode, "base_identity": identity, "revision": None}
-        folders = sorted(project.folder(name).glob("eval*"))
-        with problems:
-            guesses[name] = earlier_guesses(name, folders, rows, expected)
-    problems.report()
+        problem = "not evaluated yet"
+        for folder in sorted(project.folder(name).glob("eval*")):
+            try:
+                guesses[name] = read_guesses(folder, rows, expected)
+                break
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                problem = f"its {folder.name} can't be compared: {error}"
+        if name not in guesses:
+            problems.append(f"`earlier` {name}: {problem}.")
+    if problems:
+        size = f"`size` {len(rows)} and `decode` {decode}"
+        problems[-1] += f" Evaluate on the same data first, with {size}."
+        raise items.UserError("\n".join(problems))
     return guesses
 
 
-def earlier_guesses(name, folders, rows, expected):
-    """The guesses, in money, of the run `name` for rows, from an evaluation in one of `folders`.
-
-    `expected` is what its results.json has to have.
-    """
-    problem = "not evaluated yet"
-    for folder in folders:
-        try:
-            return read_guesses(folder, rows, expected)
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            problem = f"its {folder.name} can't be compared: {error}"
-    raise items.UserError(
-        f"`earlier` {name}: {problem}. Evaluate it on the same data first, with `size` "
-        f"{len(rows)} and `decode` {expected['decode']}."
-    )
-
-
 def read_guesses(folder, rows, expected):
-    """The guesses of an evaluation; raises ValueError if it is damaged, or another one."""
+    """The guesses, in money, of an evaluation whose results.json has what is expected.
+
+    Raises ValueError if it is damaged, or another one.
+    """
     damage = items.manifest_problem(folder, must_exist=False)
     if damage:
         raise ValueError(damage)

@@ -5,6 +5,7 @@ import json
 import math
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -310,31 +311,42 @@ def test_words_may_be_few(text):
 
 def write_evaluation(folder, rows, guess, **results):
     """An evaluation of always the same guess by the median, with base `a`."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     _, table = util.score(rows, [guess] * len(rows), "a run")
     write_table(folder / "predictions.csv", table)
     write_json(folder / "results.json", {"decode": "median", "base_identity": "a"} | results)
-    return folder
+
+
+def read_earlier(folder, rows, base="a", names=("one",)):
+    """The guesses of runs in a folder by the median, with a base of that identity."""
+    project = util.Project(folder, "price")
+    return util.read_earlier(project, names, rows, "median", SimpleNamespace(identity=base))
 
 
 def test_earlier_guesses_are_of_same_rows(tmp_path):
     """Of the first evaluation that has them, also among more, with the base asked for."""
     rows = make_rows(TRUTHS)
-    folders = [
-        write_evaluation(tmp_path / "eval", rows[1:], 1),
-        write_evaluation(tmp_path / "eval-data", rows, 2),
-        write_evaluation(tmp_path / "eval-other", rows, 3, base_identity="b"),
-    ]
-    expected = {"decode": "median", "base_identity": "a"}
-    assert util.earlier_guesses("one", folders, rows[:3], expected) == [2.0] * 3
-    expected["base_identity"] = "b"
-    assert util.earlier_guesses("base", folders, rows, expected) == [3.0] * 5
+    run = tmp_path / "price-one"
+    write_evaluation(run / "eval", rows[1:], 1)
+    write_evaluation(run / "eval-data", rows, 2)
+    write_evaluation(run / "eval-other", rows, 3, base_identity="b")
+    assert read_earlier(tmp_path, rows[:3]) == {"one": [2.0] * 3}
+    assert read_earlier(tmp_path, rows, "b") == {"one": [3.0] * 5}
+
+
+def test_earlier_guesses_of_any_titles(tmp_path):
+    """A title may look like a number or like nothing, and hold line ends and quotes."""
+    rows = make_rows(TRUTHS)
+    for row, title in zip(rows, ("NA", "007", 'a "b", c', "nan", "x\ry"), strict=True):
+        row["prompt"] = COURSE_SCALE.prompt(f"Title: {title}")
+    write_evaluation(tmp_path / "price-one/eval", rows, 0.1)
+    assert read_earlier(tmp_path, rows) == {"one": [0.1] * 5}
 
 
 @pytest.mark.parametrize(
     "spoil, problem",
     [
-        (None, "not evaluated yet"),
+        ("folder", "not evaluated yet"),
         ({"base_identity": "b"}, "its base_identity is b, not a"),
         ({"decode": "mean"}, "its decode is mean, not median"),
         ({"revision": "v1"}, "its revision is v1, not None"),
@@ -345,26 +357,28 @@ def test_earlier_guesses_are_of_same_rows(tmp_path):
     ],
 )
 def test_other_evaluations_are_not_compared(tmp_path, spoil, problem):
-    """One line says why, and what to do."""
+    """All are named at once, each with its reason; the last line says what to do."""
     rows = make_rows(TRUTHS)
-    folders = []
-    if spoil is not None:
-        changes = spoil if isinstance(spoil, dict) else {}
-        folders = [write_evaluation(tmp_path / "eval", rows[spoil == "rows" :], 1, **changes)]
-    predictions = tmp_path / "eval/predictions.csv"
+    folder = tmp_path / "price-one/eval"
+    changes = spoil if isinstance(spoil, dict) else {}
+    write_evaluation(folder, rows[spoil == "rows" :], 1, **changes)
+    predictions = folder / "predictions.csv"
+    if spoil == "folder":
+        folder.rename(tmp_path / "other")
     if spoil == "a digit":
-        write_manifest(predictions.parent)
+        write_manifest(folder)
         predictions.write_text(predictions.read_text("utf-8").replace("1.0", "7.0"), "utf-8")
     if spoil == "no table":
         predictions.unlink()
     if spoil == "no results":
-        (tmp_path / "eval/results.json").write_text("[3]")
+        (folder / "results.json").write_text("[3]")
     with pytest.raises(UserError) as raised:
-        expected = {"decode": "median", "base_identity": "a", "revision": None}
-        util.earlier_guesses("one", folders, rows, expected)
-    assert str(raised.value).startswith("`earlier` one: ")
-    assert problem in str(raised.value)
-    assert "with `size` 5 and `decode` median." in str(raised.value)
+        read_earlier(tmp_path, rows, names=("one", "price-two"))
+    one, two = str(raised.value).splitlines()
+    assert one.startswith("`earlier` one: ")
+    assert problem in one
+    assert two.startswith("`earlier` two: not evaluated yet.")
+    assert two.endswith("with `size` 5 and `decode` median.")
 
 
 # Calibration
