@@ -2895,9 +2895,6 @@ def read_answers(open_reader, run, rows, decode="median", compare_base=False):
     name = "the run" if run.adapter else "the base"
     width = interval_width(run.calibration)
     of_run, seconds = open_reader(run.adapter).answer(rows, name, decode=decode, width=width)
-    if len(rows) > 1:
-        rate = len(rows) / seconds
-        print(f"Answers to {len(rows):,} items in {seconds:,.1f} s, {rate:,.1f} a second")
     return Answers(of_run, of_base, seconds, decode)
 
 
@@ -3375,8 +3372,7 @@ def running_error(table, figures, title):
     deviations = errors.expanding(2).std(ddof=0)  # as mean_error: a single item has no interval
     bands = 1.96 * deviations / counts**0.5
     axes.fill_between(counts, means - bands, means + bands, color="0.85", label="95 % interval")
-    end = f"{scale.format(figures['mae'])} ± {format_number(figures['mae_ci95'])}"
-    axes.plot(means, "k.-", markevery=[-1], label=f"{end} after {len(errors):,} items")
+    axes.plot(means, "k.-", markevery=[-1], label=f"after all {len(errors):,} items")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="items evaluated", ylabel=f"mean absolute error ({scale.currency})")
     axes.set_ylim(bottom=0)
