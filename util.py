@@ -2552,11 +2552,12 @@ def score_shares(probabilities, shares, truths):
     nearest = numpy.nan_to_num(truths).round().clip(0, numbers[-1])
     at_truth = numpy.arange(len(truths)), nearest.astype(int)
     reached = shares.cumsum(1)
-    distance = (shares * abs(numbers - truths[:, None])).sum(1)
-    spread = (reached * (1 - reached)).sum(1)
+    distances = abs(numbers - truths[:, None])
+    mean_distance = (shares * distances).sum(1)
+    spread = (reached * (1 - reached)).sum(1)  # half the mean distance of two draws
     scores = {
         "nll": -numpy.log(probabilities[at_truth].clip(1e-12)),
-        "crps": distance - spread,
+        "crps": mean_distance - spread,
         "rank": reached[at_truth] - shares[at_truth] / 2,
     }
     is_unknown = numpy.isnan(truths)
@@ -3202,11 +3203,12 @@ def format_prices(table, scale=items.COURSE_SCALE):
     lines = []
     for row in table[:SHOWN_ITEMS]:
         low, high = scale.format_whole(row["low"]), scale.format_whole(row["high"])
-        note = f"(80 %: {low} to {high}"
+        note = f"80 %: {low} to {high}"
         if "base_guess" in row:
             note += f"; untouched base: {scale.format(row['base_guess'])}"
+        guess = scale.format(row["guess"])
         title = " ".join(row["title"].split())
-        lines.append((scale.format(row["guess"]), f"{note})", items.shorten(title, 80)))
+        lines.append((guess, f"({note})", items.shorten(title, 80)))
     texts = align(lines, "><<")
     if len(table) > SHOWN_ITEMS:
         texts.append(f"… and {len(table) - SHOWN_ITEMS:,} more")
