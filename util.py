@@ -718,15 +718,12 @@ def load_merged(base, adapter, quant_config, precision, out_precision=None):
     training an adapter changes weights by less than 16 bits resolve.
     """
     model = load_quantised(base, quant_config, precision)
-    layers = [module for module in model.modules() if hasattr(module, "in_features")]
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    weights = sum(weight.numel() for weight in base.skeleton.parameters())
     now = memory()
     room = 0.8 * now.available - now.used
-    dtypes = (torch.float32, model.dtype)
-    merge_dtype = next((one for one in dtypes if weights * one.itemsize < room), None)
-    if merge_dtype is None and not out_precision:
+    if weights * model.dtype.itemsize > room and not out_precision:
         return load_adapter(model, adapter) if adapter else model
-    model = dequantise(model, merge_dtype)
+    model = dequantise(model, torch.float32 if 4 * weights < room else model.dtype)
     if adapter:
         model = load_adapter(model, adapter).merge_and_unload()
     for parameter in model.parameters():
@@ -878,18 +875,26 @@ class PackedCollator:
         self.min_tokens = micro_batch * lengths.mean() + spread if one_shape else 0
 
     def __call__(self, rows):
-        texts = [row["input_ids"] for row in rows]
-        labels = [label for row in rows for label in row["labels"]]
-        multiples = math.ceil(max(len(labels), self.min_tokens) / PACKING_MULTIPLE)
+        texts, labels = [], []
+        for row in rows:
+            texts.append(row["input_ids"])
+            labels.extend(row["labels"])
         spare = (self.sequences - len(rows)) * self.longest
-        filling = min(multiples * PACKING_MULTIPLE - len(labels), spare)
+        total = max(len(labels), self.min_tokens)
+        total = PACKING_MULTIPLE * math.ceil(total / PACKING_MULTIPLE)
+        filling = min(total - len(labels), spare)
         full, rest = divmod(filling, self.longest)
         texts += [[0] * self.longest] * full + [[0] * rest]
         texts += [[]] * (self.sequences - len(texts))
-        labels = torch.tensor(labels + [items.IGNORED] * filling)
-        kept = (labels != items.IGNORED).nonzero().flatten() - 1
+        labels += [items.IGNORED] * filling
         inputs = packed_inputs(texts, self.longest)
-        return inputs | {"labels": labels[None], "logits_to_keep": kept}
+        return inputs | labelled(torch.tensor([labels]))
+
+
+def labelled(labels):
+    """The inputs that say what is trained: labels, and which logits precede them, flattened."""
+    is_label = labels.flatten() != items.IGNORED
+    return {"labels": labels, "logits_to_keep": is_label.nonzero().flatten() - 1}
 
 
 class FastLora(lora.Linear):
@@ -1569,9 +1574,8 @@ def make_training_data(splits, tokenizer, val_size):
 
 def collate_padded(rows):
     """What a PackedCollator returns, but padded on the right, where no causal model looks."""
-    inputs = DataCollatorForLanguageModeling(pad_token_id=0)(rows)
-    kept = (inputs["labels"].flatten() != items.IGNORED).nonzero().flatten() - 1
-    return {**inputs, "logits_to_keep": kept}
+    inputs = dict(DataCollatorForLanguageModeling(pad_token_id=0)(rows))
+    return inputs | labelled(inputs["labels"])
 
 
 def summed_loss(model, inputs, price_loss=None):
