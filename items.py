@@ -29,7 +29,6 @@ import re
 import shutil
 import socket
 import tempfile
-import unicodedata
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -1115,7 +1114,7 @@ CODES = {"$": "USD", "US$": "USD", "€": "EUR", "£": "GBP", "₹": "INR"}
 CODES |= {"US $": "USD", "$ USD": "USD", "€ EUR": "EUR"}  # as marketplaces write it
 OTHER_SIGN = {".": ",", ",": "."}
 
-LETTER = r"[^\W\d_]"
+LETTER = r"[^\W\d_²³¹¼-¾⁰-₉⅐-↋①-⓿]"  # small and circled digits are none
 SYMBOL = r"[^\w\s.,'’+~≈<>=%(){}\[\]\"–—−-]"
 # $, €, CHF, US $, Rs., kr., د.إ
 CURRENCY = rf"(?:{LETTER}{{1,3}} ?)?{SYMBOL}{{1,2}}|{LETTER}{{1,8}}(?:\.{LETTER}{{1,2}})?\.?"
@@ -1133,10 +1132,7 @@ NO_CURRENCY = re.compile(
     r"|(?:from|ab|bis|min|max|over|under)\b",
     re.IGNORECASE,
 )
-BETWEEN_DIGITS = re.compile(r"(?<=\d)(?:\s*<[^>]*>)+(?=\s*\d)")  # tags, as in 12<sup>99</sup>
-FLOAT = re.compile(r"[0-9]+(?:\.[0-9]+)?e[+-]?[0-9]{1,2}", re.IGNORECASE)  # as programs write it
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
-SMALL_DIGIT = re.compile("[²³¹¼-¾⁰-₉⅐-↋①-⓿]")  # which NFKC makes usual ones
 LONGEST_PRICE = 100  # characters
 
 PRICE_MISSING = "price is missing"
@@ -1157,25 +1153,17 @@ class Written(NamedTuple):
 @lru_cache(maxsize=100_000)
 def parse_price(text):
     """The Written of a text, in any currency and of any size."""
-    no_number = Written(problem=PRICE_NO_NUMBER)
-    if len(text) > LONGEST_PRICE:
-        return no_number
-    text = html_to_text(BETWEEN_DIGITS.sub(" | ", text))
-    if SMALL_DIGIT.search(text):
-        return no_number
-    text = unicodedata.normalize("NFKC", text)  # signs and digits of full width
-    text = " ".join(INVISIBLE.sub("", text).split())
+    text = INVISIBLE.sub("", html.unescape(text[: LONGEST_PRICE + 1]))
+    text = " ".join(text.replace("￥", "¥").split())
     if text.casefold() in NO_VALUES:
         return Written(problem=PRICE_MISSING)
-    if FLOAT.fullmatch(text):
-        return Written(float(text))
-    match = PRICE.fullmatch(text)
+    match = PRICE.fullmatch(text) if len(text) <= LONGEST_PRICE else None
     if not match:
-        return no_number
+        return Written(problem=PRICE_NO_NUMBER)
     before, grouped, by, point, decimals, after = match.groups("")
     whole = re.sub("[^0-9]", "", grouped)
     if not whole + decimals or NO_CURRENCY.match(before) or NO_CURRENCY.match(after):
-        return no_number
+        return Written(problem=PRICE_NO_NUMBER)
     is_open = by in (".", ",") and len(grouped) == len(whole) + 1 and not point
     if is_open:
         whole, decimals, point = whole[:-3], whole[-3:], by
@@ -1255,45 +1243,30 @@ def choose_unit(prices):
 # ------------------------------------------------------------------------------------------------
 # 7. Texts as people read them
 
-INLINE_TAGS = (  # they leave nothing; what is no tag of HTML's stays, as `<unknown>`
-    "a abbr acronym b bdi bdo big cite code data del dfn em font i img ins kbd label mark q s samp "
-    "small span strike strong sub sup time tt u var wbr"
-)
-LINE_TAGS = (  # they leave a line end
-    "address article aside blockquote body br button caption center col colgroup dd details div dl "
-    "dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 head header hr html iframe input "
-    "legend li link main meta nav object ol option p pre section select source summary svg table "
-    "tbody td textarea tfoot th thead title tr ul video"
-)
-TAG_ENDS = dict.fromkeys(INLINE_TAGS.split(), "") | dict.fromkeys(LINE_TAGS.split(), "\n")
 # No pattern here runs backwards further than to the last `<`, as html.parser does
-TAG = re.compile(
-    r"""</?(?:[movw]:\w+|([a-z][a-z\d]*))(?:[\s/](?:[^<>"']|"[^"<]*"|'[^'<]*')*)?>"""
-    r"|<!\[CDATA\[|\]\]>",
+INLINE_TAG = re.compile(  # leaves nothing, any other a line end
+    r"</?(?:a|abbr|acronym|b|bdi|bdo|big|cite|code|data|del|dfn|em|font|i|img|ins|kbd|label|mark|q"
+    r"|s|samp|small|span|strike|strong|sub|sup|time|tt|u|var|wbr)(?:[\s/][^<>]*)?>",
     re.IGNORECASE,
 )
+TAG = re.compile(r"</?[a-z][\w:-]*(?:[\s/][^<>]*)?>", re.IGNORECASE)
 NO_TEXT = re.compile(
     r"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1\s*>|\Z)", re.IGNORECASE | re.DOTALL
 )
-ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][\da-fA-F]{1,6}|[a-zA-Z][a-zA-Z\d]{1,31});", re.ASCII)
-PUNCTUATION = r"[,;:.!?|–—-]+"
+ENTITY = re.compile(r"&(?:#\w{1,7}|[a-z][a-z\d]{1,31});", re.ASCII | re.IGNORECASE)
 # Behind a title that a text repeats: a word ends here
-TITLE_END = re.compile(rf"(?=$|\s|{PUNCTUATION}(?:\s|$))\s*(?:{PUNCTUATION}(?=\s|$))?\s*")
+TITLE_END = re.compile(r"(?:\s*[,;:.!?|–—-]+)?(?:\s+|$)")
 
 
 def html_to_text(text):
     """The text that a browser shows of `text`; what is escaped twice, as in feeds, is unescaped."""
     for _ in range(2):
         if "<" in text:
-            text = TAG.sub(tag_end, NO_TEXT.sub("", text))
+            text = INLINE_TAG.sub("", NO_TEXT.sub("", text))
+            text = TAG.sub("\n", text)
         if "&" in text:
             text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
     return text
-
-
-def tag_end(match):
-    """What a tag leaves; CDATA's and Word's, of which no name is matched, leave nothing."""
-    return TAG_ENDS.get(match[1].lower(), match[0]) if match[1] else ""
 
 
 def clean_text(text):
