@@ -51,9 +51,8 @@ from datasets.arrow_writer import ArrowWriter
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import HfApi, constants, errors, get_session, get_token, hf_hub_download
 from huggingface_hub.utils import validate_repo_id
+from networkx.utils import UnionFind
 from pydantic import BaseModel
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 QUESTION = "What does this cost to the nearest dollar?"
 PREFIX = "Price is $"
@@ -1006,13 +1005,13 @@ def file_rows(path):
     """
     line = 0
     reader = READERS.get(Path(path).suffix.lower())
+    if not reader:
+        raise UserError(
+            f"{path}: ends in none of {', '.join(READERS)}. Save it as `CSV UTF-8` (in Excel: "
+            "File, Save As; in LibreOffice: Text CSV)."
+        )
     try:
         with open(path, "rb") as file:
-            if not reader or file.peek(4).startswith(b"PK\x03\x04"):
-                raise UserError(
-                    f"{path}: is a spreadsheet, or ends in none of {', '.join(READERS)}. Save it "
-                    "as `CSV UTF-8` (in Excel: File, Save As; in LibreOffice: Text CSV)."
-                )
             for line, row in reader(file):
                 yield line, row
     except UnicodeDecodeError as error:
@@ -1020,6 +1019,9 @@ def file_rows(path):
             f"{path}: not in UTF-8, soon after line {line:,}. Save it as UTF-8; Excel calls that "
             "`CSV UTF-8`."
         ) from error
+    except json.JSONDecodeError as error:
+        text = f"line {line + error.lineno:,} is no JSON: {error.msg}. Correct or remove it."
+        raise UserError(f"{path}: {text}") from error
     except UNREADABLE as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")
         raise UserError(f"{path}: can't be read: {reason}.") from error
@@ -1035,21 +1037,12 @@ def json_rows(file):
     text = io.TextIOWrapper(file, encoding="utf-8-sig")
     is_array = text.read(4096).lstrip().startswith("[")
     text.seek(0)
-    rows = json.load(text) if is_array else map(read_json_line, text)
+    rows = json.load(text) if is_array else text
     for line, row in enumerate(rows, 1):
-        if isinstance(row, dict):
-            yield line, row
-        elif row != "":
-            yield line, "not a JSON object"
-
-
-def read_json_line(text):
-    """The value of a line, '' of an empty one, None of a broken one."""
-    if not text.strip():
-        return ""
-    with suppress(ValueError, RecursionError):
-        return json.loads(text)
-    return None
+        if not is_array and not row.strip():
+            continue
+        value = row if is_array else json.loads(row)
+        yield line, value if isinstance(value, dict) else "not a JSON object"
 
 
 def csv_rows(file):
@@ -1057,12 +1050,9 @@ def csv_rows(file):
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     header = re.sub('"[^"]*"', "", text.readline())
-    options = {"strict": True, "skipinitialspace": True}
-    options["delimiter"] = max(",;\t|", key=header.count)
-    if "\t" in header and not has_quoted_cells(csv.reader(text, **options)):
-        options["quoting"] = csv.QUOTE_NONE
+    delimiter = max(",;\t|", key=header.count)
     text.seek(0)
-    reader = csv.reader(text, **options)
+    reader = csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=True)
     line = 1  # where the row begins
     try:
         names = [name.strip() for name in next(reader, [])]
@@ -1074,6 +1064,8 @@ def csv_rows(file):
                 raise UserError(f"{file.name}: more than one column is called {name}. Rename one.")
         line = reader.line_num + 1
         for cells in reader:
+            if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+                raise csv.Error("a cell has tabs and lines")  # its quotes may be letters
             # Decimal commas without quotes shift cells, into columns without a name, too
             if len(cells) > width or any(cells[len(names) :]):
                 yield line, "more cells than the header has"
@@ -1082,15 +1074,8 @@ def csv_rows(file):
             line = reader.line_num + 1
     except csv.Error as error:
         where = f"line {reader.line_num}, in the row that begins in line {line}"
-        raise csv.Error(f"{error} ({where}; is a quote left open?)") from error
-
-
-def has_quoted_cells(reader):
-    """Whether quotes in a TSV enclose cells, as in Excel's, or are letters, as in databases'."""
-    try:
-        return not any("\t" in cell and "\n" in cell for cells in reader for cell in cells)
-    except csv.Error:
-        return False
+        text = f"{error} ({where}). Close each quote, and double those that are letters"
+        raise csv.Error(text) from error
 
 
 READERS = {
@@ -1341,41 +1326,46 @@ def fold_name(name):
     return re.sub(r"[\W_]+", "", name).casefold()
 
 
-def find_columns(path, names, chosen, earlier=(), needed=("title", "price", "text")):
-    """{role: the columns that are read}, of a file with the columns `names`.
+def find_columns(path, names, chosen, earlier=None, needed=("title", "price", "text")):
+    """{role: the column that is read, or None} of a file with the columns `names`.
 
-    `chosen` is {role: [name, …]}; for other roles the columns of an `earlier` file, {role: name or
-    names}, are taken where this one has them all, then the usual ones.
+    JOINED_ROLES have lists. `chosen` is {role: [name, …]}; for other roles the columns of an
+    `earlier` file, {role: name or names}, count first, then the usual ones.
     """
-    earlier = dict(earlier)
     by_name = {fold_name(name): name for name in reversed(names)}
-    taken = {fold_name(name) for wanted in chosen.values() for name in wanted}
+    by_name |= {name: name for name in names}
+    taken = list(chain(*chosen.values()))
     columns, missing = {}, []
     for role, usual in USUAL_COLUMNS.items():
-        wanted = chosen.get(role) or earlier.get(role) or []
-        wanted = [wanted] if isinstance(wanted, str) else wanted
-        found = [name if name in names else by_name.get(fold_name(name)) for name in wanted]
+        wanted = chosen.get(role)
+        if not wanted:
+            known = (earlier or {}).get(role) or []
+            wanted = [known] if isinstance(known, str) else known
+            wanted = [*wanted, *usual.split()]
+        found = [by_name.get(name) or by_name.get(fold_name(name)) for name in wanted]
         if role in chosen:
-            missing += [name for name in wanted if fold_name(name) not in by_name]
-        elif not found or None in found:
-            usual = [name for name in usual.split() if name in by_name]
-            usual.sort(key=taken.__contains__)  # another role's only if there is no other
-            found = [by_name[name] for name in usual]
-            alike = [name for name in names if usual and fold_name(name) == usual[0]]
-            if len(alike) > 1:
-                raise UserError(
-                    f"{path}: {' or '.join(alike)}? Say which is the {role} by `columns`, like "
-                    f"{role}=NAME."
-                )
-        columns[role] = found if role in JOINED_ROLES else found[:1]
-        if role in needed and not found:
-            missing.append(role)
+            missing += [name for name, column in zip(wanted, found, strict=True) if not column]
+        found = list(dict.fromkeys(filter(None, found)))
+        if role not in chosen:
+            found.sort(key=taken.__contains__)  # another role's only if there is no other
+            refuse_alike(path, role, found, names)
+            if role in needed and not found:
+                missing.append(role)
+        columns[role] = found if role in JOINED_ROLES else next(iter(found), None)
     if missing:
         raise UserError(
             f"{path}: no column for {' and '.join(missing)}; found: "
             f"{shorten(', '.join(names), SHOWN_NAMES)}. Say which by `columns`, like price=NAME."
         )
     return columns
+
+
+def refuse_alike(path, role, found, names):
+    """Raises UserError if the first column found has a name like another's, as `Price (€)`."""
+    alike = [name for name in names if found and fold_name(name) == fold_name(found[0])]
+    if len(alike) > 1:
+        text = f"{' or '.join(alike)}? Say which is the {role} by `columns`, like {role}=NAME."
+        raise UserError(f"{path}: {text}")
 
 
 class OwnFile(NamedTuple):
@@ -1385,9 +1375,8 @@ class OwnFile(NamedTuple):
     items: Dataset  # title and summary
     lines: list
     prices: list  # a Written each
-    keys: array.array  # four hashes each
+    keys: array.array  # two hashes each
     dropped: dict  # {reason: [line, …]}
-    currency: str
     about: dict  # what prepare.json has of it
     notes: list  # lines for the screen
 
@@ -1395,10 +1384,7 @@ class OwnFile(NamedTuple):
 def read_own(path, rows, decimal, *choice):
     """The OwnFile of `rows`, by `file_rows`; for `choice` see `find_columns`."""
     first = list(islice(rows, FIRST_ROWS))
-    names = {}
-    for _, row in first:
-        if isinstance(row, dict):
-            names.update(row)
+    names = dict.fromkeys(chain(*(row for _, row in first if isinstance(row, dict))))
     columns = find_columns(path, list(names), *choice) if names else {}
     folder = tempfile.TemporaryDirectory(prefix="items-")
     file = str(Path(folder.name, "items.arrow"))
@@ -1422,44 +1408,40 @@ def read_own(path, rows, decimal, *choice):
         raise UserError(f"{path}: none of its rows is usable; {reasons}.")
     prices, currency, decimal = read_prices(prices, decimal)
 
-    about = {"columns": {}, "decimal": decimal, "written_currency": currency or None}
-    read = []
+    used = []
     for role, found in columns.items():
-        about["columns"][role] = found if role in JOINED_ROLES else next(iter(found), None)
         if found:
-            read.append(f"{role} from {' or '.join(found)}")
-    used = set(chain(*columns.values()))
-    unused = ", ".join(name for name in names if name and name not in used)
-    unused = shorten(unused, SHOWN_NAMES) or "none"
-    notes = [f"Columns: {', '.join(read)}; unused: {unused}"]
+            used.append(f"{role} from {found if isinstance(found, str) else ' or '.join(found)}")
+    notes = [f"Columns: {', '.join(used)}"]
     if decimal:
         notes.append(f"Prices: the decimal sign is `{decimal}`; `decimal` says otherwise")
+    about = {"columns": columns, "decimal": decimal, "written_currency": currency or None}
     items = Dataset.from_file(file)
-    return OwnFile(folder, items, lines, prices, keys, dropped, currency, about, notes)
+    return OwnFile(folder, items, lines, prices, keys, dropped, about, notes)
 
 
 def read_item(row, columns):
-    """(title and summary, Written price, hashes of leak keys and summary); or why not, as text."""
-    title = clean_text(text_of(row, columns["title"])).replace("\n", " ")
+    """(title and summary, Written price, its leak keys); or why not, as text."""
+    title = clean_text(text_of(row, [columns["title"]])).replace("\n", " ")
     text = text_of(row, columns["text"])
     if not is_in_course_form(text):
         text = clean_text(text)
+    category = clean_text(text_of(row, columns["category"], " > ")).replace("\n", " ")
     problem = text_problem(title, "title") or text_problem(text, columns["text"][0])
     if problem:
         return problem
-    category = clean_text(text_of(row, columns["category"], " > ")).replace("\n", " ")
-    if text_problem(category, "category"):
-        category = ""
-    summary = describe_item(title, category, text)
-    keys = [hashed(key) for key in (*leak_keys(title, text, summary), summary)]
-    cell = row.get(next(iter(columns["price"]), None))
+    if category and text_problem(category, "category"):
+        return text_problem(category, "category")
+
+    cell = row.get(columns["price"])
     price = parse_price(str(cell))
     if not isinstance(cell, str):  # a number has neither thousands nor a decimal comma
         price = price._replace(decimal="", is_open=False)
-    code = text_of(row, columns["currency"]).strip().upper()
+    code = text_of(row, [columns["currency"]]).strip().upper()
     if code:
         price = price._replace(currency=code)
-    return {"title": title, "summary": summary}, price, keys
+    texts = {"title": title, "summary": describe_item(title, category, text)}
+    return texts, price, map(hashed, leak_keys(title, text))
 
 
 def usable_rows(own, scale):
@@ -1467,7 +1449,7 @@ def usable_rows(own, scale):
     kept, seen = [], set()
     for row, price in enumerate(own.prices):
         problem = price.problem or price_problem(price.amount, scale)
-        key = (price.amount, own.keys[4 * row + 3])
+        key = (price.amount, own.keys[2 * row], own.keys[2 * row + 1])
         if not problem and key in seen:
             problem = "duplicate of an earlier row"
         seen.add(key)
@@ -1488,18 +1470,20 @@ def own_catalogue(path, seed, columns=None, unit=None, currency="$", decimal=Non
     prices = numpy.array([price.amount for price in own.prices])
     scale = PriceScale(unit or choose_unit(prices[prices > 0]), currency)
     kept = usable_rows(own, scale)
-    keys = numpy.array(own.keys).reshape(-1, 4)[kept, :3]
+    keys = numpy.array(own.keys).reshape(-1, 2)[kept]
     try:
-        parts = split_rows(keys.T, seed)
+        parts = split_rows(keys.T.tolist(), seed)
     except UserError as error:
         reasons = format_dropped(own.dropped, "; ") or "no row"
         raise UserError(f"{path}: {error} Dropped: {reasons}.") from None
     items = own.items.select_columns("summary").add_column("price", prices).select(kept)
-    named = zip(SPLITS, parts, strict=True)
-    splits = DatasetDict({name: items.select(part) for name, part in named})
+    splits = DatasetDict()
+    for name, part in zip(SPLITS, parts, strict=True):
+        splits[name] = items.select(part)
+
     highest = scale.format_whole(scale.highest)
-    notes = [*own.notes, f"Unit: {scale.step}, for prices up to {highest}; `unit` chooses another"]
-    written = own.currency
+    notes = [*own.notes, f"Unit: {scale.step}, for prices up to {highest}"]
+    written = own.about["written_currency"]
     if is_foreign(written, scale):
         notes.append(
             f"Currency: the prices are in {written}, the prompts say {currency}; `currency` "
@@ -1510,9 +1494,9 @@ def own_catalogue(path, seed, columns=None, unit=None, currency="$", decimal=Non
 
 
 def is_foreign(written, scale):
-    """Whether a currency, '' for none, differs from the scale's."""
+    """Whether a currency, None for none, differs from the scale's."""
     named = CODES.get(scale.currency, scale.currency)
-    return CODES.get(written, written) not in ("", named)
+    return CODES.get(written, written) not in (None, named)
 
 
 def own_rows(
@@ -1533,9 +1517,10 @@ def own_rows(
         read, chosen, earlier = iter([(1, {"title": title, "text": text})]), {}, {}
     needed = ("title", "text")
     own = read_own(path or "The text", read, decimal, chosen, earlier, needed)
+    written = own.about["written_currency"]
     foreign = ""
-    if is_foreign(own.currency, scale) and own.currency != trained_on.get("written_currency"):
-        foreign = f"price is in {own.currency}, the run's are in {scale.currency}"
+    if is_foreign(written, scale) and written != trained_on.get("written_currency"):
+        foreign = f"price is in {written}, the run's are in {scale.currency}"
     rows = []
     unjudged = defaultdict(list)
     for line, price, texts in zip(own.lines, own.prices, own.items, strict=True):
@@ -1572,16 +1557,9 @@ NEAR_SHARE = 0.8  # of an item's word 5-grams
 MAX_COMPARED = 1000  # test rows
 
 
-def leak_keys(title, text, summary):
-    """(title, text, description) of an item: items that share one belong together.
-
-    The text is what the file has, the description what the prompt has of it. Capitals and white
-    space don't count.
-    """
-    _, _, description = summary.partition("\nDescription: ")
-    if is_in_course_form(text) or not description:
-        description = text
-    return tuple(" ".join(part.casefold().split()) for part in (title, text, description))
+def leak_keys(title, text):
+    """Two keys: items that share one belong together. Capitals and white space don't count."""
+    return [" ".join(part.casefold().split()) for part in (title, text)]
 
 
 def hashed(text):
@@ -1592,20 +1570,14 @@ def hashed(text):
 def connected_groups(keys):
     """Lists of row numbers: rows that share a key, directly or through others, are together.
 
-    `keys` is a list of columns, each with a sortable key a row.
+    `keys` is a list of columns, each with a key a row.
     """
-    count = len(keys[0])
-    partners = []  # of each row the first one with the same key
+    groups = UnionFind(range(len(keys[0])))
     for column in keys:
-        _, first, inverse = numpy.unique(column, return_index=True, return_inverse=True)
-        partners.append(first[inverse])
-    rows = numpy.tile(numpy.arange(count), len(keys))
-    pairs = (numpy.ones(len(rows), bool), (rows, numpy.concatenate(partners)))
-    _, numbers = connected_components(coo_array(pairs, (count, count)), directed=False)
-    groups = defaultdict(list)
-    for row, number in enumerate(numbers.tolist()):
-        groups[number].append(row)
-    return list(groups.values())
+        first = {}  # of a key: its first row
+        for row, key in enumerate(column):
+            groups.union(first.setdefault(key, row), row)
+    return [sorted(group) for group in groups.to_sets()]
 
 
 def split_rows(keys, seed):
@@ -1614,13 +1586,11 @@ def split_rows(keys, seed):
     `keys` as in `connected_groups`, the titles' first. A group of more than 5 % of the rows goes to
     train. Raises UserError if there are fewer than three groups.
     """
-    titles = numpy.asarray(keys[0])
-    groups = connected_groups(keys) if len(titles) else []
-    if len(groups) < 3 <= len(titles):  # a few words behind each title, the same everywhere
-        groups = connected_groups(keys[:2])
+    titles = list(keys[0])
+    groups = connected_groups(keys)
     if len(groups) < 3:
         raise UserError(f"{len(groups)} different titles or descriptions, of at least 3.")
-    groups.sort(key=lambda group: min(titles[group]))
+    groups.sort(key=lambda group: min(titles[row] for row in group))
     rng = random.Random(seed)
     rng.shuffle(groups)
 
@@ -1643,8 +1613,8 @@ def split_rows(keys, seed):
 
 
 def split_by_title(items, seed):
-    """(train, val, test), lists of the items: `split_rows` by title and text."""
-    keys = [leak_keys(item.title, item.full or item.summary, item.summary) for item in items]
+    """(train, val, test), lists of the items: `split_rows` by title and summary."""
+    keys = [leak_keys(item.title, item.summary) for item in items]
     splits = split_rows(list(zip(*keys, strict=True)), seed)
     return tuple([items[row] for row in rows] for rows in splits)
 
