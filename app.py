@@ -536,15 +536,14 @@ def prepare_prompts(
     settings = {"mode": config.mode, "cutoff": cutoff, "seed": config.seed}
     settings |= {"base_model": config.base_name}
     about = items.describe_prompts(prompts, counts, catalogue, **settings)
-    print(items.format_prompts(about, counts))
+    print(items.format_prompts(about))
 
     # 3) Write the folder, replacing an older one, then push
     folder = config.dataset_folder
-    replaced = items.replaced_source(folder, about)
     with items.replacing(folder) as new:
         items.save_prompts(new, prompts, about)
         items.write_manifest(new)
-    print(f"Saved: {folder}{replaced}")
+    print(f"Saved: {folder}")
     if account:
         items.push_prompts(f"{account}/{folder.name}", prompts, folder, about)
     return folder

@@ -176,10 +176,6 @@ class PriceScale:
         self.lowest = MIN_PRICE * min(1, self.unit)  # a larger unit doesn't drop cheap items
         self.highest = self.amount(MAX_PRICE)
 
-    def describe_range(self):
-        """The prices that are used, as text."""
-        return f"{self.format(self.lowest, max(2, self.digits + 1))}–{self.format(self.highest)}"
-
     def amount(self, number):
         """The money that a number means; of an array, an array."""
         if self.unit < 1:  # 57 × 0.01 isn't 0.57
@@ -207,7 +203,7 @@ class PriceScale:
 
     def completion(self, price, do_round):
         """The number for a price as text: whole, or as it is. Half is rounded to even."""
-        number = price if self.unit == 1 else self.number(price)
+        number = self.number(price)
         if do_round:
             return f"{round(number)}.00"
         return str(price) if self.unit == 1 else f"{number.normalize():f}"
@@ -716,26 +712,20 @@ def describe_prompts(prompts, counts, catalogue, **settings):
     } | catalogue.about
 
 
-def format_prompts(about, counts):
+def format_prompts(about):
     """What was kept, dropped and cut; a text."""
     kept = sum(about["kept"].values())
-    dropped = sum(len(lines) for lines in about["dropped"].values())
     splits = ", ".join(f"{count:,} {name}" for name, count in about["kept"].items())
-    rows = f"Rows: {kept:,} kept ({splits}), {dropped:,} dropped"
-    if dropped:
-        rows += f":\n  {format_dropped(about['dropped'])}"
+    dropped = sum(len(lines) for lines in about["dropped"].values())
+    reasons = f":\n  {format_dropped(about['dropped'])}" if dropped else ""
     cut = sum(about["cut"].values())
-    scale = PriceScale.from_record(about)
-    price, tokens = (numpy.median(counts["train"][name]) for name in ("price", "tokens"))
-    near, compared = about["near_duplicates"]["near"], about["near_duplicates"]["compared"]
-    lines = [
-        rows,
-        f"Cut at {about['cutoff']} tokens, with the title: {cut:,} of {kept:,} descriptions",
-        f"Medians in train: {scale.format(price)}, {tokens:.0f} tokens",
-        f"Near duplicates: {near:,} of {compared:,} test rows ({near / compared:.1%}) share at "
-        f"least {NEAR_SHARE:.0%} of their runs of {GRAM_WORDS} words with one training row",
-    ]
-    return "\n".join(lines)
+    near = about["near_duplicates"]
+    return (
+        f"Rows: {kept:,} kept ({splits}), {dropped:,} dropped{reasons}\n"
+        f"Cut at {about['cutoff']} tokens, with the title: {cut:,} of {kept:,} descriptions\n"
+        f"Near duplicates: {near['near']:,} of {near['compared']:,} test rows share at least "
+        f"{NEAR_SHARE:.0%} of their runs of {GRAM_WORDS} words with one training row"
+    )
 
 
 def save_prompts(folder, prompts, about):
@@ -764,12 +754,6 @@ def splits_trained_on(folder, wanted):
             prompts = read_prompts(folder)
             return prompts.splits if prompts.fingerprint == wanted else None
     return None
-
-
-def replaced_source(folder, about):
-    """A note that a dataset replaces one from another source, '' if it doesn't."""
-    older = read_about(folder).get("source", about["source"])
-    return "" if older == about["source"] else f", replacing: {older}"
 
 
 def load_prompts(folder, **options):
@@ -1211,7 +1195,8 @@ def price_problem(price, scale=COURSE_SCALE):
     if price <= 0:
         return "price is zero or negative"
     if not scale.lowest <= price <= scale.highest:
-        return f"price is outside {scale.describe_range()}"
+        lowest = scale.format(scale.lowest, max(2, scale.digits + 1))
+        return f"price is outside {lowest}–{scale.format(scale.highest)}"
     return None
 
 
@@ -1532,9 +1517,10 @@ def own_rows(
         rows.append(item.to_datapoint() | {"line": line, "title": item.title})
     if not path:
         return rows, []
-    for heading, found in (("Skipped", own.dropped), ("Not judged", unjudged)):
-        if found:
-            own.notes.append(f"{heading}:\n  {format_dropped(found)}")
+    if own.dropped:
+        own.notes.append(f"Skipped:\n  {format_dropped(own.dropped)}")
+    if unjudged:
+        own.notes.append(f"Not judged:\n  {format_dropped(unjudged)}")
     return rows, own.notes
 
 
@@ -1642,7 +1628,7 @@ def count_near_duplicates(prompts):
     counts = Counter(gram for grams in tests for gram in grams)
     rows_with = defaultdict(set)  # the rarest of a test row's 5-grams: its rows
     for row, grams in enumerate(tests):
-        rarest = sorted(grams, key=lambda gram: (counts[gram], gram))
+        rarest = sorted(grams, key=counts.get)
         for gram in rarest[: len(grams) // 5 + 1]:
             rows_with[gram].add(row)
 

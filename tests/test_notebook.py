@@ -84,7 +84,7 @@ def test_demo_runs_in_notebook(run_cell, tiny_base):
         f"config = RunConfig(demo_mode=True, base_model={tiny_base!r})\n"
     )
     prepared = run_cell(setup + "folder = prepare_prompts(config)")
-    assert prepared.topics == ["Items", "Rows", "Cut", "Medians", "Near", "Saved"]
+    assert prepared.topics == ["Items", "Rows", "Cut", "Near", "Saved"]
     assert prepared.bars == []
     assert prepared.charts == 1
 

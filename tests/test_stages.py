@@ -132,8 +132,7 @@ def test_prepare_replaces_older_data(call, shared, project):
     assert f"app.py prepare: {bad}: 0 different titles or descriptions, of at least 3" in said
     assert contents(project / "outputs") == before
     catalogue = write_catalogue(project / "new.jsonl", 60)
-    said = call("prepare", *shared, "--source", catalogue, cwd=project)
-    assert "catalogue.jsonl, split 90/5/5 by title" in said.split("replacing: ")[1]
+    call("prepare", *shared, "--source", catalogue, cwd=project)
     assert sum(read(project / DATASET / "prepare.json")["kept"].values()) == 60
 
 
