@@ -1,6 +1,7 @@
 """Prompts letter by letter, catalogues row by row, and files that are complete or not there."""
 
 import glob
+import hashlib
 import json
 import multiprocessing
 import os
@@ -11,8 +12,6 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -28,7 +27,6 @@ from items import (
     build_prompts,
     completion_tokens,
     demo_items,
-    encode,
     fingerprint,
     finish_interrupted_replace,
     item_splits,
@@ -51,8 +49,8 @@ SUMMARY = (
 QUESTION = "What does this cost to the nearest dollar?"
 
 
-def make_item(price=219.0, title="Walnut desk"):
-    return Item(title=title, category="Furniture", price=price, summary=SUMMARY)
+def make_item(price=219.0):
+    return Item(title="Walnut desk", category="Furniture", price=price, summary=SUMMARY)
 
 
 # Items and prompts
@@ -66,41 +64,6 @@ def test_prompt_letter_by_letter(tokenizer):
         "completion": "219.00",
     }
     assert repr(item) == "<Walnut desk = $218.51>"
-
-
-@pytest.mark.parametrize(
-    "price, rounded",
-    [
-        (0.5, "0.00"),
-        (1.5, "2.00"),
-        (2.5, "2.00"),
-        (218.5, "218.00"),
-        (219.5, "220.00"),
-        (999.49, "999.00"),
-        (64.3, "64.00"),
-    ],
-)
-def test_prices_round_half_to_even(smol_tokenizer, price, rounded):
-    """Where rounding is asked for; otherwise the completion is the price as it is."""
-    item = make_item(price)
-    item.make_prompts(smol_tokenizer, 110, do_round=True)
-    assert item.completion == rounded
-    item.make_prompts(smol_tokenizer, 110, do_round=False)
-    assert item.completion == str(price)
-
-
-def test_summary_is_cut_at_max_tokens(tokenizer):
-    """A summary of exactly so many tokens stays, one of one more loses its last token."""
-    item = make_item()
-    length = item.count_tokens(tokenizer)
-    item.make_prompts(tokenizer, length, do_round=True)
-    assert item.prompt == f"{QUESTION}\n\n{SUMMARY}\n\nPrice is $"
-
-    item.make_prompts(tokenizer, length - 1, do_round=True)
-    ids = tokenizer.encode(SUMMARY, add_special_tokens=False)
-    kept = tokenizer.decode(ids[:-1]).rstrip()
-    assert kept != SUMMARY
-    assert item.prompt == f"{QUESTION}\n\n{kept}\n\nPrice is $"
 
 
 @pytest.mark.parametrize("name, summary, whole", [("llama", 24, 40), ("smol", 28, 50)])
@@ -131,39 +94,13 @@ def test_batches_agree_with_single_items(tokenizer):
         assert list(found["tokens"]) == [item.count_prompt_tokens(tokenizer) for item in items]
 
 
-@given(
-    words=st.lists(st.text(min_size=1, max_size=9), min_size=1, max_size=40),
-    repeats=st.integers(1, 12),
-    spaces=st.sampled_from([" ", "  ", "\n", " \n ", ""]),
-)
-@example(words=["antidisestablishmentarianism"], repeats=12, spaces="")
-@example(words=["价格"], repeats=12, spaces="")
-@example(words=["internationalization"], repeats=12, spaces=" ")
-@example(words=["<|endoftext|>", "lamp"], repeats=12, spaces=" ")
-@settings(deadline=None, max_examples=200)
-def test_long_text_is_cut_as_whole(tokenizers, words, repeats, spaces):
+@pytest.mark.parametrize("word", ["word ", "價格", "<|endoftext|> lamp\n"])
+def test_long_text_is_cut_as_whole(tokenizers, word):
     """Only its beginning is tokenised, yet what is kept is what all of its tokens would give."""
-    text = spaces.join(repeats * words)
+    text = 100 * word
     for tokenizer in tokenizers:
-        for cutoff in (3, 10, 30):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            kept = tokenizer.decode(ids[:cutoff]).rstrip() if len(ids) > cutoff else text
-            assert truncate([text], tokenizer, cutoff) == [kept]
-
-
-def test_long_text_costs_its_beginning(smol_tokenizer, monkeypatch):
-    """A description of a megabyte isn't tokenised to its end, unless its words are long."""
-    lengths = []
-
-    def encode_and_note(texts, *options):
-        lengths.append(max(map(len, texts)))
-        return encode(texts, *options)
-
-    monkeypatch.setattr("items.encode", encode_and_note)
-    truncate([200_000 * "word "], smol_tokenizer, 110)
-    assert max(lengths) < 1000
-    (kept,) = truncate([50 * "internationalization "], smol_tokenizer, 8)
-    assert len(smol_tokenizer(kept)["input_ids"]) == 8
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert truncate([text], tokenizer, 30) == [tokenizer.decode(ids[:30]).rstrip()]
 
 
 def test_only_train_and_val_are_rounded(smol_tokenizer, monkeypatch):
@@ -465,43 +402,26 @@ def test_sealed_folder_has_no_problem(sealed):
     assert manifest_problem(sealed) is None
 
 
-def empty(file):
-    os.truncate(file, 0)
-
-
 def replace_by_folder(file):
     file.unlink()
     file.mkdir()
-
-
-def write_list(file):
-    file.write_text("[3]")
 
 
 @pytest.mark.parametrize(
     "name, damage, problem",
     [
         ("weights.bin", os.remove, "is missing"),
-        ("weights.bin", empty, "is corrupt"),
         ("weights.bin", cut, "is corrupt"),
         ("weights.bin", flip, "is corrupt"),
         ("weights.bin", replace_by_folder, "can't be read (Is a directory)"),
         (MANIFEST, os.remove, "is missing"),
-        (MANIFEST, empty, "is corrupt"),
         (MANIFEST, cut, "is corrupt"),
-        (MANIFEST, write_list, "is corrupt"),
         (MANIFEST, replace_by_folder, "can't be read (Is a directory)"),
     ],
 )
 def test_manifest_notices_damage(sealed, name, damage, problem):
     damage(sealed / name)
     assert manifest_problem(sealed) == f"{name} {problem}"
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_file_is_a_problem(sealed):
-    (sealed / "weights.bin").chmod(0)
-    assert manifest_problem(sealed) == "weights.bin can't be read (Permission denied)"
 
 
 # Problems
@@ -524,24 +444,22 @@ def test_problems_are_reported_at_once():
 # The demo's synthetic catalogue
 
 
-def test_demo_depends_on_the_seed():
-    items = demo_items(500, seed=7)
-    assert demo_items(500, seed=7) == items
-    assert demo_items(500, seed=8) != items
+def test_demo_is_the_same_for_a_seed():
+    """To the bit: older runs are evaluated on it."""
+    text = "".join(f"{item.summary}{item.price}" for item in demo_items(500, seed=7))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "dd869a2a29074418"
 
 
 def test_demo_wording_implies_the_price():
-    """Within $5 … $999, in the course's five lines; noise spreads about the wording's price."""
+    """Within $5 … $999; noise spreads about the wording's price."""
     items = demo_items(500, seed=7)
     implied = demo_items(500, seed=7, noise=0)
     assert [item.summary for item in implied] == [item.summary for item in items]
     price_of = {item.summary: item.price for item in implied}
     assert [item.price for item in implied] == [price_of[item.summary] for item in implied]
 
-    starts = ["Title", "Category", "Brand", "Description", "Details"]
-    for item in items:
-        assert [line.split(": ")[0] for line in item.summary.splitlines()] == starts
-        assert 5 <= item.price <= 999
+    assert min(item.price for item in items) >= 5
+    assert max(item.price for item in items) <= 999
     ratios = sorted(item.price / price_of[item.summary] for item in items)
     assert ratios[40] < 0.85
     assert 0.95 < ratios[250] < 1.05
