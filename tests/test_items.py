@@ -66,16 +66,6 @@ def test_prompt_letter_by_letter(tokenizer):
     assert repr(item) == "<Walnut desk = $218.51>"
 
 
-@pytest.mark.parametrize("name, summary, whole", [("llama", 24, 40), ("smol", 28, 50)])
-def test_known_item_has_known_lengths(request, name, summary, whole):
-    """Tokens of the summary and of prompt and completion, special tokens not counted."""
-    tokenizer = request.getfixturevalue(f"{name}_tokenizer")
-    item = make_item()
-    item.make_prompts(tokenizer, 110, do_round=True)
-    assert item.count_tokens(tokenizer) == summary
-    assert item.count_prompt_tokens(tokenizer) == whole
-
-
 def test_batches_agree_with_single_items(tokenizer):
     """Prompts, cuts and token counts, whether few, some or nearly no items are short enough."""
     items = demo_items(200, seed=3)
