@@ -1228,20 +1228,18 @@ ENTITY = re.compile(r"&(?:#\w{1,7}|[a-z][a-z\d]{1,31});", re.ASCII | re.IGNORECA
 TITLE_END = re.compile(r"(?:\s*[,;:.!?|–—-]+)?(?:\s+|$)")
 
 
-def html_to_text(text):
-    """The text that a browser shows of `text`; what is escaped twice, as in feeds, is unescaped."""
+def clean_text(text):
+    """A text as a browser shows it, with single spaces and line ends, none at its start and end.
+
+    What is escaped twice, as in feeds, is unescaped.
+    """
     for _ in range(2):
         if "<" in text:
             text = INLINE_TAG.sub("", NO_TEXT.sub("", text))
             text = TAG.sub("\n", text)
         if "&" in text:
             text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
-    return text
-
-
-def clean_text(text):
-    """A text without HTML, with single spaces and line ends, and none at its start and end."""
-    lines = (" ".join(line.split()) for line in re.split("[\r\n]", html_to_text(text)))
+    lines = (" ".join(line.split()) for line in re.split("[\r\n]", text))
     return "\n".join(filter(None, lines))
 
 
@@ -1412,11 +1410,11 @@ def read_item(row, columns):
     if not is_in_course_form(text):
         text = clean_text(text)
     category = clean_text(text_of(row, columns["category"], " > ")).replace("\n", " ")
+    summary = describe_item(title, category, text)
     problem = text_problem(title, "title") or text_problem(text, columns["text"][0])
+    problem = problem or text_problem(summary, "category")  # what else it has
     if problem:
         return problem
-    if category and text_problem(category, "category"):
-        return text_problem(category, "category")
 
     cell = row.get(columns["price"])
     price = parse_price(str(cell))
@@ -1425,8 +1423,8 @@ def read_item(row, columns):
     code = text_of(row, [columns["currency"]]).strip().upper()
     if code:
         price = price._replace(currency=code)
-    texts = {"title": title, "summary": describe_item(title, category, text)}
-    return texts, price, map(hashed, leak_keys(title, text))
+    keys = [hashed(key) for key in leak_keys(title, text)]
+    return {"title": title, "summary": summary}, price, keys
 
 
 def usable_rows(own, scale):
