@@ -932,15 +932,16 @@ class Catalogue:
 
 
 def collect_columns(chosen):
-    """{role: [name, …]} of {role: name or names}, or of texts `role=name`; one title, one price."""
-    if not isinstance(chosen, dict):
-        pairs = [text.partition("=") for text in chosen or ()]
-        chosen = {role: [n for r, _, n in pairs if r == role] for role, _, _ in pairs}
-    columns = {role: [names] if isinstance(names, str) else names for role, names in chosen.items()}
-    for role in ("title", "price"):
-        if len(columns.get(role, ())) > 1:
-            raise UserError(f"`columns`: {role} is named twice. Name it once.")
-    return columns
+    """{role: [name, …]} of {role: name or names}, or of texts `role=name`."""
+    columns = defaultdict(list)
+    if isinstance(chosen, dict):
+        for role, names in chosen.items():
+            columns[role] += [names] if isinstance(names, str) else names
+    else:
+        for text in chosen or ():
+            role, _, name = text.partition("=")
+            columns[role].append(name)
+    return dict(columns)
 
 
 def find_catalogue(source, user, mode, seed, columns, unit, currency, decimal):
