@@ -1527,10 +1527,10 @@ def format_dropped(dropped, between="\n  "):
     """Like '3 × price is zero or negative (line 17, 40, 41)' for each reason, most rows first."""
     parts = []
     for reason, lines in sorted(dropped.items(), key=lambda pair: -len(pair[1])):
-        shown = ", ".join(map(str, lines[:SHOWN_LINES]))
+        shown = [str(line) for line in lines[:SHOWN_LINES]]
         if len(lines) > SHOWN_LINES:
-            shown += ", …"
-        parts.append(f"{len(lines):,} × {reason} (line {shown})")
+            shown.append("…")
+        parts.append(f"{len(lines):,} × {reason} (line {', '.join(shown)})")
     return between.join(parts)
 
 
@@ -1632,13 +1632,12 @@ def count_near_duplicates(prompts):
             rows_with[gram].add(row)
 
     near = set()
-    for batch in prompts["train"].select_columns(["prompt"]).iter(1000):
-        for prompt in batch["prompt"]:
-            grams = word_grams(description_in(prompt))
-            for gram in rows_with.keys() & grams:
-                for row in rows_with[gram] - near:
-                    if len(tests[row] & grams) >= NEAR_SHARE * len(tests[row]):
-                        near.add(row)
+    for (prompt,) in pairs_of(prompts["train"], "prompt"):
+        grams = word_grams(description_in(prompt))
+        for gram in rows_with.keys() & grams:
+            for row in rows_with[gram] - near:
+                if len(tests[row] & grams) >= NEAR_SHARE * len(tests[row]):
+                    near.add(row)
     return {"compared": len(tests), "near": len(near)}
 
 
