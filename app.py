@@ -531,11 +531,11 @@ def prepare_prompts(
     util.check_tokenizer(base.path, base.tokenizer, catalogue.scale)
 
     # 2) Build the prompts and describe them
-    prompts, counts = items.build_prompts(catalogue.splits, base.tokenizer, cutoff, catalogue.scale)
+    prompts, cut = items.build_prompts(catalogue.splits, base.tokenizer, cutoff, catalogue.scale)
     print("\n".join([f"Items: {catalogue.about['source']}", *catalogue.notes]))
     settings = {"mode": config.mode, "cutoff": cutoff, "seed": config.seed}
     settings |= {"base_model": config.base_name}
-    about = items.describe_prompts(prompts, counts, catalogue, **settings)
+    about = items.describe_prompts(prompts, cut, catalogue, **settings)
     print(items.format_prompts(about))
 
     # 3) Write the folder, replacing an older one, then push

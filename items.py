@@ -67,7 +67,6 @@ UNITS = (0.01, 0.1, *(10**exponent for exponent in range(13)))  # that can be ch
 TIMES = "×"  # between the unit and the number in a prompt
 
 IGNORED = -100  # the label of tokens that are not trained on, as in PyTorch
-MAX_COUNTED = 20_000  # training rows whose tokens `prepare` counts
 MANIFEST = "manifest.json"
 RECORD = "prepare.json"
 PREPARE_AGAIN = "Run the stage prepare again."
@@ -305,10 +304,9 @@ def item_splits(train, val, test, to_row=Item.model_dump, names=SPLITS):
 
 
 def build_prompts(splits, tokenizer, cutoff, scale=COURSE_SCALE):
-    """Prompts for the items of a DatasetDict, and what was counted on the way, numpy arrays.
+    """(prompts for the items of a DatasetDict, {split: how many summaries were too long}).
 
-    {split: {"cut": whether its `summary` was too long, "price": in money}}; train has "tokens" of
-    its first MAX_COUNTED rows, too. Prices are rounded in train and val only.
+    Prices are rounded in train and val only.
     """
 
     def convert(batch, do_round):
@@ -321,24 +319,20 @@ def build_prompts(splits, tokenizer, cutoff, scale=COURSE_SCALE):
 
     identity = f"{cutoff}-{tokenizer_identity(tokenizer)}-{hashed(scale.prefix):x}"
     prompts = DatasetDict()
-    counts = {}
+    cut = {}
     for name in SPLITS:
         items = splits[name].select_columns(["summary", "price"])
         rows = items.map(
             convert,
             batched=True,
             fn_kwargs={"do_round": name != "test"},
-            remove_columns="summary",
+            remove_columns=["summary", "price"],
             desc=f"prompts of {name}",
             new_fingerprint=f"{items._fingerprint}-{identity}",
         )
         prompts[name] = rows.select_columns(["prompt", "completion"])
-        counts[name] = {column: rows.data.column(column).to_numpy() for column in ("cut", "price")}
-
-    first = prompts["train"][:MAX_COUNTED]
-    texts = [one + two for one, two in zip(first["prompt"], first["completion"], strict=True)]
-    counts["train"]["tokens"] = numpy.array([len(ids) for ids in encode(texts, tokenizer)])
-    return prompts, counts
+        cut[name] = sum(rows["cut"])
+    return prompts, cut
 
 
 # ------------------------------------------------------------------------------------------------
@@ -670,17 +664,14 @@ def check_hub_name(name):
         validate_repo_id(name)
 
 
-def push_or_explain(name, upload, kind="model"):
+def push_or_explain(name, upload):
     """Calls `upload`, whose client retries. Raises UserError with code 3 if it can't be pushed."""
     try:
         with hub_errors(name):
             upload()
     except UserError as error:
         raise UserError(f"{error} Everything is on disk.", code=3, resumes=True) from error
-    is_public = False  # as all that this program makes; or not known
-    with suppress(OSError, httpx2.TransportError):
-        is_public = HfApi().repo_info(name, repo_type=kind).private is False
-    print(f"Pushed: {name}{', which is public: anybody can read it' if is_public else ''}")
+    print(f"Pushed: {name}")
 
 
 def push_prompts(name, prompts, folder, about):
@@ -694,20 +685,20 @@ def push_prompts(name, prompts, folder, about):
             repo_id=name, repo_type="dataset", path_in_repo=RECORD, path_or_fileobj=content
         )
 
-    push_or_explain(name, upload, kind="dataset")
+    push_or_explain(name, upload)
     write_json(folder / RECORD, {"hub": name} | about)
     write_manifest(folder)
 
 
-def describe_prompts(prompts, counts, catalogue, **settings):
+def describe_prompts(prompts, cut, catalogue, **settings):
     """What prepare.json records: settings, rows kept, dropped and cut, their source."""
     return {
         **settings,
         **catalogue.scale.record(),
         "fingerprint": fingerprint(prompts),
-        "kept": {name: len(columns["cut"]) for name, columns in counts.items()},
+        "kept": prompts.num_rows,
         "dropped": catalogue.dropped,
-        "cut": {name: int(columns["cut"].sum()) for name, columns in counts.items()},
+        "cut": cut,
         "near_duplicates": count_near_duplicates(prompts),
     } | catalogue.about
 

@@ -543,18 +543,6 @@ def test_revoked_token_is_named(online, hub, data, catalogue, monkeypatch, stage
     assert "Everything is on disk" in said
 
 
-def test_public_repositories_are_named(online, hub, catalogue):
-    """Those that existed before: what the program makes is private."""
-    prepare = ("prepare", *SHARED, "--source", catalogue)
-    assert "public" not in online(*prepare)
-    assert hub.repos["datasets", "alice/items_prompts_lite"].private
-    hub.repos["datasets", "alice/items_prompts_lite"].private = False
-    hub.put("models", "alice/price-open", {"README.md": b"mine"})
-    assert "Pushed: alice/items_prompts_lite, which is public" in online(*prepare)
-    said = online("train", *SHARED, "--run-name", "open", *SHORT)
-    assert "Pushed: alice/price-open, which is public: anybody can read it" in said
-
-
 def test_prompts_are_pushed_later(online, hub, catalogue):
     """The Hub was down when they were made: they are on disk, the same command pushes them."""
     prepare = ("prepare", *SHARED, "--source", catalogue)

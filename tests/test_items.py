@@ -67,7 +67,7 @@ def test_prompt_letter_by_letter(tokenizer):
 
 
 def test_batches_agree_with_single_items(tokenizer):
-    """Prompts, cuts and token counts, whether few, some or nearly no items are short enough."""
+    """Prompts and cuts, whether few, some or nearly no items are short enough."""
     items = demo_items(200, seed=3)
     items[5].summary = " two spaces and a line after\n\n"
     items[6].summary = 40 * "antidisestablishmentarianism "
@@ -75,13 +75,11 @@ def test_batches_agree_with_single_items(tokenizer):
     one = items[:1]
     lengths = sorted(item.count_tokens(tokenizer) for item in items)
     for cutoff in (5, lengths[70], lengths[-2]):
-        prompts, counts = build_prompts(item_splits(items, one, one), tokenizer, cutoff)
+        prompts, cut = build_prompts(item_splits(items, one, one), tokenizer, cutoff)
         for item in items:
             item.make_prompts(tokenizer, cutoff, do_round=True)
-        found = counts["train"]
         assert list(prompts["train"]) == [item.to_datapoint() for item in items]
-        assert list(found["cut"]) == [item.count_tokens(tokenizer) > cutoff for item in items]
-        assert list(found["tokens"]) == [item.count_prompt_tokens(tokenizer) for item in items]
+        assert cut["train"] == sum(item.count_tokens(tokenizer) > cutoff for item in items)
 
 
 @pytest.mark.parametrize("word", ["word ", "價格", "<|endoftext|> lamp\n"])
@@ -93,17 +91,13 @@ def test_long_text_is_cut_as_whole(tokenizers, word):
         assert truncate([text], tokenizer, 30) == [tokenizer.decode(ids[:30]).rstrip()]
 
 
-def test_only_train_and_val_are_rounded(smol_tokenizer, monkeypatch):
-    """Of the tokens only those of the first rows are counted."""
-    monkeypatch.setattr("items.MAX_COUNTED", 2)
+def test_only_train_and_val_are_rounded(smol_tokenizer):
     items = [make_item(10.25 + i) for i in range(3)]
-    prompts, counts = build_prompts(item_splits(items, items, items), smol_tokenizer, 110)
+    prompts, _ = build_prompts(item_splits(items, items, items), smol_tokenizer, 110)
     assert prompts["train"]["completion"][:] == ["10.00", "11.00", "12.00"]
     assert prompts["val"]["completion"][:] == ["10.00", "11.00", "12.00"]
     assert prompts["test"]["completion"][:] == ["10.25", "11.25", "12.25"]
     assert prompts["test"].column_names == ["prompt", "completion"]
-    assert list(counts["train"]["price"]) == [10.25, 11.25, 12.25]
-    assert len(counts["train"]["tokens"]) == 2
 
 
 # Tokens to train on
