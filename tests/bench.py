@@ -5,7 +5,6 @@
     python tests/bench.py train --batch-size 256 --dropout 0 --base-weights fp8 --steps 30
     python tests/bench.py train --as-t4                # as a T4 would be used
     python tests/bench.py eval --size 2000
-    python tests/bench.py prepare --size 100000
     python tests/bench.py demo --busy 1                # beside a process that keeps a core busy
     torchrun --nproc-per-node 2 tests/bench.py train   # after the same without torchrun
 
@@ -24,8 +23,6 @@ import json
 import os
 import random
 import re
-import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -40,12 +37,7 @@ if __name__ == "__main__":  # test_gpu.py imports this module
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 import app
 import items
@@ -292,36 +284,6 @@ def bench_eval(config, folder, arguments):
     )
 
 
-def descriptions(n, seed):
-    """n descriptions of four synthetic items each, some 95 tokens, with the first one's price."""
-    for i in range(n):
-        four = items.demo_items(4, seed * n + i)
-        yield {"summary": "\n".join(item.summary for item in four), "price": four[0].price}
-
-
-def bench_prepare(config, folder, arguments):
-    """Published items of a name, as they come from the Hub: here the name is that of a folder."""
-    data = folder / config.data_user / config.dataset_folder.name.replace("prompts_", "")
-    shutil.rmtree(data, ignore_errors=True)
-    data.mkdir(parents=True)
-    sizes = {"train": arguments.size, "validation": 1000, "test": 1000}
-    for seed, (split, n) in enumerate(sizes.items()):
-        given = {"n": n, "seed": seed}
-        rows = Dataset.from_generator(descriptions, gen_kwargs=given, cache_dir=str(folder))
-        rows.to_parquet(data / f"{split}.parquet")
-    os.chdir(folder)
-    start = time.time()
-    app.prepare_prompts(config)
-    taken = time.time() - start
-    report(
-        folder,
-        f"prepare {arguments.size:,} items",
-        items_per_s=arguments.size / taken,
-        seconds=taken,
-        with_mapped_files_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    )
-
-
 def bench_demo(arguments):
     """Times the demo's three commands, as a user types them, beside `--busy` processes."""
     loop = [sys.executable, "-c", "while True: pass"]
@@ -347,12 +309,11 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("what", choices=["train", "eval", "prepare", "demo"])
+    add("what", choices=["train", "eval", "demo"])
     add("--full", action="store_true", help="the full recipe instead of lite's")
     add("--as-t4", action="store_true", help="as a T4 would be used")
     add("--tiny", action="store_true", help="a tiny shape, to try the benchmark itself on a CPU")
-    add("--base", type=Path, help="another base's folder; `prepare` reads its tokenizer only")
-    add("--size", type=int, default=2000, help="items of eval and prepare (default 2000)")
+    add("--size", type=int, default=2000, help="items of eval (default 2000)")
     add("--steps", type=int, default=45, help="of train (default 45)")
     add("--batch-size", type=int)
     add("--dropout", type=float)
@@ -368,21 +329,19 @@ def main():
     if arguments.what == "demo":
         bench_demo(arguments)
         return
-    base = arguments.base or arguments.folder / ("tiny" if arguments.tiny else "3b")
-    if not arguments.base:
-        build_base(base, TINY if arguments.tiny else SHAPE)
+    base = arguments.folder / ("tiny" if arguments.tiny else "3b")
+    build_base(base, TINY if arguments.tiny else SHAPE)
     config = app.RunConfig(
         base_model=str(base),
         project_name="bench",
-        data_user="bench" if arguments.what == "prepare" else None,
         lite_mode=not arguments.full,
         local=True,
         output_dir=str(arguments.folder / "outputs"),
     )
     if arguments.as_t4:
         imitate_t4()
-    stages = {"train": bench_train, "eval": bench_eval, "prepare": bench_prepare}
-    stages[arguments.what](config, arguments.folder, arguments)
+    bench = bench_train if arguments.what == "train" else bench_eval
+    bench(config, arguments.folder, arguments)
 
 
 if __name__ == "__main__":
