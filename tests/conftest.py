@@ -71,9 +71,6 @@ DATASET = "outputs/datasets/items_prompts_lite"
 
 def pytest_addoption(parser):
     parser.addoption("--all-bases", action="store_true", help="all families in test_bases.py")
-    if not importlib.util.find_spec("xdist"):  # of which .pytest.ini has options
-        parser.addoption("--numprocesses", help="ignored")
-        parser.addoption("--dist", help="ignored")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -196,8 +193,8 @@ def tokenizers(llama_tokenizer, smol_tokenizer):
     return [llama_tokenizer, smol_tokenizer, unsplit]
 
 
-def write_base(folder, tokenizer):
-    """Writes a random Llama with two layers; returns the folder as text."""
+def make_llama(tokenizer):
+    """A random Llama with two layers for the tokenizer, always the same."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -213,7 +210,12 @@ def write_base(folder, tokenizer):
         eos_token_id=2,
         pad_token_id=2,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    return LlamaForCausalLM(config)
+
+
+def write_base(folder, tokenizer):
+    """Writes that model and its tokenizer; returns the folder as text."""
+    make_llama(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

@@ -28,16 +28,11 @@ RIGHT = {
     "patterns": lambda: lora_config(rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 32}),
 }
 REFUSED = {
-    "ia3": (
-        lambda: IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
-        "is IA3",
-    ),
+    "ia3": (lambda: IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "is IA3"),
     "prompt": (lambda: PromptTuningConfig(num_virtual_tokens=4), "is PROMPT_TUNING"),
     "bias": (lambda: lora_config(bias="all"), "only LoRA without biases"),
-    "lora_bias": (lambda: lora_config(lora_bias=True), "only LoRA without biases"),
     "saved_norm": (lambda: lora_config(modules_to_save=["norm"]), "biases or whole layers"),
     "lm_head": (lambda: lora_config(target_modules=["lm_head"]), "adapts head or embeddings"),
-    "embed": (lambda: lora_config(target_modules=["embed_tokens"]), "adapts head or embeddings"),
 }
 CONFIGS = RIGHT | {kind: config for kind, (config, _) in REFUSED.items()}
 
@@ -88,21 +83,15 @@ def test_odd_adapter_is_refused(kind, tiny_base, tmp_path):
         load_merged(util.Base(tiny_base), folder)
 
 
-def merge_anew(tiny_base, folder, precision, dtype=torch.float32):
-    """{name: weight} of the base with the adapter merged into it in `dtype`."""
-    model = util.dequantise(load_quantised(util.Base(tiny_base), precision), dtype)
-    return util.load_adapter(model, folder).merge_and_unload().state_dict()
-
-
 def test_merged_weights_are_rounded_once(tiny_base, tmp_path):
     """They are added in 32 bits, also where the run is read in 16."""
     folder = make_adapter("plain", tiny_base, tmp_path / "adapter")
-    exact = merge_anew(tiny_base, folder, "bf16")
-    rounded = merge_anew(tiny_base, folder, "bf16", torch.bfloat16)
+    base = util.dequantise(load_quantised(util.Base(tiny_base), "bf16"), torch.float32)
+    exact = util.load_adapter(base, folder).merge_and_unload().state_dict()
     merged = load_merged(util.Base(tiny_base), folder, "bf16").state_dict()
     assert merged.keys() == exact.keys()
-    assert all(merged[name].equal(weight.bfloat16()) for name, weight in exact.items())
-    assert not all(merged[name].equal(weight) for name, weight in rounded.items())
+    for name, weight in exact.items():
+        assert merged[name].equal(weight.bfloat16()), name
 
 
 def test_little_memory_keeps_base_quantised(tiny_base, tmp_path, monkeypatch):
@@ -127,8 +116,8 @@ def change_weights(change):
     return damage
 
 
-def rename(old, new):
-    return change_weights(lambda weights: {n.replace(old, new, 1): weights[n] for n in weights})
+def rename_as_compiled(weights):
+    return {name.replace("base", "_orig_mod.base", 1): weights[name] for name in weights}
 
 
 def keep_second_layer(weights):
@@ -152,14 +141,12 @@ def change_config(folder, **changes):
 
 DAMAGES = {
     "empty": (change_weights(lambda weights: {}), "it holds no weights"),
-    "compiled": (rename("base", "_orig_mod.base"), "misplaced"),
-    "nested": (rename("layers", "language_model.layers"), "misplaced"),
+    "compiled": (change_weights(rename_as_compiled), "misplaced"),
     "half": (change_weights(keep_second_layer), "8 of its tensors are missing"),
     "nan": (change_weights(make_one_nan), "1 of its tensors are missing, misplaced or not finite"),
     "cut": (lambda folder: cut(folder / util.ADAPTER_FILE), "is no complete safetensors file"),
     "pointer": (make_pointer, "git lfs pull"),
     "rank": (lambda folder: change_config(folder, r=4), "its adapter doesn't fit"),
-    "no layer": (lambda folder: change_config(folder, target_modules=["x"]), "doesn't fit"),
     "unknown kind": (lambda folder: change_config(folder, peft_type="NEW"), "can't read"),
     "no settings": (lambda folder: (folder / "adapter_config.json").write_text(""), "can't read"),
 }

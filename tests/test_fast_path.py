@@ -1,17 +1,13 @@
 """Parts of the fast path that a CPU can compute, too; test_gpu.py has the rest."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import util
-from app import RECIPES
-from items import UserError
 
-ROUNDING = 1 / 16  # of 3 bits of mantissa, at most
-PRODUCT_ERROR = 0.045  # of an fp8 product's norm; 0.038 is to be expected
+PRODUCT_ERROR = 0.05  # of the norm of a row of an fp8 product; 0.038 is to be expected
 
 
 def random_linear(inputs, outputs, bias=False):
@@ -20,20 +16,9 @@ def random_linear(inputs, outputs, bias=False):
 
 
 def relative_error(found, expected):
-    return ((found.double() - expected).norm() / expected.norm()).item()
-
-
-def test_quantised_rows_keep_their_values():
-    """To a 16th, whatever the size of a row's numbers; zeros stay zeros."""
-    torch.manual_seed(0)
-    sizes = torch.tensor([1e-12, 1.0, 1e12])[:, None]
-    values = sizes * (0.05 + torch.rand(3, 400))
-    quantised, scales = util.quantise_rows(values)
-    assert quantised.dtype == util.FP8
-    assert quantised.float().abs().amax(-1).tolist() == [util.FP8_MAX] * 3
-    torch.testing.assert_close(quantised.float() * scales, values, rtol=ROUNDING, atol=0)
-    zeros, _ = util.quantise_rows(torch.zeros(2, 16))
-    assert not zeros.float().any()
+    """The largest of all rows."""
+    errors = (found.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return errors.max().item()
 
 
 def test_what_is_not_finite_shows():
@@ -48,12 +33,13 @@ def test_what_is_not_finite_shows():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_fp8_products_are_near(bias):
-    """Product and gradient, against 64 bits."""
+    """Product and gradient, against 64 bits, whatever the size of a row's numbers."""
     linear = random_linear(256, 96, bias)
     layer = util.Fp8Linear(linear)
-    x = torch.randn(2, 30, 256, dtype=torch.bfloat16, requires_grad=True)
+    sizes = torch.logspace(-12, 12, 30)[:, None]
+    x = (sizes * torch.randn(2, 30, 256)).bfloat16().requires_grad_()
     out = layer(x)
-    upstream = torch.randn_like(out)
+    upstream = (sizes * torch.randn(out.shape)).bfloat16()
     (gradient,) = torch.autograd.grad(out, x, upstream)
 
     exact = linear.double()
@@ -96,20 +82,6 @@ def test_fp8_trains_as_bf16(build):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert losses["fp8"] == pytest.approx(losses["bf16-from-nf4"], rel=0.03)
     assert losses["fp8"] != losses["bf16-from-nf4"]
-
-
-@pytest.mark.parametrize(
-    ("capability", "precision", "is_refused"),
-    [((8, 0), "bf16", True), ((9, 0), "fp32", True), ((8, 9), "bf16", False)],
-)
-def test_fp8_needs_its_gpu(monkeypatch, capability, precision, is_refused):
-    monkeypatch.setattr(util, "gpu_capability", lambda: capability)
-    recipe = replace(RECIPES["lite"], base_weights="fp8", precision=precision)
-    if not is_refused:
-        util.check_recipe(recipe, None, None, True)
-        return
-    with pytest.raises(UserError, match="needs bf16 and a GPU of capability 8.9 or newer"):
-        util.check_recipe(recipe, None, None, True)
 
 
 @pytest.mark.parametrize(

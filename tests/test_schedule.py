@@ -57,12 +57,6 @@ def test_price_loss_needs_whole_numbers(tokenizer, base):
         util.check_recipe(given, base, COURSE_SCALE, False)
 
 
-def test_max_steps_hide_the_epochs(base):
-    recipe = replace(LITE, max_steps=7)
-    assert choose(base, recipe=recipe)[1].startswith("batch size")
-    assert choose(base, ["epochs"], recipe=recipe)[1] == ""
-
-
 def test_batch_suits_any_processes(base, monkeypatch):
     monkeypatch.setattr(util, "world_size", lambda: 3)
     assert choose(base)[0].batch_size == 18
