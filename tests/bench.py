@@ -60,7 +60,7 @@ SHAPE = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
 }
-TINY = SHAPE | {
+TINY = SHAPE | {  # of test_gpu.py
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -87,7 +87,7 @@ def build_base(folder, shape):
     end = vocabulary["</s>"]
     torch.manual_seed(0)
     config = LlamaConfig(**shape, bos_token_id=end, eos_token_id=end, pad_token_id=end)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device("cuda"):
         model = LlamaForCausalLM(config).bfloat16()
     model.save_pretrained(folder)
 
@@ -118,9 +118,7 @@ def write_dataset(folder, size):
 
 
 def percent_of_limit(flop_per_s):
-    """Of what bf16 matrix products alone would do on these GPUs; None without one."""
-    if not torch.cuda.is_available():
-        return None
+    """Of what bf16 matrix products alone would do on these GPUs."""
     matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     for _ in range(5):
         matrix @ matrix
@@ -132,9 +130,7 @@ def percent_of_limit(flop_per_s):
 
 
 def moment():
-    """Now, or when the GPU gets here: the CPU may be steps ahead of it."""
-    if not torch.cuda.is_available():
-        return time.time()
+    """When the GPU gets here: the CPU may be steps ahead of it."""
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
@@ -142,8 +138,6 @@ def moment():
 
 def seconds(before, after):
     """Between two moments."""
-    if isinstance(before, float):
-        return after - before
     after.synchronize()
     return before.elapsed_time(after) / 1000
 
@@ -172,22 +166,20 @@ class Clock(TrainerCallback):
     def __init__(self, timed):
         self.timed = timed
         self.moments = []
-        self.profiler = None
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
         self.busy_ms = None  # of a step
 
     def on_step_begin(self, args, state, control, **_):
         if not self.moments:
             self.moments.append(moment())
-        if state.global_step == self.timed and torch.cuda.is_available():
+        if state.global_step == self.timed:
             torch.cuda.synchronize()
-            activities = [torch.profiler.ProfilerActivity.CUDA]
-            self.profiler = torch.profiler.profile(activities=activities)
             self.profiler.start()
 
     def on_step_end(self, args, state, control, **_):
         if state.global_step <= self.timed:
             self.moments.append(moment())
-        if self.profiler and state.global_step == state.max_steps:  # before what is saved is copied
+        if state.global_step == state.max_steps:  # before what is saved is copied
             self.read_profiler(state.max_steps - self.timed)
 
     def read_profiler(self, steps):
@@ -231,7 +223,7 @@ def bench_train(config, folder, arguments):
         batch_size=arguments.batch_size,
         lora_dropout=arguments.dropout,
         base_weights=arguments.base_weights,
-        compile="off" if arguments.tiny else "on",
+        compile="on",
         save_steps=10 * steps,  # once, at the end
     )
     if not util.is_first_process():
@@ -261,11 +253,10 @@ def imitate_t4():
     """Has the program see what it would on a T4."""
     util.gpu_capability = lambda: (7, 5)
     app.detect_bf16_support = lambda: False
-    if torch.cuda.is_available():
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(T4_MEMORY * 2**30 / total)
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(T4_MEMORY * 2**30 / total)
 
 
 def bench_eval(config, folder, arguments):
@@ -312,7 +303,6 @@ def parse_arguments():
     add("what", choices=["train", "eval", "demo"])
     add("--full", action="store_true", help="the full recipe instead of lite's")
     add("--as-t4", action="store_true", help="as a T4 would be used")
-    add("--tiny", action="store_true", help="a tiny shape, to try the benchmark itself on a CPU")
     add("--size", type=int, default=2000, help="items of eval (default 2000)")
     add("--steps", type=int, default=45, help="of train (default 45)")
     add("--batch-size", type=int)
@@ -329,8 +319,8 @@ def main():
     if arguments.what == "demo":
         bench_demo(arguments)
         return
-    base = arguments.folder / ("tiny" if arguments.tiny else "3b")
-    build_base(base, TINY if arguments.tiny else SHAPE)
+    base = arguments.folder / "3b"
+    build_base(base, SHAPE)
     config = app.RunConfig(
         base_model=str(base),
         project_name="bench",
