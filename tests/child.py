@@ -1,7 +1,7 @@
 """Runs a stage in a process of its own, forked from a server that has imported everything.
 
 That takes a second instead of ten. `hook` names a function of this module that is called, with
-`options`, before the stage: to kill it at a step, to fill the disk, to set the environment.
+`options`, before the stage: to kill it at a step, to fill the disk.
 
     process = start(["train", …], folder, "kill_at_step", 3)
     finish(process), said(folder)
@@ -28,9 +28,10 @@ CONTEXT.set_forkserver_preload(["util", "child"])
 LOG = "said.txt"
 
 
-def start(arguments, folder, hook=None, *options):
+def start(arguments, folder, hook=None, *options, environment=()):
     """The process of a stage that runs in `folder`; what it prints is appended to LOG there."""
-    process = CONTEXT.Process(target=run_stage, args=(arguments, str(folder), hook, options))
+    given = (arguments, str(folder), hook, options, environment)
+    process = CONTEXT.Process(target=run_stage, args=given)
     process.start()
     return process
 
@@ -56,8 +57,9 @@ def wait_for(text, folder, within=60):
         time.sleep(0.05)
 
 
-def run_stage(arguments, folder, hook, options):
+def run_stage(arguments, folder, hook, options, environment):
     os.chdir(folder)
+    os.environ.update(environment)
     log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -83,33 +85,20 @@ def start_two(arguments, folder, hook=None, *options, rank=None):
         port = free.getsockname()[1]
     processes = []
     for one in (0, 1):
-        hooked = hook and rank in (None, one)
-        more = (hook, *options) if hooked else ()
-        processes.append(start(arguments, folder, "launched", one, port, *more))
-    return processes
-
-
-# Hooks
-
-
-def launched(rank, port, hook=None, *options):
-    """As torchrun starts a process."""
-    set_environment(
-        {
+        environment = {
             "WORLD_SIZE": "2",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
+            "RANK": str(one),
+            "LOCAL_RANK": str(one),
             "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-    )
-    if hook:
-        globals()[hook](*options)
+        hooked = (hook, *options) if rank in (None, one) else ()
+        processes.append(start(arguments, folder, *hooked, environment=environment))
+    return processes
 
 
-def set_environment(values):
-    os.environ.update(values)
+# Hooks
 
 
 def write_output_in(encoding):

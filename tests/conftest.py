@@ -276,9 +276,9 @@ def write_catalogue(path, n=80, factor=1):
 def call():
     """`call("eval", …, cwd=folder)` runs the program as a user does. Returns what it printed."""
 
-    def call(*arguments, cwd, code=0, hook=None, options=()):
+    def call(*arguments, cwd, code=0, hook=None, options=(), environment=()):
         before = len(child.said(cwd))
-        process = child.start(list(arguments), cwd, hook, *options)
+        process = child.start(list(arguments), cwd, hook, *options, environment=environment)
         exit_code = child.finish(process, within=300)
         text = child.said(cwd)[before:]
         assert exit_code == code, text

@@ -70,7 +70,7 @@ class Repo:
 
 @dataclass
 class Failure:
-    """The next `times` (None: all) requests with `match` in "METHOD path" fail.
+    """The next `times` requests with `match` in "METHOD path" fail.
 
     They get `status` or are dropped: half of what they send is read or, where they send nothing,
     half of the answer is sent. With drop="answer" the request is carried out, and half of its
@@ -79,14 +79,8 @@ class Failure:
 
     match: str
     status: int | None = None
-    times: int | None = 1
-    retry_after: int | None = None
+    times: float = 1
     drop: bool | str = False
-    seen: int = 0
-
-    @property
-    def is_due(self):
-        return self.times is None or self.seen <= self.times
 
 
 class TestHub:
@@ -119,9 +113,7 @@ class TestHub:
         return list(self.repos[kind, name].commits)
 
     def fail(self, match, status=None, **options):
-        """Plays a Failure: 503 if nothing else is asked for."""
-        if not options.get("drop"):
-            status = status or 503
+        """Plays a Failure."""
         self.failures.append(Failure(match, status, **options))
 
     def down(self):
@@ -140,13 +132,14 @@ class TestHub:
             threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True).start()
 
     def note(self, method, path):
-        """Logs a request. Returns the failure to play, if any."""
+        """Logs a request. Returns the failure to play, or one that is none."""
         with self.lock:
             self.requests.append((method, path))
-            hits = [one for one in self.failures if one.match in f"{method} {path}"]
-            for failure in hits:
-                failure.seen += 1
-            return next((failure for failure in hits if failure.is_due), None)
+            for failure in self.failures:
+                if failure.times and failure.match in f"{method} {path}":
+                    failure.times -= 1
+                    return failure
+            return Failure("")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -167,7 +160,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def serve(self):
         self.hub = self.server.hub
-        failure = self.hub.note(self.command, self.path) or Failure("")
+        failure = self.hub.note(self.command, self.path)
         length = int(self.headers.get("Content-Length", 0))
         if failure.drop or not self.hub.server:
             self.close_connection = True
@@ -191,8 +184,7 @@ class Handler(BaseHTTPRequestHandler):
         """(status, headers, content) for the request."""
         try:
             if failure.status:
-                headers = {"Retry-After": failure.retry_after}
-                raise Refusal(failure.status, "A failure on request", **headers)
+                raise Refusal(failure.status, "A failure on request", **{"Retry-After": 0})
             with self.hub.lock:
                 answer = self.route()
         except Refusal as refusal:
@@ -305,12 +297,11 @@ class Handler(BaseHTTPRequestHandler):
         return {"files": answers}
 
     def lfs_batch(self, kind, name):
-        """Where to upload which objects; nothing for those that are there."""
+        """Where to upload which objects."""
         self.repo(kind, name, write=True)
         objects = json.loads(self.body)["objects"]
         for wish in objects:
-            if wish["oid"] not in self.hub.objects:
-                wish["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{wish['oid']}"}}
+            wish["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{wish['oid']}"}}
         return {"transfer": "basic", "objects": objects}
 
     def lfs_upload(self, sha256):
@@ -325,8 +316,6 @@ class Handler(BaseHTTPRequestHandler):
         for line in self.body.splitlines():
             item = json.loads(line)
             key, value = item["key"], item["value"]
-            if key == "header" and value.get("parentCommit", sha) != sha:
-                raise Refusal(412, "A commit has happened since. Please refresh and try again.")
             if key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             if key == "lfsFile":

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +13,6 @@ from datasets import Dataset
 from huggingface_hub import HfFileSystem, ModelCard
 
 import app
-import items
 import util
 from conftest import DATASET, HF_HOME, HUB, TRAIN, contents, read
 from items import SPLITS, Item, demo_items, load_prompts, read_prompts, write_manifest
@@ -23,12 +23,7 @@ SHARED = ("--lite", "--base-model", "meta/tiny")
 ADAPTER = util.ADAPTER_FILE
 OUTPUTS = Path("outputs")  # of the folder that `online` works in
 RUN = Path("outputs/price-first")
-SHORT = (
-    *("--max-steps", "2"),
-    *("--batch-size", "4"),
-    *("--save-steps", "1"),
-    *("--price-loss", "0"),
-)
+SHORT = ("--max-steps=2", "--batch-size=4", "--save-steps=1")
 FIGURES = ("n", "mae", "mae_ci95", "mse", "r2")
 REFUSALS = (  # what is typed, with which token: the beginnings of the lines that say why not
     ("train --lite --base-model meta/gated", WRITER, ["meta/gated: gated. Ask for access at"]),
@@ -39,11 +34,9 @@ REFUSALS = (  # what is typed, with which token: the beginnings of the lines tha
     ("train {shared} --data-user nobody", WRITER, ["nobody/items_prompts_lite: not on the Hub"]),
     ("train {shared} --data-user half", WRITER, ["half/items_prompts_lite: lacks completion;"]),
     ("train {shared} --log-wandb", WRITER, ["--log-wandb: WANDB_API_KEY is not set, and no"]),
-    ("train {shared} --resume nosuch", WRITER, ["alice/price-nosuch: not on the Hub"]),
     ("eval {shared} --run-name nosuch", WRITER, ["alice/price-nosuch: not on the Hub"]),
     ("prepare {shared}", WRITER, ["ed-donner/items_lite: not on the Hub"]),
     ("train {shared} --run-name a..b", WRITER, ["alice/price-a..b: the Hub allows no such name"]),
-    (f"train {{shared}} --run-name {'x' * 91}", WRITER, ["alice/price-xxx"]),
     (
         "train --lite --base-model meta/gated --hf-user bob --data-user half --log-wandb",
         WRITER,
@@ -72,18 +65,15 @@ def copy_run(trained, **changes):
 
 def assert_pushed(hub, name):
     """The Hub has, privately and byte for byte, what the run's folder has besides checkpoints."""
-    on_disk = contents(OUTPUTS / name.split("/")[1])
-    here = {path: content for path, content in on_disk.items() if is_pushed(path)}
+    here = contents(OUTPUTS / name.split("/")[1])
+    for path in list(here):
+        if path.startswith(("checkpoint-", ".cache")):
+            del here[path]
     there = hub.files("models", name)
     there.pop(".gitattributes", None)
-    assert there.keys() == here.keys()
     assert there == here
     assert ADAPTER in there
     assert hub.repos["models", name].private
-
-
-def is_pushed(path):
-    return not path.startswith(("checkpoint-", ".cache"))
 
 
 @pytest.fixture()
@@ -143,7 +133,7 @@ def data(online, catalogue):
 
 
 def test_hub_and_disk_agree(online, hub, data, call, trained, tmp_path):
-    """Adapter and figures are the same, whether everything goes by the Hub or nothing does."""
+    """Adapter, to the bit, and figures are the same, by the Hub or without it."""
     shutil.rmtree(OUTPUTS)
     online("train", *SHARED, "--run-name", "first", *TRAIN)
     expected = (trained / RUN / ADAPTER).read_bytes()
@@ -171,8 +161,6 @@ def test_saved_login_is_used(online, hub, catalogue):
     assert hub.repos["datasets", "alice/items_prompts_lite"].private
     login.write_text(READER)
     assert "the saved login may only read" in online(*prepare, token=None, code=1)
-    login.write_text("hf_revoked")
-    assert "the Hub refuses the saved login" in online(*prepare, token=None, code=1)
     login.unlink()
     login.mkdir()
     assert "the saved login can't be read" in online(*prepare, token=None, code=1)
@@ -231,44 +219,33 @@ def test_record_goes_with_the_prompts(online, hub, data, monkeypatch):
 
 
 def test_published_adapter_loads_at_revision(online, hub, prepared, trained):
-    """One in the course's layout, on the course's data, without an account's own."""
+    """Another account's, on the course's data: neither pushed nor logged, and evaluated apart."""
     name = "ed-donner/price-2025-11-30_15.10.55-lite"
-    run = trained / RUN
-    names = ("adapter_config.json", ADAPTER)
-    hub.put("models", name, {file: (run / file).read_bytes() for file in names})
+    on_disk = contents(trained / RUN)
+    record = json.loads(on_disk["run.json"]) | {"hub": name, "wandb": True}
+    files = {path: on_disk[path] for path in ("adapter_config.json", ADAPTER)}
+    hub.put("models", name, files | {"run.json": json.dumps(record).encode()})
     revision = hub.commits("models", name)[-1]
     hub.put("models", name, {ADAPTER: b"broken since", "adapter_config.json": b"{}"})
     put_dataset(hub, "ed-donner/items_prompts_lite", load_prompts(prepared / DATASET))
+    hub.requests.clear()
     judged = ("--hf-user", "ed-donner", "--run-name", "2025-11-30_15.10.55-lite")
     said = online("eval", *SHARED, *judged, "--revision", revision)
     assert "ed-donner/items_prompts_lite (the course's)" in said
-    run = Path("outputs/price-2025-11-30_15.10.55-lite")
-    (apart,) = run.iterdir()
+    (apart,) = Path("outputs/price-2025-11-30_15.10.55-lite").iterdir()
+    reason = "the adapter is another account's, or not the newest commit"
+    assert f"so it stays in {apart}, unpublished: {reason}" in said
     results = read(apart / "results.json")
     data, base = results["data"]["fingerprint"][:8], results["base_identity"][:8]
     assert apart.name == f"eval-{data}-{base}-ed-donner-{revision}"
     assert results["revision"] == revision
-    assert len(hub.commits("models", name)) == 2
-
-
-def test_others_run_is_evaluated_apart(online, hub, data, trained):
-    """Neither pushed nor logged; nothing but its evaluation is written."""
-    on_disk = contents(trained / RUN)
-    record = json.loads(on_disk["run.json"]) | {"hub": "bob/price-first", "wandb": True}
-    files = {path: on_disk[path] for path in ("adapter_config.json", ADAPTER)}
-    hub.put("models", "bob/price-first", files | {"run.json": json.dumps(record).encode()})
-    hub.requests.clear()
-    said = online("eval", "--hf-user", "bob", "--run-name", "first", "--size", "2")
-    (apart,) = RUN.iterdir()
-    reason = "the adapter is another account's, or not the newest commit"
-    assert f"so it stays in {apart}, unpublished: {reason}" in said
     assert {method for method, _ in hub.requests} <= {"GET", "HEAD"}
 
 
 def test_other_data_are_not_published(online, hub, data, trained):
-    """Neither by that evaluation nor by the next push; W&B would be refused without a key."""
+    """Neither by that evaluation nor by the next push."""
     name = "alice/price-first"
-    copy_run(trained, hub=name, wandb=True)
+    copy_run(trained, hub=name)
     splits = load_prompts(DATASET)
     put_dataset(hub, "carol/items_prompts_lite", dict(splits, val=splits["val"].select([0])))
     card = (RUN / "README.md").read_bytes()
@@ -277,9 +254,6 @@ def test_other_data_are_not_published(online, hub, data, trained):
     assert (RUN / "README.md").read_bytes() == card
     assert ("models", name) not in hub.repos
 
-    copy = read(RUN / "run.json") | {"wandb": False}
-    (RUN / "run.json").write_text(json.dumps(copy), encoding="utf-8")
-    write_manifest(RUN, skipped=["README.md"])
     online("eval", "--size", "2")
     pushed = hub.files("models", name)
     assert "eval/results.json" in pushed
@@ -329,7 +303,7 @@ def test_lost_machine_resumes_from_hub(online, hub, data, trained):
     shutil.rmtree(OUTPUTS)
 
     # Fetched half, it is no run: the next try fetches the rest
-    hub.fail("checkpoint-3/optimizer.pt", 403, times=None)
+    hub.fail("checkpoint-3/optimizer.pt", 403, times=math.inf)
     assert name in online("train", "--lite", "--resume", "first", code=1)
     assert not (RUN / "run.json").exists()
     hub.up()
@@ -357,22 +331,23 @@ def test_newest_and_best_checkpoint_are_pushed(online, hub, tmp_path, monkeypatc
         checkpoint = folder / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "trainer_state.json").write_text("{}", encoding="utf-8")
-    (folder / "run.json").write_text("{}", encoding="utf-8")
     pusher = util.PushCheckpoints("alice/price-best")
     pusher.push(folder, ["checkpoint-4", "checkpoint-2"])
     pusher.push(folder, ["checkpoint-6", "checkpoint-2"])
     names = {path.split("/")[0] for path in hub.files("models", "alice/price-best")}
-    assert names == {".gitattributes", "run.json", "checkpoint-2", "checkpoint-6"}
+    assert names == {".gitattributes", "checkpoint-2", "checkpoint-6"}
 
 
 def test_dry_run_writes_nothing(online, hub, data):
-    """Neither on disk nor on the Hub, but states the plan."""
+    """Neither on disk nor on the Hub, which is looked for once, or again if that is dropped."""
     before = contents(OUTPUTS)
     hub.requests.clear()
+    hub.fail("HEAD /", drop=True)
     said = online("train", *SHARED, "--dry-run", "--run-name", "dry")
     assert "Memory:" in said
     assert contents(OUTPUTS) == before
     assert {method for method, _ in hub.requests} <= {"GET", "HEAD"}
+    assert hub.requests.count(("HEAD", "/")) == 2
 
 
 # What the Hub refuses
@@ -439,7 +414,6 @@ def as_chat(row, index):
     [
         ("train", with_thousands, SPLITS, "row 2 of train: the completion '1,299.00' has to be a"),
         ("eval", with_thousands, ["test"], "row 2 of test: the completion '1,299.00' has to be a"),
-        ("eval", as_chat, SPLITS, "row 1 of train: the completion [{'"),
         ("train", as_chat, ["val"], "can't be loaded ("),
     ],
 )
@@ -474,10 +448,8 @@ def test_plain_meaning_is_read(online, hub, data, prepared):
     "typed",
     [
         "prepare {shared} --source any.csv",
-        "prepare {shared} --local",
         "train {shared}",
         "train {shared} --local",
-        "train {shared} --resume nosuch",
         "eval {shared} --run-name nosuch",
         "eval {shared} --run-name base",
     ],
@@ -499,55 +471,34 @@ def test_absent_hub_is_said_in_seconds(online, hub, typed):
     assert taken < 8
 
 
-def test_hub_is_asked_for_once(online, hub, data):
-    """In a stage, and again if that first request is dropped."""
-    hub.requests.clear()
-    hub.fail("HEAD /", times=1, drop=True)
-    online("train", *SHARED, "--dry-run")
-    assert hub.requests.count(("HEAD", "/")) == 2
-    assert hub.requests[:2] == [("HEAD", "/")] * 2
-
-
 def test_cached_run_needs_no_hub(online, hub, prepared, trained):
-    """Nor its base and data, if all of them were fetched before; its account is named."""
+    """Nor its base and data, if all of them were fetched before."""
     put_dataset(hub, "ed-donner/items_prompts_lite", load_prompts(prepared / DATASET))
     files = {path: (trained / RUN / path).read_bytes() for path in ("adapter_config.json", ADAPTER)}
     hub.put("models", "bob/price-first", files)
-    local = ("eval", *SHARED, "--local", "--run-name", "base", "--size", "2")
     fetched = ("eval", *SHARED, "--hf-user", "bob", "--run-name", "first", "--size", "2")
     fetched += ("--data-user", "ed-donner")
-    online(*local)
-    expected = read("outputs/price-base/eval/results.json")
     online(*fetched)
+    (apart,) = RUN.iterdir()
+    expected = read(apart / "results.json")
     hub.down()
     online(*fetched)
-    online(*local)
-    results = read("outputs/price-base/eval/results.json")
+    results = read(apart / "results.json")
     for name in FIGURES:
         assert results[name] == expected[name]
 
 
-@pytest.mark.parametrize("stage", ["prepare", "train"])
-def test_revoked_token_is_named(online, hub, data, catalogue, monkeypatch, stage):
-    """It is revoked before the last push."""
-    push = items.push_or_explain
-
-    def push_when_revoked(*arguments, **options):
-        hub.users = {}
-        push(*arguments, **options)
-
-    monkeypatch.setattr(items, "push_or_explain", push_when_revoked)
-    options = {"prepare": ("--source", catalogue), "train": SHORT}
-    said = online(stage, *SHARED, *options[stage], code=3)
-    assert "the Hub refuses HF_TOKEN: it is mistyped, expired or revoked" in said
-    assert "Everything is on disk" in said
-
-
-def test_prompts_are_pushed_later(online, hub, catalogue):
-    """The Hub was down when they were made: they are on disk, the same command pushes them."""
+@pytest.mark.parametrize(
+    "status, reason",
+    [(503, "503"), (401, "the Hub refuses HF_TOKEN: it is mistyped, expired or revoked")],
+)
+def test_prompts_are_pushed_later(online, hub, catalogue, status, reason):
+    """They are on disk, the reason is said, and the same command pushes them."""
     prepare = ("prepare", *SHARED, "--source", catalogue)
-    hub.fail("POST /api/datasets/alice/items_prompts_lite/commit", times=None)
-    assert "Everything is on disk" in online(*prepare, code=3)
+    hub.fail("POST /api/datasets/alice/items_prompts_lite/commit", status, times=math.inf)
+    said = online(*prepare, code=3)
+    assert reason in said
+    assert "Everything is on disk" in said
     on_disk = read_prompts(DATASET)
     hub.up()
     online(*prepare)
@@ -582,23 +533,17 @@ LFS, COMMIT = "PUT /lfs", "POST /api/models/alice/price-gap/commit"
 @pytest.mark.parametrize(
     "faults",
     [
-        [("/price-gap", 429, {"retry_after": 0}), (COMMIT, 503, {"retry_after": 0})],
+        [("/price-gap", 429, {}), (COMMIT, 503, {})],
         [(LFS, None, {"drop": True}), (COMMIT, None, {"drop": True})],
         [(LFS, None, {"drop": "answer"}), (COMMIT, None, {"drop": "answer"})],
+        [(COMMIT, 403, {})],
     ],
-    ids=["busy", "request lost", "answer lost"],
+    ids=["busy", "request lost", "answer lost", "refused"],
 )
-def test_failed_requests_are_repeated(online, hub, data, faults):
-    """They end neither training nor the push."""
+def test_next_push_makes_up_for_one(online, hub, data, faults):
+    """A checkpoint's that fails ends no training; it is reported, and the next push has all."""
     for match, status, options in faults:
         hub.fail(match, status, **options)
-    online("train", *SHARED, "--run-name", "gap", *SHORT)
-    assert_pushed(hub, "alice/price-gap")
-
-
-def test_failed_checkpoint_push_is_reported(online, hub, data):
-    """The next push has it."""
-    hub.fail(COMMIT, 403)
     said = online("train", *SHARED, "--run-name", "gap", *SHORT)
     assert "Not pushed: alice/price-gap" in said
     assert "Pushed: alice/price-gap" in said
@@ -609,7 +554,7 @@ def test_next_eval_pushes_the_figures(online, hub, data, trained):
     """Those that could not be pushed when they were made."""
     name = "alice/price-first"
     copy_run(trained, hub=name)
-    hub.fail(f"POST /api/models/{name}/commit", times=None)
+    hub.fail(f"POST /api/models/{name}/commit", 503, times=math.inf)
     assert "Everything is on disk" in online("eval", "--size", "2", code=3)
     hub.up()
     online("eval", "--size", "2")
@@ -624,10 +569,9 @@ NO_NETRC = {"NETRC": "/nonexistent"}
 
 
 def test_wandb_gets_one_run(call, shared, project):
-    """With config, losses and validation errors; resuming continues it."""
-    hook = {"cwd": project, "hook": "set_environment"}
+    """With config, losses and validation errors."""
     logged_run = ("train", *shared, "--log-wandb", "--run-name", "logged", *SHORT)
-    call(*logged_run, **hook, options=[OFFLINE])
+    call(*logged_run, cwd=project, environment=OFFLINE)
     assert not (project / "wandb").exists()
     files = sorted((project / "outputs/wandb").rglob("*.wandb"))
     assert {file.name for file in files} == {"run-price-logged.wandb"}
@@ -642,32 +586,22 @@ def test_wandb_gets_one_run(call, shared, project):
     "environment, reason",
     [
         ({"NETRC": "netrc"}, None),
-        (NO_NETRC | {"WANDB_MODE": "dryrun"}, None),
         (NO_NETRC | {"WANDB_MODE": "disabled"}, None),
         (NO_NETRC | {"WANDB_MODE": "offline", "WANDB_API_KEY": "mistyped"}, None),
         (NO_NETRC | {"WANDB_API_KEY": "mistyped"}, "WANDB_API_KEY invalid"),
         ({"WANDB_MODE": "off"}, "Input should be 'online', 'offline'"),
     ],
-    ids=["netrc", "dryrun", "disabled", "offline", "bad key", "bad mode"],
+    ids=["netrc", "disabled", "offline", "bad key", "bad mode"],
 )
 def test_wandb_login_is_checked(environment, reason, call, shared, project):
     """A login in netrc counts; a mode that sends nothing needs none; what is wrong is named."""
     netrc = f"machine api.wandb.ai login user password {WANDB_KEY}"
     (project / "netrc").write_text(netrc)
-    is_trained = not reason and environment.get("WANDB_MODE") in ("disabled", "offline")
-    extent = SHORT if is_trained else ["--dry-run"]
-    hook = {"cwd": project, "hook": "set_environment", "options": [environment]}
-    said = call("train", *shared, "--log-wandb", *extent, **hook, code=1 if reason else 0)
+    typed = ("train", *shared, "--log-wandb", "--dry-run")
+    said = call(*typed, cwd=project, environment=environment, code=1 if reason else 0)
     if reason:
         assert "app.py train: --log-wandb: " in said
         assert reason in said
-
-
-def test_wandb_is_not_imported_unasked(call, shared, project):
-    """Neither by a stage nor, for TRL, by util: it takes up to two seconds."""
-    hook = {"cwd": project, "hook": "forbid_import", "options": ["wandb"]}
-    call("train", *shared, *SHORT, **hook)
-    call("eval", "--local", "--size", "2", **hook)
 
 
 # Secrets
@@ -675,13 +609,11 @@ def test_wandb_is_not_imported_unasked(call, shared, project):
 
 def test_no_token_is_written(online, hub, call, catalogue, tmp_path):
     """Neither into a file of the project or the caches, nor on the screen, which is a file here."""
-    secrets = {"HF_TOKEN": WRITER} | OFFLINE
-    hook = {"cwd": tmp_path, "hook": "set_environment"}
-    reader = [{"HF_TOKEN": READER}]
-    call("prepare", *SHARED, "--source", catalogue, **hook, options=[secrets])
-    call("train", *SHARED, "--log-wandb", *SHORT, **hook, options=[secrets])
-    call("eval", "--size", "2", **hook, options=[secrets])
-    call("train", *SHARED, **hook, options=reader, code=1)
+    writer = {"cwd": tmp_path, "environment": {"HF_TOKEN": WRITER} | OFFLINE}
+    call("prepare", *SHARED, "--source", catalogue, **writer)
+    call("train", *SHARED, "--log-wandb", *SHORT, **writer)
+    call("eval", "--size", "2", **writer)
+    call("train", *SHARED, cwd=tmp_path, environment={"HF_TOKEN": READER}, code=1)
     assert [name for _, name in hub.repos if "alice/price-" in name]
 
     for folder in (tmp_path, HF_HOME.name):
