@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from app import (
-    RECIPES,
     Recipe,
     RunConfig,
     build_parser,
@@ -35,7 +34,6 @@ NONSENSE = {  # what is typed: part of the answer
     "": "required: {prepare,train,eval}",
     "fly": "invalid choice: 'fly'",
     "train --epochs 0": "0 must be a whole number of at least 1, or `auto`",
-    "train --max-steps 1.5": "1.5 must be a whole number",
     "train --learning-rate 0": "0 must be a number of at least 1e-12",
     "train --lora-dropout 1": "1 must be a number of at least 0 and below 1",
     "train --seed -1": "-1 must be",
@@ -47,15 +45,12 @@ NONSENSE = {  # what is typed: part of the answer
     "--lite train --demo": "--lite and --demo exclude each other",
     "eval --size 0": "0 must be a whole number of at least 1, or `all`",
     "eval @nosuch.txt": "No such file",
-    "eval --output out.csv": "--output: does nothing here",
     "prepare --unit 7": "7 must be 0.01, 0.1, 1, 10",
     "prepare --columns title=Name": "--columns: does nothing here",
     "prepare --source a.csv --columns Name": "Name must be ROLE=NAME",
     "eval --text lamp --size 5": "--size: does nothing here",
     "eval --export new --compare-base": "--compare-base: does nothing here",
-    "eval --local --hf-user u": "--hf-user: does nothing here",
     "train --demo --hf-user u": "--hf-user: does nothing here",
-    "prepare --local --hf-dataset-user u": "--hf-dataset-user: does nothing here",
 }
 
 
@@ -232,17 +227,6 @@ def test_python_values_may_be_text():
     ]
     for given, expected in pairs:
         assert check_values(RunConfig(), given) == expected
-
-
-def test_recipes_are_the_courses():
-    lite, full = RECIPES["lite"], RECIPES["full"]
-    assert (lite.epochs, lite.batch_size, lite.lora_r, lite.val_size) == (1, 32, 32, 500)
-    assert (full.epochs, full.batch_size, full.lora_r, full.val_size) == (3, 256, 256, 1000)
-    assert (lite.logging_steps, lite.save_steps) == (5, 100)
-    assert (full.logging_steps, full.save_steps) == (10, 200)
-    assert (lite.targets, full.targets) == ("attention", "all")
-    assert lite.lora_dropout == full.lora_dropout == 0.1
-    assert lite.learning_rate == full.learning_rate == 1e-4
 
 
 def test_recipe_fields_are_flags():

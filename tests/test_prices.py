@@ -11,7 +11,7 @@ import torch
 import items
 import util
 from conftest import make_llama, plain_loss, read_by_brute_force
-from util import NumberTree, PriceReader, estimate_prices
+from util import PriceReader, estimate_prices
 
 QUESTION = "What does this cost to the nearest dollar?"
 PRICES = (3, 7, 12, 40, 100, 219, 640, 999)
@@ -64,23 +64,6 @@ def speaker(tokenizer):
 
 
 # Reading
-
-
-def test_number_tree_by_hand():
-    """Three numbers: the token 5, the tokens 5 and 6, and the token 7. Token 0 ends an answer."""
-    tree = NumberTree([(5,), (5, 6), (7,)], "cpu")
-    probabilities = torch.full((2, 3, 8), 1e-9)
-    start, five, seven = (tree.node_at[node] for node in ((), (5,), (7,)))
-    probabilities[:, start, [0, 5, 7]] = torch.tensor([0.1, 0.6, 0.3])
-    probabilities[0, five, [0, 6, 7]] = torch.tensor([0.7, 0.25, 0.05])
-    probabilities[1, five, [0, 6]] = torch.tensor([0.2, 0.8])
-    probabilities[:, seven, [0, 6]] = torch.tensor([0.9, 0.1])
-    logits = probabilities.log()
-
-    first, second = tree.number_logs(logits).exp().tolist()
-    assert first == pytest.approx([0.6 * 0.7, 0.6 * 0.25, 0.3 * 0.9], rel=1e-5)
-    assert second == pytest.approx([0.6 * 0.2, 0.6 * 0.8, 0.3 * 0.9], rel=1e-5)
-    assert tree.greedy_numbers(logits) == [0, 1]
 
 
 def assert_close(found, expected):

@@ -176,16 +176,6 @@ def test_differences_say_which_is_better(difference, low, high, expected):
     assert util.format_difference("a", figures) == expected
 
 
-def test_columns_never_touch(results):
-    """However wide a number is; r² of three items can be anything."""
-    wide = {"n": 12_345_678, "mae": 5e9, "mae_ci95": 4e9, "r2": -3_775_657.51}
-    results["baselines"] = {"constant_mean": wide}
-    head, first, *_ = util.format_table(results).splitlines()
-    figures = ["12,345,678", "5,000,000,000.00", "4,000,000,000.00", "−3,775,657.5"]
-    assert first.split()[-4:] == figures
-    assert len(head) == len(first)
-
-
 def test_table_says_what_intervals_hold(results):
     """Rounding can leave a little less than no probability."""
     table = util.format_table(results)
@@ -218,21 +208,13 @@ def test_titles_have_no_folders():
 def test_titles_are_never_clipped(letter):
     """All of a long title is inside the picture, whatever its letters."""
     title = letter * (300 // len(letter))
-    figures = {"mae": 10.0, "mae_ci95": 1.0, "mse": 200.0, "r2": -50.0}
-    table = [{"truth": 2, "guess": 1}, {"truth": 3, "guess": 2}]
-    charts = [
-        util.scatter(table, figures, title),
-        util.running_error(table, figures, title),
-        util.loss_chart([{"step": 1, "loss": 2.0}], title, 5),
-    ]
-    for figure in charts:
-        figure.draw_without_rendering()
-        box = figure._suptitle.get_window_extent()
-        assert figure.bbox.containsx(box.x0)
-        assert figure.bbox.containsx(box.x1)
-        assert figure.bbox.containsy(box.y1)
-        shown = "".join(figure.get_suptitle().split())
-        assert shown.startswith(title.replace(" ", ""))
+    figure = util.loss_chart([{"step": 1, "loss": 2.0}], title, 5)
+    figure.draw_without_rendering()
+    box = figure._suptitle.get_window_extent()
+    assert figure.bbox.containsx(box.x0)
+    assert figure.bbox.containsx(box.x1)
+    assert figure.bbox.containsy(box.y1)
+    assert "".join(figure.get_suptitle().split()).startswith(title.replace(" ", ""))
 
 
 # What words alone tell
@@ -247,13 +229,6 @@ def test_words_tell_much_of_the_demo():
     truths = [util.truth_of(row) for row in rows[550:]]
     error = metrics(util.word_guesses(splits, rows[550:]), truths)["mae"]
     assert error < 0.6 * metrics([float(numpy.median(truths))] * 50, truths)["mae"]
-
-
-@pytest.mark.parametrize("text", ["", "!", "x"])
-def test_words_may_be_few(text):
-    row = {"prompt": COURSE_SCALE.prompt(text), "completion": "0.00"}
-    data = Dataset.from_list([row])
-    assert util.word_guesses({"train": data, "val": data}, [row]) == pytest.approx([0.5])
 
 
 # Earlier evaluations
