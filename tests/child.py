@@ -8,7 +8,6 @@ That takes a second instead of ten. `hook` names a function of this module that 
 """
 
 import atexit
-import errno
 import locale
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -116,10 +116,6 @@ def close_reader():
     sys.stdout = sys.stderr = open_output()
 
 
-def without_dropout():
-    app.RECIPES["lite"] = app.replace(app.RECIPES["lite"], lora_dropout=0.0)
-
-
 def add_callback(**methods):
     """Every trainer gets a callback with these methods."""
     import util
@@ -146,24 +142,6 @@ def kill_at_step(step):
     add_callback(on_step_end=on_step_end)
 
 
-def kill_at_the_end_of_epoch(epoch):
-    def on_epoch_end(self, args, state, control, **_):
-        if round(state.epoch) == epoch:
-            kill()
-
-    add_callback(on_epoch_end=on_epoch_end)
-
-
-def kill_when_opening(part):
-    """Kills the process when it opens a file whose path has this part."""
-
-    def audit(event, arguments):
-        if event == "open" and part in str(arguments[0]):
-            kill()
-
-    sys.addaudithook(audit)
-
-
 def kill_at_file_event(number, part):
     """Kills the process at its n-th file event in a path with this part: opened, made, renamed."""
     seen = []
@@ -177,33 +155,26 @@ def kill_at_file_event(number, part):
     sys.addaudithook(audit)
 
 
-def exceed_quota_when_opening(part):
-    """Opening a path with that part fails as it does when a user's quota is used up."""
-
-    def audit(event, arguments):
-        if event == "open" and part in str(arguments[0]):
-            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), arguments[0])
-
-    sys.addaudithook(audit)
-
-
 def limit_file_size(limit):
     """Files can't get larger than so many bytes; for PyTorch that is as a quota that is used up."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
-def fill_the_disk_at_step(step):
+def fill_disk(folder, room):
+    """Leaves `room` KiB on the folder's disk."""
+    with open(Path(folder, "ballast"), "wb", buffering=0) as file:
+        with suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        file.truncate(max(0, file.tell() - 1024 * room))
+
+
+def fill_disk_at_step(step):
     """Fills the disk but for what a few lines of text need."""
 
     def on_step_end(self, args, state, control, **_):
-        if state.global_step != step:
-            return
-        with open("ballast", "wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(4096))
-            except OSError:
-                file.truncate(max(0, file.tell() - 65536))
+        if state.global_step == step:
+            fill_disk("outputs", 64)
 
     add_callback(on_step_end=on_step_end)
 
@@ -255,33 +226,6 @@ def limit_memory(max_rows, after_passes=0, then_rows=None):
         return model
 
     util.load_base = load_with_limit
-
-
-def limit_validation(max_rows):
-    """Memory runs out in validations with more rows at once."""
-    import torch
-
-    import util
-
-    read = util.PriceReader.read
-
-    def read_with_limit(self, rows, with_loss=False):
-        if len(rows) > max_rows:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return read(self, rows, with_loss)
-
-    util.PriceReader.read = read_with_limit
-
-
-def forbid_import(name):
-    """An import of the package, by the stage or before by util, ends the stage with an error."""
-    assert name not in sys.modules
-
-    def audit(event, arguments):
-        if event == "import" and arguments[0].split(".")[0] == name:
-            raise AssertionError(f"{arguments[0]} is imported")
-
-    sys.addaudithook(audit)
 
 
 def spoil_export():

@@ -59,13 +59,7 @@ LLAMA_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-TRAIN = (
-    *("--max-steps", "6"),
-    *("--batch-size", "4"),
-    *("--save-steps", "3"),
-    *("--learning-rate", "1e-2"),
-    *("--price-loss", "0"),
-)
+TRAIN = ("--max-steps=6", "--batch-size=4", "--save-steps=3", "--learning-rate=1e-2")
 DATASET = "outputs/datasets/items_prompts_lite"
 
 
@@ -101,6 +95,12 @@ def flip(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def train_losses(trainer):
+    """Trains; returns the logged losses."""
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def plain_loss(model, row):
@@ -328,24 +328,18 @@ def trained_project(trained, tmp_path):
 
 @pytest.fixture()
 def small_disk(tmp_path):
-    """`small_disk(5, "outputs")` mounts a disk of so many megabytes on that folder of one's own.
+    """`small_disk(5)` is a disk of so many megabytes, the folder `outputs` of one's own."""
+    folder = tmp_path / "outputs"
 
-    Returns the folder.
-    """
-    mounted = []
-
-    def mount(megabytes, name="."):
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
+    def mount(megabytes):
+        folder.mkdir()
         command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder]
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("a small disk can't be mounted here")
-        mounted.append(folder)
         return folder
 
     yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", folder], check=True)
+    subprocess.run(["umount", "-l", folder], capture_output=True)
 
 
 @pytest.fixture()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import util
+from conftest import train_losses
 
 PRODUCT_ERROR = 0.05  # of the norm of a row of an fp8 product; 0.038 is to be expected
 
@@ -74,8 +75,7 @@ def test_fp8_trains_as_bf16(build):
     losses = {}
     for weights in ("bf16-from-nf4", "fp8"):
         trainer = build(base_weights=weights, learning_rate=1e-2, batch_size=4, **settings)
-        trainer.train()
-        losses[weights] = [one["loss"] for one in trainer.state.log_history if "loss" in one]
+        losses[weights] = train_losses(trainer)
     model = trainer.model
     in_fp8 = [module for module in model.modules() if isinstance(module, util.Fp8Linear)]
     assert len(in_fp8) == 2 * 7

@@ -30,14 +30,20 @@ def test_each_file_is_checked(trained_project):
 
 @pytest.mark.parametrize("damage", [os.remove, cut, flip])
 def test_damaged_checkpoint_is_skipped(call, trained, trained_project, damage):
-    """It is named in one line, and the checkpoint before it counts."""
+    """It is named, the one before it counts, and the time of both sessions is in the record."""
     run = trained_project / RUN
     damage(run / "checkpoint-6/optimizer.pt")
     (run / ADAPTER_FILE).unlink()
+    record = read(run / "run.json")
+    items.write_json(run / "run.json", record | {"seconds": {"load": 100, "train": 1000}})
     said = call(*RESUME, cwd=trained_project)
     assert "checkpoint-6 is skipped: optimizer.pt is " in said
     assert "Resuming from step 3" in said
     assert (run / ADAPTER_FILE).read_bytes() == (trained / RUN / ADAPTER_FILE).read_bytes()
+    assert read(run / "run.json")["history"] == record["history"]
+    seconds = read(run / "run.json")["seconds"]
+    assert seconds["load"] > 100
+    assert seconds["train"] > 1000
 
 
 @pytest.mark.parametrize("name", ["run.json", ADAPTER_FILE, "adapter_config.json"])
@@ -53,11 +59,10 @@ def test_damaged_run_is_made_again(call, shared, trained_project, name):
     assert items.manifest_problem(run) is None
 
 
-@pytest.mark.parametrize("damage", [cut, flip])
-def test_damaged_record_stops_no_other_run(call, shared, trained_project, damage):
+def test_damaged_record_stops_no_other_run(call, shared, trained_project):
     other = trained_project / "outputs/price-other"
     shutil.copytree(trained_project / RUN, other)
-    damage(other / "run.json")
+    cut(other / "run.json")
     assert "Run: price-first" in call("eval", *shared, "--size", "1", cwd=trained_project)
 
 

@@ -12,6 +12,7 @@ import app
 import bench
 import util
 from app import RECIPES, RunConfig, build_quant_config, detect_bf16_support
+from conftest import train_losses
 
 pytestmark = pytest.mark.skipif(not detect_bf16_support(), reason="needs a GPU of capability 8")
 
@@ -66,11 +67,6 @@ def build(base_folder, splits, tmp_path):
 
     build.plans = plans
     return build
-
-
-def losses(trainer):
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def largest_difference(first, second):
@@ -141,11 +137,12 @@ def test_one_gpu_is_used(build):
     torch.zeros(1, device="cuda")
     trainer = build()
     assert trainer.args.n_gpu == 1
-    first, *_, last = losses(trainer)
+    first, *_, last = train_losses(trainer)
     assert last < first
 
 
 EAGER = {"compile": "off", "micro_batch": 8}
+WAYS = [("off", 8), ("on", 8), ("on", 16)]  # rows at once: all 16 as CUDA graphs
 
 
 @pytest.mark.parametrize(
@@ -159,20 +156,20 @@ EAGER = {"compile": "off", "micro_batch": 8}
 )
 def test_fast_ways_train_alike(build, settings, others, tolerance):
     """The losses of the plain path, of other ways to compute and to hold the base."""
-    assert largest_difference(losses(build(**settings)), losses(build(**others))) < tolerance
+    found = train_losses(build(**settings))
+    assert largest_difference(found, train_losses(build(**others))) < tolerance
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("compiling", ["off", "on", "on, as graphs"])
-def test_efficient_attention_trains_alike(build, monkeypatch, precision, compiling):
+@pytest.mark.parametrize(("compiling", "micro_batch"), WAYS)
+def test_efficient_attention_trains_alike(build, monkeypatch, precision, compiling, micro_batch):
     """A T4's way: packed rows by the other kernel, compiled, in fp16; against padded rows."""
     monkeypatch.setattr(util, "choose_attention", lambda *_: util.PACKED_EFFICIENT)
-    micro_batch = 16 if "graphs" in compiling else 8
     settings = {"precision": precision, "micro_batch": micro_batch}
-    trainer = build(compile=compiling.split(",")[0], **settings)
+    trainer = build(compile=compiling, **settings)
     assert trainer.model.config._attn_implementation == util.PACKED_EFFICIENT
-    found = losses(trainer)
-    assert largest_difference(found, losses(build(fast=False, **settings))) < 0.03
+    found = train_losses(trainer)
+    assert largest_difference(found, train_losses(build(fast=False, **settings))) < 0.03
 
 
 def test_reading_equals_plain_reading(base_folder, splits):
@@ -237,12 +234,11 @@ def test_fp8_products_are_near(inputs, outputs, is_compiled):
 
 
 @has_fp8
-@pytest.mark.parametrize("compiling", ["off", "on", "on, as graphs"])
-def test_fp8_trains_as_bf16(build, compiling):
+@pytest.mark.parametrize(("compiling", "micro_batch"), WAYS)
+def test_fp8_trains_as_bf16(build, compiling, micro_batch):
     """Losses that fall by 3 in these steps differ by less than a tenth of that."""
-    micro_batch = 16 if "graphs" in compiling else 8
-    settings = {"compile": compiling.split(",")[0], "micro_batch": micro_batch, "targets": "all"}
+    settings = {"compile": compiling, "micro_batch": micro_batch, "targets": "all"}
     trainer = build(base_weights="fp8", **settings)
     assert any(isinstance(module, util.Fp8Linear) for module in trainer.model.modules())
-    found = losses(trainer)
-    assert largest_difference(found, losses(build(**settings))) < 0.3
+    found = train_losses(trainer)
+    assert largest_difference(found, train_losses(build(**settings))) < 0.3

@@ -7,12 +7,10 @@ import os
 import re
 import shutil
 import statistics
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes
-import numpy
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -22,34 +20,34 @@ from transformers import AutoModelForCausalLM
 import child
 import util
 from app import RECIPES, build_quant_config
-from conftest import DATASET, TRAIN, contents, plain_loss, read, write_catalogue
+from conftest import DATASET, TRAIN, contents, flip, plain_loss, read, train_losses, write_catalogue
 from items import IGNORED, load_prompts, tokenise, write_json
 
 RUN = "outputs/price-first"
 STEADY = {"batch_size": 16, "learning_rate": 1e-2, "logging_steps": 1, "lora_dropout": 0.0}
 JUDGE = ("eval", "--local", "--run-name", "first")
-SHORT = ("--max-steps", "2", "--batch-size", "4", "--price-loss", "0")
+SHORT = ("--max-steps=2", "--batch-size=4")
 ADAPTER = util.ADAPTER_FILE
 MISTAKES = (  # what a user types, where only the run `first` is: what the one line says
     ("eval --local --run-name nosuch", "no such run in outputs. There are: first."),
     ("eval --local --demo", "no finished run of price"),
-    ("eval --run-name nosuch", "HF_TOKEN"),
     ("eval --local --run-name first --export outputs", "outputs: exists already"),
     ("eval --local --run-name first --compare first", "first: not evaluated yet"),
     ("train --demo --base-model {base}", "prepare --demo"),
-    ("train --lite --local --base-model {base} --run-name first", "price-first exists"),
+    ("{train} --run-name first", "price-first exists"),
     ("train --lite", "HF_TOKEN is not set"),
-    ("prepare --lite", "HF_TOKEN is not set"),
     ("prepare --local --base-model {base} --source nosuch.csv", "can't be read: No such file"),
     ("prepare --demo --base-model .", "holds no config.json"),
     ("prepare --demo --base-model no/such-model", "no/such-model: not on the Hub"),
     ("prepare --local --lite --base-model {base}", "ed-donner/items_lite: not on the Hub"),
     ("prepare --local --output-dir /proc/nowhere", "/proc/nowhere: can't be written to"),
+    ("{train} --micro-batch 5 --batch-size 12", "--batch-size 12: has to be a multiple of 5"),
+    ("{train} --price-loss 2.5", "--price-loss 2.5: needs a base whose tokenizer spells each"),
+    ("{train} --base-weights fp8 --precision fp32", "--base-weights fp8: needs bf16 and a GPU"),
 )
 FULL_DISK = (  # what is typed, and how many KiB the disk has left, which are too few
     ("prepare {shared} --source {catalogue}", 8),
     ("eval --local --run-name first --size 4", 0),
-    ("eval --local --run-name first --size 4", 64),
     ("eval --local --run-name first --input few.jsonl --output outputs/out.csv", 0),
     ("eval --local --run-name first --export outputs/plain", 7168),
 )
@@ -75,30 +73,7 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def logged_losses(history):
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
-def losses_of(trainer):
-    trainer.train()
-    return logged_losses(trainer.state.log_history)
-
-
-def quantised_layers(model):
-    return [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
-
-
 # Prepare
-
-
-def test_prepare_leaves_whole_dataset(prepared):
-    """Every row of the catalogue was kept or dropped, and is recorded as that."""
-    found = sorted(os.listdir(prepared / DATASET))
-    splits = ["test.parquet", "train.parquet", "val.parquet"]
-    assert found == ["manifest.json", "prepare.json", *splits]
-    record = read(prepared / DATASET / "prepare.json")
-    dropped = [line for lines in record["dropped"].values() for line in lines]
-    assert sum(record["kept"].values()) + len(dropped) == 80
 
 
 MESSY = "Name;Cost;Item description\nPan;19,99 $;<p>a microwave</p>\nBed;ab 9,99;soft\n"
@@ -141,11 +116,12 @@ def test_prepare_replaces_older_data(call, shared, project):
 
 def test_base_is_nf4_and_adapters_fp32(build):
     model = build(base_weights="nf4").model
-    layers = quantised_layers(model)
+    layers = [one for one in model.modules() if isinstance(one, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == 2 * 7
     for layer in layers:
         assert layer.weight.quant_state.quant_type == "nf4"
         assert layer.weight.quant_state.nested
+        assert not layer.support_avx512bf16_for_cpu  # or gradients are lost after an evaluation
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trainable) == 2 * 4 * 2
     for name, parameter in trainable.items():
@@ -178,16 +154,19 @@ def test_recipe_reaches_the_trainer(build, mode, changes, targets):
 
 
 def test_price_loss_trains_the_distribution(build, number_base):
-    """More of the score of the prices that it is for than cross-entropy alone, in equal steps."""
-    scores = []
+    """It lowers the score that it is for, in equal steps, and is logged apart from the loss."""
+    settings = {"max_steps": 10, "learning_rate": 1e-2, "logging_steps": 1, "batch_size": 4}
+    first_losses, scores = [], []
     for weight in (0.0, 20.0):
-        settings = {"max_steps": 10, "learning_rate": 1e-2, "lora_dropout": 0.0, "batch_size": 4}
-        trainer = build(price_loss=weight, base=number_base, **settings)
-        trainer.train()
+        trainer = build(price_loss=weight, base=number_base, lora_dropout=0.0, **settings)
+        first_losses.append(train_losses(trainer)[0])
         rows = trainer.val_rows
         reading = trainer.reader.read(rows)
         estimates = util.estimate_prices(reading.probabilities, reading.greedy, rows)
         scores.append(sum(estimate.crps for estimate in estimates))
+    assert first_losses[1] == pytest.approx(first_losses[0], abs=1e-5)
+    found = [entry["price_loss"] for entry in trainer.state.log_history if "price_loss" in entry]
+    assert len(found) == 10
     assert scores[1] < scores[0]
 
 
@@ -199,39 +178,6 @@ def test_loss_is_on_completions_only(build, splits):
         labels = [label for label in row["labels"] if label != IGNORED]
         assert tokenizer.decode(labels) == source["completion"] + tokenizer.eos_token
         assert row["labels"][-len(labels) :] == labels
-
-
-def test_gradients_equal_the_dequantised_models(build):
-    """After an evaluation, too.
-
-    It would repack the weights on some CPUs, and gradients be lost, unless that is switched off.
-    """
-    trainer = build(base_weights="nf4", batch_size=4)
-    trainer.evaluate()
-    model = trainer.model.eval()
-    for layer in quantised_layers(model):
-        assert not layer.support_avx512bf16_for_cpu
-    batch = next(iter(trainer.get_train_dataloader()))
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # it starts at zero, and half of the gradients would be
-            torch.nn.init.normal_(parameter, std=0.02)
-
-    found = gradients(model, batch)
-    model.base_model.model.dequantize()
-    assert not quantised_layers(model)
-    expected = gradients(model, batch)
-    for name, gradient in expected.items():
-        assert gradient.abs().max() > 0
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
-
-
-def gradients(model, batch):
-    """{name: gradient} of the adapters for the loss of a batch."""
-    model.zero_grad()
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    model(**inputs).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if "lora_" in name}
 
 
 @pytest.fixture()
@@ -250,42 +196,21 @@ def test_packed_training_has_padded_losses(build, build_packed):
     """An epoch's last batch, which has fewer rows, included; validation has the same figures."""
     padded, packed = (make(max_steps=6, **STEADY) for make in (build, build_packed))
     assert packed.evaluate() == pytest.approx(padded.evaluate(), rel=1e-5)
-    losses = losses_of(padded)
+    losses = train_losses(padded)
     assert len(losses) == 6
-    assert losses_of(packed) == pytest.approx(losses, abs=1e-4)
+    assert train_losses(packed) == pytest.approx(losses, abs=1e-4)
 
 
 def test_compiled_training_has_padded_losses(build, build_packed):
     """Both layers use the code of one, which batches of other lengths use, too."""
     changes = STEADY | {"max_steps": 2, "targets": "attention"}
-    padded = losses_of(build(**changes))
+    padded = train_losses(build(**changes))
     counters.clear()
     # Scalar code: to find out which vectors this CPU has takes half of the time
     with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
-        compiled = losses_of(build_packed(compile="on", **changes))
+        compiled = train_losses(build_packed(compile="on", **changes))
     assert counters["stats"]["unique_graphs"] == 1
     assert compiled == pytest.approx(padded, abs=1e-4)
-
-
-def test_batches_to_record_have_one_shape():
-    """But for one in thousands; that of CUDA graphs, with an epoch's last batch."""
-    rng = numpy.random.default_rng(0)
-    lengths = rng.normal(102, 18, 8000).clip(33, 127).astype(int)
-    rows = [{"input_ids": [1] * n, "labels": [IGNORED] * (n - 3) + [5, 6, 7]} for n in lengths]
-    collate = util.PackedCollator(32, lengths, one_shape=True)
-    batches = [collate(rows[first : first + 32]) for first in range(0, len(rows), 32)]
-    batches.append(collate(rows[:20]))
-
-    sizes = [batch["input_ids"].shape[1] for batch in batches]
-    assert sizes.count(sizes[0]) > 0.98 * len(sizes)
-    assert len({len(batch["cu_seq_lens_q"]) for batch in batches}) == 1
-    for batch, size in zip(batches, sizes, strict=True):
-        assert batch["position_ids"].shape == (1, size)
-        assert batch["labels"].shape == (1, size)
-        assert batch["cu_seq_lens_q"][-1] == size
-        kept = batch["logits_to_keep"]
-        assert len(kept) % 3 == 0
-        assert set(batch["labels"][0, kept + 1].tolist()) == {5, 6, 7}
 
 
 def test_base_weights_change_no_loss(call, shared, trained, project):
@@ -295,19 +220,12 @@ def test_base_weights_change_no_loss(call, shared, trained, project):
     quantised = read(project / "outputs/price-nf4/run.json")
     assert dequantised["base_weights"] == "fp32 from nf4, dequantised once"
     assert quantised["base_weights"] == "nf4"
-    expected = logged_losses(dequantised["history"])
-    assert logged_losses(quantised["history"]) == pytest.approx(expected, abs=1e-4)
+    for name in ("loss", "eval_loss"):  # those of validations, behind which training goes on
+        expected = [entry[name] for entry in dequantised["history"] if name in entry]
+        found = [entry[name] for entry in quantised["history"] if name in entry]
+        assert found == pytest.approx(expected, abs=1e-4)
     said = call("train", *shared, "--base-weights", "bf16-from-nf4", "--dry-run", cwd=project)
     assert "fp32 from nf4, dequantised once: as asked for" in said
-
-
-def test_one_seed_gives_one_adapter(call, shared, trained, project):
-    """Bit for bit; another seed gives another."""
-    for seed in ("42", "43"):
-        call("train", *shared, "--run-name", seed, "--seed", seed, *TRAIN, cwd=project)
-    first = (trained / RUN / ADAPTER).read_bytes()
-    assert (project / "outputs/price-42" / ADAPTER).read_bytes() == first
-    assert (project / "outputs/price-43" / ADAPTER).read_bytes() != first
 
 
 def test_train_leaves_whole_run(trained):
@@ -339,19 +257,24 @@ def test_validation_measures_loss_and_dollars(build, splits):
 
 
 def test_keep_best_ends_with_least_error(call, shared, project):
-    """The adapter is that of the checkpoint with the least validation error, not the last one."""
-    steps = ("--max-steps", "8", "--save-steps", "2", "--batch-size", "4")
-    rate = ("--learning-rate", "0.3")  # too high, so that the last isn't the best
-    call("train", *shared, "--run-name", "best", "--keep-best", *steps, *rate, cwd=project)
+    """The adapter is the best checkpoint's, or the next best's if that is damaged."""
+    recipe = ("--max-steps=8", "--save-steps=2", "--batch-size=4", "--keep-best")
+    rate = "--learning-rate=0.3"  # too high, so that the last isn't the best
+    call("train", *shared, "--run-name", "best", *recipe, rate, cwd=project)
     folder = project / "outputs/price-best"
     history = read(folder / "run.json")["history"]
     errors = {entry["step"]: entry["eval_mae"] for entry in history if "eval_mae" in entry}
+    best, next_best, *_ = sorted(errors, key=errors.get)
     assert list(errors) == [2, 4, 6, 8]
-    adapters = {step: (folder / f"checkpoint-{step}" / ADAPTER).read_bytes() for step in errors}
-    best = min(errors, key=errors.get)
     assert best != 8
-    adapter = (folder / ADAPTER).read_bytes()
-    assert [step for step in errors if adapters[step] == adapter] == [best]
+    adapters = {step: (folder / f"checkpoint-{step}" / ADAPTER).read_bytes() for step in errors}
+    assert (folder / ADAPTER).read_bytes() == adapters[best]
+
+    (folder / ADAPTER).unlink()
+    flip(folder / f"checkpoint-{best}" / ADAPTER)
+    said = call("train", "--local", "--resume", "best", cwd=project)
+    assert f"checkpoint-{best}, the best, is skipped: {ADAPTER} is corrupt" in said
+    assert (folder / ADAPTER).read_bytes() == adapters[next_best]
 
 
 def test_eight_bit_stays_reachable(call, shared, project):
@@ -526,19 +449,6 @@ def test_single_item_leaves_no_nan(call, trained_project):
         assert not re.search(r"\bnan\b", path.read_text("utf-8"))
 
 
-def test_card_says_what_was_measured(judged):
-    """Data, base and number of items are those of the evaluation."""
-    results, record = read(judged / "eval/results.json"), read(judged / "run.json")
-    assert results["differences"] == []
-    assert results["base_identity"] == record["base_identity"]
-    card = ModelCard.load(judged / "README.md")
-    data, error = results["data"], f"{results['mae']:,.2f}"
-    count = f"the first {results['n']} of {data['rows']} test items"
-    source = util.public_source(data["source"])
-    for shown in (count, source, data["fingerprint"], results["base_identity"], error):
-        assert shown in card.text
-
-
 def test_card_snippet_prices_item(trained, monkeypatch, capsys):
     """As it stands, from the prompt to its price."""
     monkeypatch.chdir(trained)
@@ -597,21 +507,12 @@ def test_other_base_is_evaluated_apart(call, shared, tiny_base, trained_project)
 # Full disks
 
 
-def fill(folder, room):
-    """Leaves `room` KiB on the folder's disk."""
-    with open(folder / "ballast", "wb", buffering=0) as file:
-        with suppress(OSError):
-            while True:
-                file.write(bytes(4096))
-        file.truncate(file.tell() - 1024 * room)
-
-
 @pytest.mark.parametrize("typed, room", FULL_DISK)
 def test_full_disk_is_one_line(call, shared, trained, small_disk, typed, room):
     """Whatever room was left at the start; the disk holds the same as before."""
-    disk = small_disk(40, "outputs")
+    disk = small_disk(40)
     shutil.copytree(trained / "outputs", disk, dirs_exist_ok=True)
-    fill(disk, room)
+    child.fill_disk(disk, room)
     before = contents(disk)
     catalogue = write_catalogue(disk.parent / "new.jsonl", 2000)
     write_catalogue(disk.parent / "few.jsonl", 4)
@@ -626,12 +527,12 @@ def test_full_disk_is_one_line(call, shared, trained, small_disk, typed, room):
 
 
 @pytest.mark.parametrize("arguments, line", MISTAKES, ids=[typed for typed, _ in MISTAKES])
-def test_mistakes_end_in_one_line(call, tiny_base, trained_project, arguments, line):
+def test_mistakes_end_in_one_line(call, shared, tiny_base, trained_project, arguments, line):
     """With exit code 1; the line says what is wrong, and nothing is changed."""
     before = contents(trained_project / "outputs")
-    said = call(*arguments.format(base=tiny_base).split(), cwd=trained_project, code=1)
-    stage = arguments.split()[0]
-    (shown,) = [one for one in said.splitlines() if one.startswith(f"app.py {stage}: ")]
+    typed = arguments.format(base=tiny_base, train=" ".join(("train", *shared))).split()
+    said = call(*typed, cwd=trained_project, code=1)
+    (shown,) = [one for one in said.splitlines() if one.startswith(f"app.py {typed[0]}: ")]
     assert line in shown
-    if "--demo" not in arguments:  # which unpacks its base
+    if "--demo" not in typed:  # which unpacks its base
         assert contents(trained_project / "outputs") == before
