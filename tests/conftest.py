@@ -74,6 +74,12 @@ def pytest_xdist_auto_num_workers(config):
     return 2 if is_whole and os.cpu_count() > 1 else 0
 
 
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, or in the end one process waits for the other."""
+    slow = ("test_stages", "test_units", "test_resume", "test_processes", "test_notebook")
+    items.sort(key=lambda item: item.path.stem not in slow)
+
+
 def read(path):
     """The content of a JSON file."""
     return json.loads(Path(path).read_text("utf-8"))
