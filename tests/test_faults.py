@@ -30,12 +30,13 @@ def test_each_file_is_checked(trained_project):
 
 @pytest.mark.parametrize("damage", [os.remove, cut, flip])
 def test_damaged_checkpoint_is_skipped(call, trained, trained_project, damage):
-    """It is named, the one before it counts, and the time of both sessions is in the record."""
+    """It is named, the one before it counts, by whose settings it goes on; times add up."""
     run = trained_project / RUN
     damage(run / "checkpoint-6/optimizer.pt")
     (run / ADAPTER_FILE).unlink()
     record = read(run / "run.json")
-    items.write_json(run / "run.json", record | {"seconds": {"load": 100, "train": 1000}})
+    changed = {"seed": 43, "seconds": {"load": 100, "train": 1000}}
+    items.write_json(run / "run.json", record | changed)
     said = call(*RESUME, cwd=trained_project)
     assert "checkpoint-6 is skipped: optimizer.pt is " in said
     assert "Resuming from step 3" in said

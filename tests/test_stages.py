@@ -13,7 +13,6 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
