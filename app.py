@@ -358,6 +358,10 @@ def set_up_libraries():
     # Or `datasets` and TRL would report what they read and train to hosts of their own
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # What `accelerate config` and W&B's own settings would change, the plan wouldn't say
+    for name in list(os.environ):
+        if name.startswith("ACCELERATE_") or name in ("WANDB_LOG_MODEL", "WANDB_WATCH"):
+            del os.environ[name]
     # Warnings between the pinned libraries
     warnings.simplefilter("ignore", FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")

@@ -151,7 +151,10 @@ def truncate(summaries, tokenizer, max_tokens):
         if len(text) > limit and len(ids[row]) <= max_tokens + 8:
             (ids[row],) = encode([text], tokenizer)
         if len(ids[row]) > max_tokens:
-            truncated[row] = tokenizer.decode(ids[row][:max_tokens]).rstrip()
+            kept = tokenizer.decode(ids[row][:max_tokens])
+            if not text.startswith(kept):  # its last character may be several tokens
+                kept = kept.rstrip("\N{REPLACEMENT CHARACTER}")
+            truncated[row] = kept.rstrip()
     return truncated
 
 

@@ -218,6 +218,8 @@ def check_architecture(base):
         # Gradients vanish in FP8 layers without an error: transformers issue 46736
         reason = f"its weights are stored as {stored.get('quant_method')}"
         refuse(path, reason, "Take the original, or one in nf4")
+    if "/" in str(config._attn_implementation):
+        refuse(path, f"its config.json asks for another's kernel, {config._attn_implementation}")
     if find_adapter_config_file(path, revision=base.revision):
         refuse(path, "transformers would load the adapter beside it", "Move adapter_config.json")
     if config.is_encoder_decoder:

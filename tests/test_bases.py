@@ -272,6 +272,7 @@ UNUSABLE = {
     "merged": ({}, merge_dollar, r"merges the 0 of `Price is \$0.00` with what is beside it"),
     "two problems": (GPTQ, drop_end_of_text, "stored as gptq.*\n.*has no end-of-text token"),
     "8 bits": (EIGHT_BITS, None, "are stored as bitsandbytes"),
+    "kernel": ({"_attn_implementation": "some/kernel"}, None, "asks for another's kernel, some/"),
     "cut": ({}, keep_half, "is no complete safetensors file"),
     "adapter": ({}, lambda folder: (folder / "adapter_config.json").touch(), "the adapter beside"),
 }

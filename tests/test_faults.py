@@ -7,7 +7,7 @@ import pytest
 
 import child
 import items
-from conftest import DATASET, cut, flip, read, write_catalogue
+from conftest import DATASET, TRAIN, cut, flip, read, write_catalogue
 from util import ADAPTER_FILE
 
 RUN = "outputs/price-first"
@@ -135,3 +135,12 @@ def test_two_prepares_leave_one_whole(shared, tmp_path):
     assert items.manifest_problem(folder) is None
     kept = sum(read(folder / "prepare.json")["kept"].values())
     assert sum(map(len, items.load_prompts(folder).values())) == kept
+
+
+def test_accelerate_config_changes_nothing(call, shared, trained, project):
+    """What `accelerate config` answered would change the precision; the plan is what counts."""
+    environment = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    call("train", *shared, "--run-name", "first", *TRAIN, cwd=project, environment=environment)
+    assert (project / RUN / ADAPTER_FILE).read_bytes() == (
+        trained / RUN / ADAPTER_FILE
+    ).read_bytes()

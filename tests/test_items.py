@@ -82,13 +82,19 @@ def test_batches_agree_with_single_items(tokenizer):
         assert cut["train"] == sum(item.count_tokens(tokenizer) > cutoff for item in items)
 
 
-@pytest.mark.parametrize("word", ["word ", "價格", "<|endoftext|> lamp\n"])
+@pytest.mark.parametrize("word", ["word ", "價格", "x🧉", "<|endoftext|> lamp\n"])
 def test_long_text_is_cut_as_whole(tokenizers, word):
-    """Only its beginning is tokenised, yet what is kept is what all of its tokens would give."""
+    """Only its beginning is tokenised, yet what is kept is what all of its tokens would give.
+
+    It ends with a whole character.
+    """
     text = 100 * word
     for tokenizer in tokenizers:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert truncate([text], tokenizer, 30) == [tokenizer.decode(ids[:30]).rstrip()]
+        for count in (30, 31, 32):
+            (kept,) = truncate([text], tokenizer, count)
+            assert kept == tokenizer.decode(ids[:count]).rstrip("\ufffd").rstrip()
+            assert text.startswith(kept)
 
 
 def test_only_train_and_val_are_rounded(smol_tokenizer):
