@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import child
 import items
 import util
 from conftest import TRAIN, contents, read, write_catalogue
@@ -27,7 +26,6 @@ SCALES = [
     for currency in ("$", "€", "CHF", "kr.")
 ]
 SHORT = ("--max-steps", "2", "--batch-size", "4", "--save-steps", "2")
-FACTORS = {0.01: Decimal("0.01"), 1: Decimal(1), 10: Decimal(10)}
 
 
 # Scales
@@ -157,15 +155,14 @@ def alike(call, number_base, tmp_path_factory):
     """{unit: the folder of the three stages}, with the same prompts but for what they mean."""
     shared = ("--lite", "--local", "--base-model", number_base)
     folders = {}
-    for unit, factor in FACTORS.items():
+    for unit in (0.01, 1):
         folder = folders[unit] = tmp_path_factory.mktemp("unit")
-        catalogue = write_catalogue(folder / "catalogue.jsonl", factor=factor)
+        catalogue = write_catalogue(folder / "catalogue.jsonl", factor=Decimal(str(unit)))
         hook = {"cwd": folder, "hook": "same_prompts", "options": (unit,)}
         call("prepare", *shared, "--source", catalogue, "--unit", str(unit), **hook)
         call("train", *shared, "--run-name", "run", "--price-loss", "1", *SHORT, **hook)
         call("eval", "--local", "--size", "all", "--compare-base", **hook)
         call("eval", "--local", "--input", catalogue, "--output", "priced.csv", **hook)
-        call("eval", "--local", "--export", "merged", **hook)
     return folders
 
 
@@ -173,7 +170,7 @@ def test_units_train_alike(alike):
     adapters = {
         unit: (folder / RUN / util.ADAPTER_FILE).read_bytes() for unit, folder in alike.items()
     }
-    assert adapters[0.01] == adapters[1] == adapters[10]
+    assert adapters[0.01] == adapters[1]
     expected = read(alike[1] / RUN / "run.json")["history"]
     for unit, folder in alike.items():
         for found, entry in zip(read(folder / RUN / "run.json")["history"], expected, strict=True):
@@ -212,13 +209,6 @@ def test_guesses_and_intervals_scale(alike, file):
         for found, row in zip(table, expected, strict=True):
             for name in ("guess", "low", "high"):
                 assert float(found[name]) == pytest.approx(unit * float(row[name]), abs=0.006)
-
-
-def test_exports_are_checked_alike(alike):
-    pattern = r"differ from the run's by at most (.*?)% of the probability"
-    (moved,) = re.findall(pattern, child.said(alike[1]))
-    for folder in alike.values():
-        assert re.findall(pattern, child.said(folder)) == [moved]
 
 
 @pytest.fixture(scope="module")
