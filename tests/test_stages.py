@@ -13,6 +13,7 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
+from datasets import Dataset
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +21,7 @@ import child
 import util
 from app import RECIPES, build_quant_config
 from conftest import DATASET, TRAIN, contents, flip, plain_loss, read, train_losses, write_catalogue
-from items import IGNORED, load_prompts, tokenise, write_json
+from items import COURSE_SCALE, IGNORED, load_prompts, tokenise, write_json
 
 RUN = "outputs/price-first"
 STEADY = {"batch_size": 16, "learning_rate": 1e-2, "logging_steps": 1, "lora_dropout": 0.0}
@@ -198,6 +199,15 @@ def test_packed_training_has_padded_losses(build, build_packed):
     losses = train_losses(padded)
     assert len(losses) == 6
     assert train_losses(packed) == pytest.approx(losses, abs=1e-4)
+
+
+def test_longest_validation_row_is_checked(splits, tiny_base):
+    """Its length can be what a window or learned positions don't allow."""
+    row = {"prompt": COURSE_SCALE.prompt("Title: " + 90 * "lamp "), "completion": "9.00"}
+    splits["val"] = Dataset.from_list([splits["val"][0], row])
+    tokenizer = util.Base(tiny_base).tokenizer
+    data = util.make_training_data(splits, tokenizer, 2)
+    assert len(data.extremes[-1]["input_ids"]) > data.lengths.max()
 
 
 def test_compiled_training_has_padded_losses(build, build_packed):
@@ -409,7 +419,10 @@ def test_exported_model_answers_as_run(call, trained_project, splits):
     assert 0 < float(found[1]) < 15
     plain = trained_project / "plain"
     assert set(os.listdir(plain)) >= {"model.safetensors", "tokenizer.json", "README.md"}
-    assert "quantization_config" not in read(plain / "config.json")
+    config = read(plain / "config.json")
+    assert "quantization_config" not in config
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]  # for transformers 4
+    assert read(plain / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
     model = AutoModelForCausalLM.from_pretrained(plain)
     assert model.dtype == torch.bfloat16
 
