@@ -186,7 +186,12 @@ class Base:
 
     def check_length(self, tokens):
         """Raises UserError if rows of so many tokens are longer than the base has positions."""
-        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        config = self.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        rotation = getattr(config, "rope_parameters", None) or {}
+        if rotation.get("rope_type") in ("dynamic", "longrope"):
+            # Beyond these a row's rotations depend on the longest row beside it
+            positions = rotation.get("original_max_position_embeddings", positions)
         if positions and tokens > positions:
             reason = f"reads at most {positions:,} tokens, and the longest row has {tokens:,}"
             refuse(self.path, reason, "Prepare with a lower `cutoff`, or take another base model")
@@ -2259,8 +2264,10 @@ class Project:
         record = read_record(adapter)
         if not record:
             mode = "lite" if name.endswith("-lite") else mode
-            base = items.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-            record = {"run": name, "project": self.name, "mode": mode, "base_model": base}
+            config = items.read_json(adapter / "adapter_config.json")
+            record = {"run": name, "project": self.name, "mode": mode}
+            record["base_model"] = config.get("base_model_name_or_path")
+            record["base_identity"] = config.get("revision")  # a commit of it, perhaps
         run = Run.from_record(folder, record)
         return replace(run, adapter=adapter, hub=on_hub or run.hub)
 

@@ -209,6 +209,26 @@ def test_run_is_judged_and_exported(base, run, rows, tmp_path):
             assert util.difference(found, expected) < 0.1
 
 
+def test_micro_batches_add_up(base, prepared):
+    """The loss and every gradient of 8 rows are those of 2 × 4 and of 4 × 2."""
+    tokenizer = util.Base(base).tokenizer
+    train = items.load_prompts(prepared / DATASET)["train"]
+    tokens = items.tokenise(train.select(range(8)), tokenizer, "train")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    found = {}
+    for size in (8, 4, 2):
+        model.zero_grad()
+        losses = []
+        for start in range(0, len(tokens), size):
+            batch = [tokens[row] for row in range(start, start + size)]
+            losses.append(util.summed_loss(model, util.collate_padded(batch)))
+            losses[-1].backward()
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        found[size] = [sum(losses).detach(), *(gradient.clone() for gradient in gradients)]
+    for size in (4, 2):
+        torch.testing.assert_close(found[size], found[8], rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_adapted_is_what_is_said(base, run):
     """Both recipes reach the linear layers that they mean, and count them; experts never."""
     adapted = json.loads((run[1] / "adapter_config.json").read_text())["target_modules"]
