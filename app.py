@@ -730,7 +730,6 @@ def price_items(
     hf_user: str | None = None,
     run_name: str | None = None,
     revision: str | None = None,
-    compare_base: bool = False,
     decode: str = "median",
     source: str | None = None,
     text: str | None = None,
@@ -751,10 +750,11 @@ def price_items(
     rows, notes = items.own_rows(
         source, text, base.tokenizer, cutoff, columns, run.scale, run.data, decimal
     )
-    print("\n".join(notes))
+    for note in notes:
+        print(note)
 
     open_reader = partial(util.open_reader, base, rows=rows, **options)
-    answers = util.read_answers(open_reader, run, rows, decode, compare_base)
+    answers = util.read_answers(open_reader, run, rows, decode)
     table = util.price_table(rows, answers)
     print(util.format_prices(table, run.scale))
     if output:

@@ -3214,9 +3214,6 @@ def price_table(rows, answers):
         entry = {"line": row["line"], "title": row["title"], "guess": round(estimate.guess, 2)}
         entry |= {"low": estimate.low, "high": estimate.high}
         table.append(entry | {"price": truth_of(row) if row["completion"] else None})
-    if answers.of_base:
-        for entry, estimate in zip(table, answers.of_base, strict=True):
-            entry["base_guess"] = round(estimate.guess, 2)
     return table
 
 
@@ -3225,12 +3222,9 @@ def format_prices(table, scale=items.COURSE_SCALE):
     lines = []
     for row in table[:SHOWN_ITEMS]:
         low, high = scale.format_whole(row["low"]), scale.format_whole(row["high"])
-        note = f"80 %: {low} to {high}"
-        if "base_guess" in row:
-            note += f"; untouched base: {scale.format(row['base_guess'])}"
-        guess = scale.format(row["guess"])
         title = " ".join(row["title"].split())
-        lines.append((guess, f"({note})", items.shorten(title, 80)))
+        guess = scale.format(row["guess"])
+        lines.append((guess, f"(80 %: {low} to {high})", items.shorten(title, 80)))
     texts = align(lines, "><<")
     if len(table) > SHOWN_ITEMS:
         texts.append(f"… and {len(table) - SHOWN_ITEMS:,} more")
@@ -3246,12 +3240,10 @@ def score_own_rows(run, answers, rows, source, folder, seed):
     if not priced:
         return {}
     rows = [rows[i] for i in priced]
-    of_run = [answers.of_run[i] for i in priced]
-    of_base = answers.of_base and [answers.of_base[i] for i in priced]
-    answers = replace(answers, of_run=of_run, of_base=of_base)
+    answers = replace(answers, of_run=[answers.of_run[i] for i in priced])
     splits = items.splits_trained_on(folder, run.data.get("fingerprint"))
     title = f"{run.folder.name} on {items.readable(Path(source).name)}"
-    results, _ = score(rows, of_run, title, run.calibration)
+    results, _ = score(rows, answers.of_run, title, run.calibration)
     constants = run.data.get("constants", {})
     results |= score_others(rows, answers, constants, splits, {}, seed)
     results["run"] = run.name
