@@ -3269,6 +3269,9 @@ def export_run(run, base, splits, folder, **reader_options):
         gc.collect()  # models have reference cycles
     options = {name: reader_options[name] for name in ("quant_config", "precision")}
     model = load_merged(base, run.adapter, **options, out_precision="bf16")
+    if hasattr(base.config, "quantization_config"):
+        # Those of 4-bit weights can't be reversed; transformers does the same for GGUF files
+        model._weight_conversions = None
     model.save_pretrained(folder)
     for weights in Path(folder).glob("*.safetensors"):
         weights.chmod(0o644)  # written for its owner only; servers run as somebody else

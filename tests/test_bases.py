@@ -436,7 +436,7 @@ def test_window_shorter_than_a_row_is_seen(smol_tokenizer, rows, packed_attentio
 
 
 def test_stored_nf4_computes_in_the_plans_type(tiny_base, tmp_path):
-    """Its own type is bf16; here all is computed in fp32."""
+    """Its own type is bf16; here all is computed in fp32. It can be exported, too."""
     quantisation = app.build_quant_config(True, True)
     stored = AutoModelForCausalLM.from_pretrained(
         tiny_base, dtype=torch.bfloat16, quantization_config=quantisation, device_map="cpu"
@@ -450,3 +450,7 @@ def test_stored_nf4_computes_in_the_plans_type(tiny_base, tmp_path):
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
     assert set(floats) == {torch.float32}
     assert {p.dtype for p in util.dequantise(model).parameters()} == {torch.float32}
+
+    config = app.RunConfig(base_model=str(tmp_path), local=True, output_dir=str(tmp_path))
+    merged = app.export_model(config, str(tmp_path / "merged"), run_name="base")
+    assert AutoModelForCausalLM.from_pretrained(merged).dtype == torch.bfloat16
