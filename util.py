@@ -30,6 +30,7 @@ import statistics
 import sys
 import textwrap
 import time
+import zipfile
 from base64 import b64encode
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -242,14 +243,17 @@ def check_architecture(base):
 
 
 def check_tensors(file):
-    """Raises UserError unless a safetensors file is complete and holds weights."""
+    """Raises UserError unless a file of weights is complete and holds some."""
     try:
-        with safe_open(file, framework="pt") as tensors:
-            problem = "" if tensors.keys() else "it holds no weights"
+        if file.suffix == ".bin":
+            problem = "" if zipfile.is_zipfile(file) else "no end"
+        else:
+            with safe_open(file, framework="pt") as tensors:
+                problem = "" if tensors.keys() else "it holds no weights"
     except (SafetensorError, OSError) as error:  # it is cut, or a pointer of Git LFS
         problem = error
     if problem:
-        reason = f"is no complete safetensors file ({problem})"
+        reason = f"is no complete file of weights ({problem})"
         refuse(file, reason, "Download it again, by `git lfs pull` if it comes from Git LFS")
 
 
@@ -332,8 +336,9 @@ def open_base(name, revision=None, demo_folder=None):
     problems = items.Problems()
     with problems:
         check_architecture(base)
-        for file in sorted(Path(base.path).glob("*.safetensors")):
-            check_tensors(file)
+        for file in sorted(Path(base.path).glob("*model*.*")):
+            if file.suffix in (".bin", ".safetensors"):
+                check_tensors(file)
     with problems:
         check_tokenizer(base.path, base.tokenizer)
     problems.report()

@@ -144,7 +144,7 @@ DAMAGES = {
     "compiled": (change_weights(rename_as_compiled), "misplaced"),
     "half": (change_weights(keep_second_layer), "8 of its tensors are missing"),
     "nan": (change_weights(make_one_nan), "1 of its tensors are missing, misplaced or not finite"),
-    "cut": (lambda folder: cut(folder / util.ADAPTER_FILE), "is no complete safetensors file"),
+    "cut": (lambda folder: cut(folder / util.ADAPTER_FILE), "is no complete file of weights"),
     "pointer": (make_pointer, "git lfs pull"),
     "rank": (lambda folder: change_config(folder, r=4), "its adapter doesn't fit"),
     "unknown kind": (lambda folder: change_config(folder, peft_type="NEW"), "can't read"),

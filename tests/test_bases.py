@@ -274,6 +274,10 @@ def keep_half(folder):
     (folder / "model.safetensors").write_bytes(bytes(8) + b"{}")
 
 
+def write_pointer(folder):
+    (folder / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1")
+
+
 def with_own_code(folder):
     file = folder / "config.json"
     config = json.loads(file.read_text())
@@ -294,7 +298,8 @@ UNUSABLE = {
     "two problems": (GPTQ, drop_end_of_text, "stored as gptq.*\n.*has no end-of-text token"),
     "8 bits": (EIGHT_BITS, None, "are stored as bitsandbytes"),
     "kernel": ({"_attn_implementation": "some/kernel"}, None, "asks for another's kernel, some/"),
-    "cut": ({}, keep_half, "is no complete safetensors file"),
+    "cut": ({}, keep_half, "is no complete file of weights"),
+    "cut pickle": ({}, write_pointer, "is no complete file of weights"),
     "adapter": ({}, lambda folder: (folder / "adapter_config.json").touch(), "the adapter beside"),
 }
 
