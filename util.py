@@ -8,11 +8,11 @@
      3. Speed                all that is there for speed only, and the self-check that guards it
      4. Planning             precision, micro-batch, weights and memory, each with its reason
      5. Training             the data, the loss, the trainer and its arguments
-     6. Going on             signals, complete checkpoints, pushes, memory that runs out
-     7. Runs                 run.json, checkpoints, the Hub, Weights & Biases
-     8. Figures              answers and distributions → errors, scores and their intervals
-     9. Evaluations          of runs, and of the user's own items; their tables; exports
-    10. Charts and report    and model cards
+     6. The training loop    signals, checkpoints and their pushes, memory that runs out
+     7. Runs                 run.json, finding and locking them, pushing them, Weights & Biases
+     8. Figures              distributions → answers → errors, scores, intervals; saved with charts
+     9. Evaluations          of runs, and of own items; what they are compared with; exports
+    10. Charts and report    drawn here, saved by save_predictions (8) and save_run (7); cards
 
 app.py imports this module where a stage begins: it takes seconds.
 """
@@ -1869,7 +1869,7 @@ def training_arguments(run, plan):
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Going on
+# 6. The training loop
 
 
 class StopOnSignal(TrainerCallback):
