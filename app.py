@@ -183,7 +183,7 @@ class Recipe:
     What can be AUTO is, with data that aren't the course's, unless it is given.
     """
 
-    epochs: int | str = setting(1, "passes over the training rows", or_auto(1), full=3)
+    epochs: int | str = setting(1, "passes over the rows, or auto", or_auto(1), full=3)
     max_steps: int | None = setting(None, "steps after which training ends", at_least(1), demo=80)
     batch_size: int | str = setting(32, "rows a step, all processes", or_auto(1), full=256, demo=4)
     learning_rate: float | str = setting(1e-4, "its peak", or_auto(1e-12, float), demo=1.5e-3)
@@ -529,6 +529,8 @@ def prepare_prompts(
         user = config.data_user or DEFAULT_DATA_USER
         options = {"columns": columns, "unit": unit, "currency": currency, "decimal": decimal}
         catalogue = items.find_catalogue(source, user, config.mode, config.seed, **options)
+    if config.demo_mode:
+        problems.report()  # before the base is unpacked, which takes 40 s
     with problems:
         base = open_base(config)
     problems.report()
@@ -677,7 +679,7 @@ def evaluate_model(
     decode: str = "median",
     earlier: tuple = (),
 ) -> dict:
-    """Evaluates a run on the first `size` rows of its test split (None: all).
+    """Evaluates a run on the first `size` rows of its test split.
 
     Compares it with constants, words alone, runs evaluated `earlier` and, if asked for, the
     untouched base. Mode and, unless the config names others, base and data are the run's. Writes

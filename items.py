@@ -995,8 +995,8 @@ def file_rows(path):
                 yield line, row
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: not in UTF-8, soon after line {line:,}. Save it as UTF-8; Excel calls that "
-            "`CSV UTF-8`."
+            f"{path}: not in UTF-8, in line {line + 1:,} or soon after. Save it as UTF-8; Excel "
+            "calls that `CSV UTF-8`."
         ) from error
     except json.JSONDecodeError as error:
         text = f"line {line + error.lineno:,} is no JSON: {error.msg}. Correct or remove it."
@@ -1020,7 +1020,7 @@ def json_rows(file):
     for line, row in enumerate(rows, 1):
         if not is_array and not row.strip():
             continue
-        value = row if is_array else json.loads(row)
+        value = row if is_array else json.loads(row.strip())
         yield line, value if isinstance(value, dict) else "not a JSON object"
 
 
@@ -1333,7 +1333,8 @@ def find_columns(path, names, chosen, earlier=None, needed=("title", "price", "t
     if missing:
         raise UserError(
             f"{path}: no column for {' and '.join(missing)}; found: "
-            f"{shorten(', '.join(names), SHOWN_NAMES)}. Say which by `columns`, like price=NAME."
+            f"{shorten(', '.join(names), SHOWN_NAMES)}. Say which by `columns`, like "
+            "title=NAME price=NAME text=NAME."
         )
     return columns
 
@@ -1392,7 +1393,7 @@ def read_own(path, rows, decimal, *choice):
             used.append(f"{role} from {found if isinstance(found, str) else ' or '.join(found)}")
     notes = [f"Columns: {', '.join(used)}"]
     if decimal:
-        notes.append(f"Prices: the decimal sign is `{decimal}`; `decimal` says otherwise")
+        notes.append(f"Prices: 1.234 and 1,234 are read with `{decimal}` as the decimal sign")
     about = {"columns": columns, "decimal": decimal, "written_currency": currency or None}
     items = Dataset.from_file(file)
     return OwnFile(folder, items, lines, prices, keys, dropped, about, notes)
@@ -1461,6 +1462,10 @@ def own_catalogue(path, seed, columns=None, unit=None, currency="$", decimal=Non
 
     highest = scale.format_whole(scale.highest)
     notes = [*own.notes, f"Unit: {scale.step}, for prices up to {highest}"]
+    coarse = float((prices[kept] < 3 * scale.unit).mean())
+    if coarse > 0.1:
+        few = scale.format_whole(scale.amount(3))
+        notes[-1] += f"; {coarse:.0%} are below {few}, to which a smaller `unit` is fairer"
     written = own.about["written_currency"]
     if is_foreign(written, scale):
         notes.append(
@@ -1512,7 +1517,9 @@ def own_rows(
         return rows, []
     if own.dropped:
         own.notes.append(f"Skipped:\n  {format_dropped(own.dropped)}")
-    if unjudged:
+    if len(unjudged[PRICE_MISSING]) == len(rows):
+        own.notes.append("Prices: the file has none, so the guesses aren't scored")
+    elif any(unjudged.values()):
         own.notes.append(f"Not judged:\n  {format_dropped(unjudged)}")
     return rows, own.notes
 

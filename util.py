@@ -1418,9 +1418,9 @@ def make_plan(base, run, data, use_bf16, micro_batch=None, fast=True):
         fits = "memory has room" if plan.dequantised else "no room for it dequantised"
     parameters = targets.count_parameters(recipe.lora_r)
     loss = "cross-entropy of the completions"
-    if recipe.price_loss:
-        spread = data.scale.format(data.spread)
-        loss += f" + {recipe.price_loss:g} × CRPS of the prices / {spread}"
+    for name, kind in ADDED_LOSSES.items():
+        if getattr(recipe, name):
+            loss += f" + {getattr(recipe, name):g} × {kind.describe(data)}"
     steps = count_steps(recipe, rows)
     epochs = steps / math.ceil(rows / recipe.batch_size)  # of which the last step can be smaller
     notes = {name: run.plan[name] for name in ("Schedule",) if name in run.plan}
@@ -1510,7 +1510,7 @@ def loss_agrees(model, rows, collate, precision):
             answer = [label for label in row["labels"] if label != items.IGNORED]
             logits = plain_logits(model, [row["input_ids"]], len(answer) + 1)[:, :-1]
             expected += sum(completion_losses(logits, [answer])[0])
-        found = summed_loss(model, BatchEncoding(collate(rows)).to(model.device)).item()
+        found = summed_losses(model, BatchEncoding(collate(rows)).to(model.device)).item()
     return abs(found - expected) <= LAYER_TOLERANCES[precision] * expected
 
 
@@ -1602,12 +1602,14 @@ def collate_padded(rows):
     return inputs | labelled(inputs["labels"])
 
 
-def summed_loss(model, inputs, price_loss=None):
-    """The loss of a micro-batch, padded or packed: that of its completions' tokens, summed.
+def summed_losses(model, inputs, added=()):
+    """The losses of a micro-batch, padded or packed, each summed over its completions' tokens.
+
+    A tensor of the cross-entropy and the `added` ones, such as a PriceLoss.
 
     The logits are the model's own, of these positions only: as `logits_to_keep` models take
     positions that are the same in all rows, and TRL multiplies by the head's weights itself, which
-    is another model where logits are scaled or capped. `price_loss` is a PriceLoss, or None.
+    is another model where logits are scaled or capped.
     """
     others = {name: inputs[name] for name in inputs if name not in ("labels", "logits_to_keep")}
     labels, kept = inputs["labels"].flatten(), inputs["logits_to_keep"]
@@ -1624,10 +1626,10 @@ def summed_loss(model, inputs, price_loss=None):
     if len(logits) != len(kept):  # the model has another way to its head
         logits = logits[kept]
     logits, targets = logits.float(), labels[kept + 1]
-    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    if price_loss is None:
-        return loss
-    return loss + price_loss.of_tokens(logits, targets, labels[kept] == items.IGNORED)
+    is_first = labels[kept] == items.IGNORED
+    losses = [torch.nn.functional.cross_entropy(logits, targets, reduction="sum")]
+    losses += [loss.of_tokens(logits, targets, is_first) for loss in added]
+    return torch.stack(losses)
 
 
 @dataclass
@@ -1641,7 +1643,17 @@ class PriceLoss:
     weight: float
     spread: float  # units: mean absolute deviation of the training prices
     number_ids: torch.Tensor  # the token of each of NUMBERS
-    latest: torch.Tensor | None = None  # of the last micro-batch, without gradient
+
+    @classmethod
+    def of_run(cls, weight, data, tokenizer, device):
+        """The loss for a run's TrainingData and tokenizer."""
+        number_ids = torch.tensor(find_number_ids(tokenizer, data.scale), device=device)
+        return cls(weight, max(float(data.scale.number(data.spread)), 0.5), number_ids)
+
+    @staticmethod
+    def describe(data):
+        """What its weight is multiplied by, for the plan."""
+        return f"CRPS of the prices / {data.scale.format(data.spread)}"
 
     def of_tokens(self, logits, targets, is_first):
         """The loss of logits, tokens × vocabulary, that `targets` follow."""
@@ -1650,18 +1662,20 @@ class PriceLoss:
         reached = logits[:, self.number_ids].softmax(-1).cumsum(-1)
         # CRPS: ∑ (F(n) − [n ≥ truth])², in whole units (Gneiting & Raftery 2007)
         scores = (reached - is_truth.cumsum(-1)).square().sum(-1)
-        loss = self.weight / self.spread * (scores * (is_truth.any(-1) & is_first)).sum()
-        self.latest = loss.detach()
-        return loss
+        return self.weight / self.spread * (scores * (is_truth.any(-1) & is_first)).sum()
+
+
+# {field of the recipe, its weight: what is added to the cross-entropy if that isn't 0}
+ADDED_LOSSES = {"price_loss": PriceLoss}
 
 
 class PriceTrainer(SFTTrainer):
     """SFTTrainer with our loss, that also validates by the mean absolute error."""
 
-    def __init__(self, *, val_rows, stopper, in_tree, price_loss=None, **options):
+    def __init__(self, *, val_rows, stopper, in_tree, added, **options):
         super().__init__(**options)
-        self.price_loss = price_loss  # PriceLoss, or None
-        self.sums = torch.zeros(2, device=self.args.device)  # losses and price losses to be logged
+        self.added = added  # {name: loss} of ADDED_LOSSES
+        self.sums = torch.zeros(1 + len(added), device=self.args.device)  # to be logged
         self.val_rows = val_rows  # of prompt and completion
         self.stopper = stopper
         self.validated = (None, [])  # step, Estimates of the validation rows
@@ -1676,19 +1690,19 @@ class PriceTrainer(SFTTrainer):
         """A micro-batch's share of a step's loss. TRL's also waits for the GPU, to measure more."""
         torch.compiler.cudagraph_mark_step_begin()  # the last step's tensors may be overwritten
         # DDP averages the processes' gradients, each of which is a share of the whole batch's
-        loss = summed_loss(model, inputs, self.price_loss) / num_items_in_batch * world_size()
-        if self.price_loss:
-            price_loss = self.price_loss.latest / num_items_in_batch * world_size()
-            self.sums += torch.stack([loss.detach(), price_loss])
-        return loss
+        losses = summed_losses(model, inputs, self.added.values())
+        losses = losses / num_items_in_batch * world_size()
+        if self.added:
+            self.sums += losses.detach()
+        return losses.sum()
 
     def log(self, logs, start_time=None):
-        """Logs the price loss apart, so that the `loss` is what that of the validation is."""
-        if self.price_loss and "loss" in logs:
-            total, price = self.accelerator.gather(self.sums[None]).sum(0).tolist()
+        """Logs added losses apart, so that the `loss` is what that of the validation is."""
+        if self.added and "loss" in logs:
+            sums = self.accelerator.gather(self.sums[None]).sum(0)
             self.sums.zero_()
-            logs["price_loss"] = logs["loss"] * price / total
-            logs["loss"] -= logs["price_loss"]
+            shares = (logs["loss"] * sums / sums.sum()).tolist()
+            logs |= dict(zip(("loss", *self.added), shares, strict=True))
         super().log(logs, start_time)
 
     def evaluate(self, *_, **__):
@@ -1756,7 +1770,7 @@ class Progress(ProgressCallback):
         error = self.scale.format(logs.get("eval_mae", 0.0))
         texts = {
             "loss": "loss {:.3f}",
-            "price_loss": "price loss {:.3f}",
+            **{name: name.replace("_", " ") + " {:.3f}" for name in ADDED_LOSSES},
             "eval_loss": "validation loss {:.3f}",
             "eval_mae": f"validation error {error} (n = {self.val_size})",
             "learning_rate": "LR {:.1e}",
@@ -1781,16 +1795,16 @@ def build_trainer(model, tokenizer, data, run, plan, stopper):
     collator = collate_padded
     if plan.attention:
         collator = PackedCollator(plan.micro_batch, data.lengths, plan.graphs)
-    price_loss = None
-    if recipe.price_loss:
-        spread = max(float(data.scale.number(data.spread)), 0.5)
-        ids = torch.tensor(find_number_ids(tokenizer, data.scale), device=model.device)
-        price_loss = PriceLoss(recipe.price_loss, spread, ids)
+    added = {}
+    for name, kind in ADDED_LOSSES.items():
+        weight = getattr(recipe, name)
+        if weight:
+            added[name] = kind.of_run(weight, data, tokenizer, model.device)
     trainer = PriceTrainer(
         val_rows=data.val_rows,
         stopper=stopper,
         in_tree=plan.in_tree,
-        price_loss=price_loss,
+        added=added,
         model=model,
         processing_class=tokenizer,
         train_dataset=data.train,
@@ -2082,7 +2096,7 @@ def go_on_without(trainer, plan, error):
 
 def training_log(trainer):
     """What training logged, without timings: the same for an interrupted and a resumed run."""
-    names = ["step", "epoch", "loss", "price_loss", "grad_norm", "learning_rate"]
+    names = ["step", "epoch", "loss", *ADDED_LOSSES, "grad_norm", "learning_rate"]
     names += ["eval_loss", "eval_mae"]
     return [
         {name: entry[name] for name in names if name in entry}
@@ -3146,7 +3160,7 @@ def footnotes(results):
         lines.append(f"This run's error less that of {name}, on the same items: {difference}")
     scores = results["distribution"]
     step = f" (to the nearest {scale.step})" if scale.unit > 1 else ""
-    width = ""
+    width = "; their width isn't calibrated, which takes 20 validation rows"
     if "calibrated_on" in scores:
         width = f"; {scores['calibrated_on']:,} validation rows set their width"
     outside = 100 * max(0, scores["outside"])  # rounding makes it negative
@@ -3677,7 +3691,7 @@ off by {{ scale.format(row.error) }}; 80 % interval {{ scale.format_whole(row.lo
 <h2>What the words mean</h2>
 <dl>
 <dt>± 95 %<dd>Half the 95 % interval of the mean error: what another sample could change.
-<dt>r²<dd>The part of the prices' variance that the guesses explain; 0 % for the mean price.
+<dt>r²<dd>The part of the prices' variance that the guesses explain; 0 % if all are their mean.
 <dt>80 % interval<dd>Four of five true prices should lie within it.
 <dt>Log score<dd>Minus the logarithm of the probability given to the true price; smaller is better.
 <dt>CRPS<dd>How far the whole distribution is from the true price, in money; smaller is better.

@@ -221,7 +221,7 @@ def test_micro_batches_add_up(base, prepared):
         losses = []
         for start in range(0, len(tokens), size):
             batch = [tokens[row] for row in range(start, start + size)]
-            losses.append(util.summed_loss(model, util.collate_padded(batch)))
+            losses.append(util.summed_losses(model, util.collate_padded(batch)))
             losses[-1].backward()
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         found[size] = [sum(losses).detach(), *(gradient.clone() for gradient in gradients)]

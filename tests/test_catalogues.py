@@ -79,7 +79,7 @@ def test_what_was_made_is_said(tmp_path):
     catalogue = items.own_catalogue(write_lines(tmp_path / "own.jsonl", *rows), seed=1)
     assert catalogue.notes == [
         "Columns: title from NAME, price from Cost, text from Body (HTML)",
-        "Prices: the decimal sign is `,`; `decimal` says otherwise",
+        "Prices: 1.234 and 1,234 are read with `,` as the decimal sign",
         "Unit: $0.01, for prices up to $9.99",
         "Currency: the prices are in €, the prompts say $; `currency` € makes them say €",
     ]
@@ -186,7 +186,7 @@ def test_decimal_commas_without_quotes_are_refused(tmp_path, header):
         ("own.json", b"[1, 2]", "none of its rows is usable; 2 × not a JSON object"),
         ("own.json", b'[{"title": "A"},\n{"title": "B" "text"}]', "line 2 is no JSON: Expecting"),
         ("own.json", b'[{"title": "A"}\n]\n[{"title": "B"}]', "line 3 is no JSON: Extra data"),
-        ("own.jsonl", b'{"title": "A"}\n{"title": "B"', "line 2 is no JSON: Expecting"),
+        ("own.jsonl", b'{"title": "A"}\n{"title": "B"\n{}', "line 2 is no JSON: Expecting"),
         ("own.jsonl", b'{"title": "A", "text": "a", "price": 0}', "Dropped: 1 × price is zero"),
         ("own.parquet", b"no parquet", "can't be read: "),
         ("own.csv", b"title,price,text\na,1,b\n\xff\xfe,1,2", "not in UTF-8"),

@@ -160,7 +160,6 @@ def test_price_loss_equals_brute_force(llama_tokenizer):
     found = loss.of_tokens(logits, targets, is_first)
     expected = sum(loss_by_brute_force(loss, logits[i], n) for i, n in ((0, 219), (3, 0)))
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert loss.latest == found
     gradients = [torch.autograd.grad(one, logits)[0] for one in (found, expected)]
     assert abs(gradients[0]).max() > 0
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-12)

@@ -258,7 +258,7 @@ def test_trained_loss_is_the_models(build, packed_attention, is_packed):
         lengths = numpy.array([len(row["input_ids"]) for row in rows])
         collate = util.PackedCollator(len(rows), lengths)
         model.set_attn_implementation(util.PACKED)
-    assert util.summed_loss(model, collate(rows)).item() == pytest.approx(expected, rel=1e-5)
+    assert util.summed_losses(model, collate(rows)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_out_of_memory_takes_smaller_micro_batches(call, shared, project):

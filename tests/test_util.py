@@ -179,7 +179,7 @@ def test_differences_say_which_is_better(difference, low, high, expected):
 def test_table_says_what_intervals_hold(results):
     """Rounding can leave a little less than no probability."""
     table = util.format_table(results)
-    assert "The 80 % intervals hold 95 % of the true prices; log score 5.000" in table
+    assert "The 80 % intervals hold 95 % of the true prices; their width isn't calibrated" in table
     assert "no price 0.00 %" in table
     results["distribution"]["calibrated_on"] = 500
     table = util.format_table(results)
