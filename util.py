@@ -1130,8 +1130,12 @@ def describe_checks(found):
     """The result of self_check in words."""
     used = " and ".join(way for way, is_right in found.items() if is_right)
     unused = " and ".join(way for way, is_right in found.items() if not is_right)
-    text = f"same as plain forward passes: {used or 'nothing'}"
-    return f"{text}; different, so not used: {unused}" if unused else text
+    texts = []
+    if used:
+        texts.append(f"same as plain forward passes: {used}")
+    if unused:
+        texts.append(f"different from plain forward passes, so not used: {unused}")
+    return "; ".join(texts)
 
 
 def difference(found, expected):
