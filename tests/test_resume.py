@@ -303,7 +303,8 @@ def plan_for(large_base, monkeypatch):
         monkeypatch.setattr(util, "memory", lambda: util.Memory(0, available, 0))
         config = app.RunConfig(base_model=large_base.path, lite_mode=True, local=True)
         run = app.new_run(config, "planned", app.RECIPES["lite"], True, changes)
-        data = SimpleNamespace(lengths=LENGTHS)
+        row = {"input_ids": [0] * int(LENGTHS.max())}
+        data = SimpleNamespace(lengths=LENGTHS, extremes=[row])
         return util.make_plan(large_base, run, data, False, micro_batch)
 
     return plan_for
