@@ -91,12 +91,12 @@ def test_course_texts_stay_whole(tmp_path):
     """Letter by letter, with whatever stands in them; others get the course's form."""
     rows = [
         {"title": " Desk", "category": "c", "summary": SUMMARY, "price": 7.0},
-        {"title": "Desk", "category": "c", "summary": "Walnut", "price": 2},
+        {"title": "Desk", "category": ["c", "d"], "summary": "Walnut", "price": 2},
     ]
     found = read_items(write_lines(tmp_path / "own.jsonl", *rows))
     assert [text for _, text in found.values()] == [
         SUMMARY,
-        "Title: Desk\nCategory: c\nDescription: Walnut",
+        "Title: Desk\nCategory: c > d\nDescription: Walnut",
     ]
 
 
@@ -133,12 +133,10 @@ def test_every_format_reads_alike(tmp_path, ending, separator):
 BAD_ROWS = [  # from line 2 on
     ('{"title": "B", "text": "b"}', "price is missing"),
     ('{"title": "B", "text": "b", "price": 0}', "price is zero or negative"),
-    ('{"title": "B", "text": "b", "price": NaN}', "price is missing"),
     ('{"title": "B", "text": "b", "price": true}', "price is no single amount"),
     ('{"title": "B", "text": "nan", "price": 3}', "text is empty or not text"),
     ('{"title": "N/A", "text": "b", "price": 3}', "title is empty or not text"),
     ('"B"', "not a JSON object"),
-    ("[1, 2]", "not a JSON object"),
     (f'{{"title": "B", "text": "b", "price": 1{"0" * 400}}}', "price is no single amount"),
     ('{"title": "B \\ud800", "text": "b", "price": 3}', "title has an incomplete character"),
 ]
@@ -151,7 +149,7 @@ def test_bad_rows_are_named_by_line(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text("\n".join([first, *(line for line, _ in BAD_ROWS), *last]))
     found = read_items(path)
-    assert (found.pop(1)[0], found.pop(13)[0]) == (1.5, 999.49)
+    assert (found.pop(1)[0], found.pop(11)[0]) == (1.5, 999.49)
     assert found == {line: reason for line, (_, reason) in enumerate(BAD_ROWS, 2)}
 
 
@@ -166,28 +164,14 @@ def test_quotes_in_tsv_enclose_cells(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "header", ["title,price,text", "title,price,text,category,sku", "title,price,text,,,"]
-)
-def test_decimal_commas_without_quotes_are_refused(tmp_path, header):
-    """They shift cells, so that the price would be 19 and the description 99."""
-    path = tmp_path / "own.csv"
-    ends = "," * (header.count(",") - 2)
-    path.write_text(f"{header}\nPan,19,99,Steel pan{ends}\n")
-    with pytest.raises(UserError, match="more cells than the header has .line 2."):
-        read_items(path)
-
-
-@pytest.mark.parametrize(
     "name, content, expected",
     [
         ("own.jsonl", b'{"title": "A", "text": "a"}', "no column for price; found: title, text."),
-        ("own.jsonl", b'{"a": "A"}', "no column for title and price and text; found: a."),
         ("own.csv", b"title,price,text\n", "none of its rows is usable; there are none"),
         ("own.json", b"[1, 2]", "none of its rows is usable; 2 × not a JSON object"),
         ("own.json", b'[{"title": "A"},\n{"title": "B" "text"}]', "line 2 is no JSON: Expecting"),
         ("own.json", b'[{"title": "A"}\n]\n[{"title": "B"}]', "line 3 is no JSON: Extra data"),
         ("own.jsonl", b'{"title": "A"}\n{"title": "B"\n{}', "line 2 is no JSON: Expecting"),
-        ("own.jsonl", b'{"title": "A", "text": "a", "price": 0}', "Dropped: 1 × price is zero"),
         ("own.parquet", b"no parquet", "can't be read: "),
         ("own.csv", b"title,price,text\na,1,b\n\xff\xfe,1,2", "not in UTF-8"),
         (
@@ -196,6 +180,9 @@ def test_decimal_commas_without_quotes_are_refused(tmp_path, header):
             "(line 4, in the row that begins in line 2). Close each quote",
         ),
         ("own.csv", b"title,price,price,text\na,1,2,b\n", "more than one column is called price"),
+        ("own.csv", b"title,price,text,,\nPan,19,99,Steel pan,,\n", "more cells than the header"),
+        ("own.csv", "title,Price ($),Price (€),text\na,1,2,b".encode(), "Price (€)? Say which"),
+        ("own.csv", b"title,price,text\na,1,b\nc,2,d\n", "of at least 3"),
         ("own.xlsx", b"", "Save it as `CSV UTF-8`"),
         ("missing.csv", None, "can't be read: No such file"),
     ],
@@ -243,7 +230,6 @@ def test_earlier_columns_are_known(tmp_path):
         (["name", "Cost", "Sales Price"], {}, "price", "Sales Price"),
         (["name", "Amount", "Cost Price", "Selling Price"], {}, "price", "Selling Price"),
         (["name", "Unit Price", "price", "MSRP"], {}, "price", "price"),
-        (["name", "Amount"], {}, "price", "Amount"),
         (["name", "Price ($)", "Price (€)"], {"price": ["Price (€)"]}, "price", "Price (€)"),
         (["Product", "Item", "Price"], {"category": ["Product"]}, "title", "Item"),
     ],
@@ -251,11 +237,6 @@ def test_earlier_columns_are_known(tmp_path):
 def test_usual_columns_are_found(names, chosen, role, expected):
     """What the customer pays is the price; a chosen column is no other role's."""
     assert items.find_columns("own.csv", [*names, "text"], chosen)[role] == expected
-
-
-def test_prices_of_two_currencies_are_told_apart():
-    with pytest.raises(UserError, match=r"own.csv: Price \(\$\) or Price \(€\)\? Say which"):
-        items.find_columns("own.csv", ["title", "Price ($)", "Price (€)", "text"], {})
 
 
 @pytest.mark.parametrize(
@@ -274,12 +255,6 @@ def test_next_text_column_counts(cells, text):
     assert items.text_of(cells, ["summary", "body"]) == text
 
 
-def test_lists_of_categories_become_paths(tmp_path):
-    row = {"title": "T", "categories": ["Home", "Kitchen"], "text": "x", "price": 1}
-    found = read_items(write_lines(tmp_path / "own.jsonl", row))
-    assert found[1][1] == "Title: T\nCategory: Home > Kitchen\nDescription: x"
-
-
 # Prices
 
 
@@ -288,13 +263,11 @@ def test_lists_of_categories_become_paths(tmp_path):
     [
         ("12", 12, ""),
         ("1.234,50", 1234.5, ","),
-        ("1 234,50 €", 1234.5, ","),
         ("1\u202f234.50\u00a0€", 1234.5, "."),
         ("CHF 1'234.–", 1234, "."),
         ("1.299,-", 1299, ","),
         ("US $ 1,29,999", 129999, "."),
         ("Rs.999/-", 999, ""),
-        ("299:-", 299, ""),
         ("￥5,500.5", 5500.5, "."),
         ("&pound;12.50&nbsp;", 12.5, "."),
         ("19.989999999999998", 19.989999999999998, "."),
@@ -305,8 +278,6 @@ def test_lists_of_categories_become_paths(tmp_path):
         ("from $9.99", None, ""),
         ("99¢", None, ""),
         ("12<sup>99</sup>", None, ""),
-        ("12&sup2;", None, ""),
-        ("1,2,3", None, ""),
         ("1,234.567,8", None, ""),
         ("19⁹⁹", None, ""),
         ("٣", None, ""),
@@ -336,7 +307,6 @@ def read_column(cells, decimal=None):
         (["1.299", "5,5"], None, [1299, 5.5]),
         (["1.299", "19.99"], None, [None, 19.99]),
         (["19.990", "1250.000"], None, [None, 1250]),
-        (["19.990", "1250.000"], ".", [19.99, 1250]),
         (["19.990", "5.500"], None, [None, None]),
         (["¥19,990", "¥5,500"], None, [19990, 5500]),
         (["KWD 19.990", "KWD 5.500"], None, [None, None]),
@@ -443,7 +413,6 @@ def test_no_cell_takes_long(part):
         ("size <5 and >3", "size <5 and >3"),
         ("1 < 2 & 3 > 2; & co;", "1 < 2 & 3 > 2; & co;"),
         ("R&D, AT&T, a&copy, &unknown;", "R&D, AT&T, a&copy, &unknown;"),
-        ("12&#34; x &#x41;", '12" x A'),
         ("  a \t b\r\n\r\n  c\u00a0\u2009d ", "a b\nc d"),
     ],
 )
@@ -457,14 +426,12 @@ def test_html_becomes_text(text, expected):
     [
         ("Pan", "Panasonic microwave", "Panasonic microwave"),
         ("Pan", "Pan with a lid", "with a lid"),
-        ("Pan", "Pan - with a lid", "with a lid"),
         ("Pan", "Pan: with a lid", "with a lid"),
         ("Pan", "Pan\nwith a lid", "with a lid"),
         ("Pan", "Pan", ""),
         ("Freezer", "Freezer -5 degrees", "-5 degrees"),
         ("Pan", "Pan's lid", "Pan's lid"),
         ("12", "12.5 V", "12.5 V"),
-        ("Sony α", "Sony α7", "Sony α7"),
     ],
 )
 def test_titles_are_cut_at_word_ends(title, text, expected):
@@ -504,7 +471,6 @@ def test_equal_descriptions_share_a_split(tmp_path):
         (1, 599, (540, 30, 30)),
         (90, 10, (90, 5, 5)),
         (98, 2, (98, 1, 1)),
-        (96, 4, (96, 2, 2)),
         (1, 2, (1, 1, 1)),
     ],
 )
@@ -515,11 +481,6 @@ def test_large_group_goes_to_train(large, small, expected):
     assert tuple(len(part) for part in parts) == expected
     assert split_by_title(rows, seed=3) == parts
     assert split_by_title(rows, seed=4) != parts
-
-
-def test_two_titles_are_too_few():
-    with pytest.raises(UserError, match="at least 3"):
-        split_by_title(named("ab"), seed=0)
 
 
 def prompts_of(**splits):
@@ -548,17 +509,6 @@ def test_near_duplicates_are_found_exactly(train, test):
 # Own items to price
 
 
-def test_own_items_need_no_price(tmp_path, smol_tokenizer):
-    """Those without a usable one have an empty completion; rows may repeat others."""
-    rows = [{"title": "A", "text": "a", "price": price} for price in (5.0, "5", None, "1299")]
-    path = write_lines(tmp_path / "own.jsonl", *rows, {"title": "B"})
-    found, (_, skipped, unjudged) = items.own_rows(path, None, smol_tokenizer, 110)
-    assert [row["completion"] for row in found] == ["5.0", "5.0", "", ""]
-    assert [row["line"] for row in found] == [1, 2, 3, 4]
-    assert skipped == "Skipped:\n  1 × text is empty or not text (line 5)"
-    assert unjudged.startswith("Not judged:\n  1 × price is missing (line 3)\n  1 × price is out")
-
-
 @pytest.mark.parametrize(
     "options, completion",
     [
@@ -574,12 +524,3 @@ def test_other_currencies_are_not_judged(tmp_path, smol_tokenizer, options, comp
     (found,), notes = items.own_rows(path, None, smol_tokenizer, 110, **options)
     assert found["completion"] == completion
     assert ("price is in EUR, the run's are in $ (line 1)" in notes[-1]) == (not completion)
-
-
-def test_one_text_is_an_item(smol_tokenizer):
-    (row,), notes = items.own_rows(None, "Brass <b>lamp</b>\nTall", smol_tokenizer, 110)
-    assert row["prompt"] == prompt_of("Title: Brass lamp\nDescription: Tall")
-    assert (row["title"], row["completion"], notes) == ("Brass lamp", "", [])
-    for text in (None, " ", "<br>", "a \ud800"):
-        with pytest.raises(UserError, match="The text: none of its rows is usable; 1 × title"):
-            items.own_rows(None, text, smol_tokenizer, 110)

@@ -26,6 +26,8 @@ def test_each_file_is_checked(trained_project):
             assert items.manifest_problem(folder) == f"{name} is corrupt"
             flip(folder / name)
         assert items.manifest_problem(folder) is None
+        cut(folder / items.MANIFEST)
+        assert items.manifest_problem(folder) == "manifest.json is corrupt"
 
 
 @pytest.mark.parametrize("damage", [os.remove, cut, flip])
@@ -107,14 +109,6 @@ def test_live_run_is_not_resumed(call, shared, project):
     process.kill()
     child.finish(process)
     call("train", "--local", "--resume", "live", "--dry-run", cwd=project)
-
-
-def test_leftovers_are_no_new_run(call, shared, project):
-    folder = project / "outputs/price-mine"
-    folder.mkdir()
-    (folder / "notes.txt").write_text("keep")
-    said = call("train", *shared, "--run-name", "mine", cwd=project, code=1)
-    assert "outputs/price-mine exists. Give another name" in said
 
 
 def test_two_evaluations_leave_one_whole(shared, trained_project):

@@ -17,11 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 import child
 import items
-from conftest import cut, flip
+from conftest import flip
 from items import (
     MANIFEST,
     Item,
-    Problems,
     Prompts,
     UserError,
     build_prompts,
@@ -30,7 +29,6 @@ from items import (
     fingerprint,
     finish_interrupted_replace,
     item_splits,
-    manifest_problem,
     prompt_of,
     read_prompts,
     read_rows,
@@ -163,14 +161,14 @@ def splits_of(completions, prompts=None, split="test"):
         ([Decimal("5.10")], "5.10", "5.00"),
     ],
 )
-def test_completions_are_read_as_meant(published, in_test, in_train):
+def test_completions_are_read_as_meant(capsys, published, in_test, in_train):
     """Plain ones letter by letter, cents in training rows rounded; other columns are left out."""
     test = read_rows("a/b", splits_of(published))["test"]
     assert test["completion"][:] == in_test.split()
     assert test.column_names == ["prompt", "completion"]
-    if in_train:
-        train = read_rows("a/b", splits_of(published, split="train"))["train"]
-        assert train["completion"][:] == in_train.split()
+    train = read_rows("a/b", splits_of(published, split="train"))["train"]
+    assert train["completion"][:] == in_train.split()
+    assert "completions are read as whole numbers" in capsys.readouterr().out
 
 
 NO_PRICES = ("1,299.00", "nan", "12 USD", "1e2", "-5", "999.50", "١٢", None, -1.0, 1299.0, True)
@@ -208,8 +206,6 @@ OWN = {"cutoff": 110, "columns": {}}
     "place, about, is_own",
     [
         ("ed-donner/items_prompts_lite", {}, False),
-        ("alice/items_prompts_lite", {"cutoff": 110}, False),
-        ("alice/items_prompts_lite", OWN, True),
         ("alice/items_prompts_lite", {}, True),
         ("outputs/datasets/items_prompts_lite", {"cutoff": 110}, False),
         ("outputs/datasets/items_prompts_lite", OWN, True),
@@ -235,13 +231,6 @@ def saved(tmp_path, smol_tokenizer):
     return folder
 
 
-def test_saved_prompts_load_unchanged(saved):
-    prompts = read_prompts(saved)
-    assert prompts.is_recorded
-    assert prompts.source == "a test"
-    assert [len(prompts.splits[name]) for name in items.SPLITS] == [20, 5, 5]
-
-
 def test_damaged_cache_is_made_again(saved, capsys):
     """The libraries read a copy of the dataset there, which no manifest covers."""
     expected = read_prompts(saved).fingerprint
@@ -255,9 +244,8 @@ def test_damaged_cache_is_made_again(saved, capsys):
 
 
 def test_corrupt_dataset_is_one_line(saved):
+    """Also where no manifest names the file."""
     (saved / "val.parquet").write_bytes(b"PAR1 cut")
-    with pytest.raises(UserError, match="val.parquet is corrupt. Run the stage prepare again"):
-        read_prompts(saved)
     (saved / MANIFEST).unlink()
     with pytest.raises(UserError, match="can't be loaded .*Run the stage prepare again"):
         read_prompts(saved)
@@ -277,17 +265,6 @@ def write_files(folder, text):
     for name in "abc":
         (folder / name).write_text(text)
     write_json(folder / "d.json", text)
-
-
-def test_error_keeps_the_old_folder(tmp_path):
-    """What was half written when the error came doesn't count."""
-    folder = tmp_path / "data"
-    write_files(folder, "old")
-    with pytest.raises(KeyError), replacing(folder) as new:
-        write_files(new, "new")
-        raise KeyError
-    assert (folder / "a").read_text() == "old"
-    assert os.listdir(tmp_path) == ["data"]
 
 
 def test_link_leads_to_what_is_replaced(tmp_path):
@@ -376,61 +353,6 @@ def test_unwritable_output_is_named_first(tmp_path, name):
         items.check_output(tmp_path / name, tmp_path / "in.csv")
 
 
-@pytest.fixture()
-def sealed(tmp_path):
-    """A folder with two files and a manifest."""
-    (tmp_path / "state.json").write_text('{"step": 3}')
-    (tmp_path / "weights.bin").write_bytes(bytes(range(256)) * 16)
-    write_manifest(tmp_path)
-    return tmp_path
-
-
-def test_sealed_folder_has_no_problem(sealed):
-    """Nor does one that is sealed again, or has files that came later."""
-    write_manifest(sealed)
-    (sealed / "later.txt").write_text("later")
-    assert manifest_problem(sealed) is None
-
-
-def replace_by_folder(file):
-    file.unlink()
-    file.mkdir()
-
-
-@pytest.mark.parametrize(
-    "name, damage, problem",
-    [
-        ("weights.bin", os.remove, "is missing"),
-        ("weights.bin", cut, "is corrupt"),
-        ("weights.bin", flip, "is corrupt"),
-        ("weights.bin", replace_by_folder, "can't be read (Is a directory)"),
-        (MANIFEST, os.remove, "is missing"),
-        (MANIFEST, cut, "is corrupt"),
-        (MANIFEST, replace_by_folder, "can't be read (Is a directory)"),
-    ],
-)
-def test_manifest_notices_damage(sealed, name, damage, problem):
-    damage(sealed / name)
-    assert manifest_problem(sealed) == f"{name} {problem}"
-
-
-# Problems
-
-
-def test_problems_are_reported_at_once():
-    """One line each in the order of the checks, equal ones once; what passes is not listed."""
-    problems = Problems()
-    for text in ("`source`: missing", None, "HF_TOKEN: refused", "`source`: missing"):
-        with problems:
-            if text:
-                raise UserError(text)
-    with pytest.raises(UserError) as error:
-        problems.report()
-    assert str(error.value) == "`source`: missing\nHF_TOKEN: refused"
-    with pytest.raises(KeyError), problems:  # no problem that a user could solve
-        raise KeyError
-
-
 # The demo's synthetic catalogue
 
 
@@ -438,19 +360,3 @@ def test_demo_is_the_same_for_a_seed():
     """To the bit: older runs are evaluated on it."""
     text = "".join(f"{item.summary}{item.price}" for item in demo_items(500, seed=7))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "dd869a2a29074418"
-
-
-def test_demo_wording_implies_the_price():
-    """Within $5 … $999; noise spreads about the wording's price."""
-    items = demo_items(500, seed=7)
-    implied = demo_items(500, seed=7, noise=0)
-    assert [item.summary for item in implied] == [item.summary for item in items]
-    price_of = {item.summary: item.price for item in implied}
-    assert [item.price for item in implied] == [price_of[item.summary] for item in implied]
-
-    assert min(item.price for item in items) >= 5
-    assert max(item.price for item in items) <= 999
-    ratios = sorted(item.price / price_of[item.summary] for item in items)
-    assert ratios[40] < 0.85
-    assert 0.95 < ratios[250] < 1.05
-    assert ratios[460] > 1.15
