@@ -241,18 +241,3 @@ def spoil_export():
         return model
 
     util.load_merged = load_spoiled
-
-
-def same_prompts(unit):
-    """Prompts of every unit are those of unit 1, so that only what their numbers mean differs."""
-    import items
-
-    derive = items.PriceScale.__post_init__
-
-    def derive_same_prompts(self):
-        derive(self)
-        self.question, self.prefix = items.QUESTION, items.PREFIX
-
-    items.PriceScale.__post_init__ = derive_same_prompts
-    scale = items.PriceScale(unit)
-    items.scale_of = lambda prompt: scale

@@ -1,23 +1,21 @@
-"""Prices in other units and currencies: number × unit, named by the prompts, money everywhere else.
-
-`alike` compares the three stages in two units: with the same prompts, which only a hook gives them,
-every figure of the one has to be that of the other, scaled.
-"""
+"""Prices in other units and currencies: number × unit, named by the prompts, money elsewhere."""
 
 import csv
 import json
 import re
 import shutil
+import statistics
 from decimal import Decimal
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import items
 import util
-from conftest import TRAIN, contents, read, write_catalogue
-from items import COURSE_SCALE, PriceScale, own_catalogue, scale_of
+from conftest import DATASET, TRAIN, contents, read, write_catalogue
+from items import COURSE_SCALE, PriceScale, load_prompts, own_catalogue, scale_of
 
 RUN = "outputs/price-run"
 SCALES = [
@@ -25,7 +23,6 @@ SCALES = [
     for unit in (0.01, 0.1, 1, 10, 1000)
     for currency in ("$", "€", "CHF", "kr.")
 ]
-SHORT = ("--max-steps", "2", "--batch-size", "4", "--save-steps", "2")
 
 
 # Scales
@@ -147,68 +144,38 @@ def test_colors_go_by_the_unit():
     ]
 
 
+def score_numbers(scale):
+    """The figures and the table of 40 prices, always the same numbers of a scale's units."""
+    rng = numpy.random.default_rng(0)
+    weights = rng.random((40, 1000)) ** 40
+    rows = []
+    for number in rng.lognormal(5, 1, 40).clip(1, 999).round(1):
+        rows.append({"prompt": scale.prompt("Title: Lamp"), "completion": str(number)})
+    estimates = util.estimate_prices(weights / weights.sum(1, keepdims=True), [7] * 40, rows)
+    return util.score(rows, estimates, "alike")
+
+
+@pytest.mark.parametrize("unit", [0.01, 1000])
+def test_units_are_scored_alike(unit):
+    """What is money is that of the course's unit times the unit; the rest is the same."""
+    expected, dollars = score_numbers(COURSE_SCALE)
+    found, table = score_numbers(PriceScale(unit, "€"))
+    assert (found["unit"], found["currency"]) == (unit, "€")
+    for row, other in zip(table, dollars, strict=True):
+        for name in ("truth", "guess", "low", "high"):
+            assert row[name] == pytest.approx(unit * other[name])
+    for name in ("mae", "mae_ci95"):
+        assert found[name] == pytest.approx(unit * expected[name])
+    assert found["r2"] == pytest.approx(expected["r2"])
+    assert found["intervals"] == expected["intervals"]
+    sizes = [[group["n"] for group in one["by_price"].values()] for one in (found, expected)]
+    assert sizes[0] == sizes[1]
+    scores = expected["distribution"]
+    crps = unit * scores["crps"]
+    assert found["distribution"] == pytest.approx(scores | {"crps": crps})
+
+
 # Stages
-
-
-@pytest.fixture(scope="module")
-def alike(call, number_base, tmp_path_factory):
-    """{unit: the folder of the three stages}, with the same prompts but for what they mean."""
-    shared = ("--lite", "--local", "--base-model", number_base)
-    folders = {}
-    for unit in (0.01, 1):
-        folder = folders[unit] = tmp_path_factory.mktemp("unit")
-        catalogue = write_catalogue(folder / "catalogue.jsonl", factor=Decimal(str(unit)))
-        hook = {"cwd": folder, "hook": "same_prompts", "options": (unit,)}
-        call("prepare", *shared, "--source", catalogue, "--unit", str(unit), **hook)
-        call("train", *shared, "--run-name", "run", "--price-loss", "1", *SHORT, **hook)
-        call("eval", "--local", "--size", "all", "--compare-base", **hook)
-        call("eval", "--local", "--input", catalogue, "--output", "priced.csv", **hook)
-    return folders
-
-
-def test_units_train_alike(alike):
-    adapters = {
-        unit: (folder / RUN / util.ADAPTER_FILE).read_bytes() for unit, folder in alike.items()
-    }
-    assert adapters[0.01] == adapters[1]
-    expected = read(alike[1] / RUN / "run.json")["history"]
-    for unit, folder in alike.items():
-        for found, entry in zip(read(folder / RUN / "run.json")["history"], expected, strict=True):
-            for name, value in entry.items():
-                factor = unit if name == "eval_mae" else 1
-                assert found[name] == pytest.approx(factor * value), name
-
-
-def test_units_are_evaluated_alike(alike):
-    expected = read(alike[1] / RUN / "eval/results.json")
-    for unit, folder in alike.items():
-        results = read(folder / RUN / "eval/results.json")
-        assert (results["unit"], results["currency"]) == (unit, "$")
-        for name in ("mae", "mae_ci95"):
-            assert results[name] == pytest.approx(unit * expected[name])
-            assert results["base"][name] == pytest.approx(unit * expected["base"][name])
-        assert results["r2"] == pytest.approx(expected["r2"])
-        assert results["intervals"] == expected["intervals"]
-        sizes = [group["n"] for group in results["by_price"].values()]
-        assert sizes == [group["n"] for group in expected["by_price"].values()]
-        for name, figures in expected["baselines"].items():
-            assert results["baselines"][name]["mae"] == pytest.approx(unit * figures["mae"])
-        scores = results["distribution"]
-        assert scores["crps"] == pytest.approx(unit * expected["distribution"]["crps"])
-        assert scores["nll"] == pytest.approx(expected["distribution"]["nll"])
-        assert scores["coverage_80"] == expected["distribution"]["coverage_80"]
-
-
-@pytest.mark.parametrize("file", [f"{RUN}/eval/predictions.csv", "priced.csv"])
-def test_guesses_and_intervals_scale(alike, file):
-    with open(alike[1] / file, encoding="utf-8", newline="") as lines:
-        expected = list(csv.DictReader(lines))
-    for unit, folder in alike.items():
-        with open(folder / file, encoding="utf-8", newline="") as lines:
-            table = list(csv.DictReader(lines))
-        for found, row in zip(table, expected, strict=True):
-            for name in ("guess", "low", "high"):
-                assert float(found[name]) == pytest.approx(unit * float(row[name]), abs=0.006)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +193,7 @@ def tens(call, shared, tmp_path_factory):
 
 
 def test_records_name_the_scale(tens):
-    dataset = read(tens / "outputs/datasets/items_prompts_lite/prepare.json")
+    dataset = read(tens / DATASET / "prepare.json")
     for record in (dataset, read(tens / RUN / "run.json")["data"]):
         assert (record["unit"], record["currency"]) == (10, "€")
     card = (tens / RUN / "README.md").read_text("utf-8")
@@ -236,6 +203,22 @@ def test_records_name_the_scale(tens):
     report = (tens / RUN / "eval/report.html").read_text("utf-8")
     assert "guess over its true price, in €" in report
     assert "$" not in report.partition("<h2>How it was measured")[0].partition("<h1>")[2]
+
+
+def test_figures_are_in_money(tens):
+    """Of validations and baselines, too; guesses by the median are whole steps."""
+    splits = load_prompts(tens / DATASET)
+    truths = {name: [util.truth_of(row) for row in rows] for name, rows in splits.items()}
+    constant = statistics.median(truths["train"])
+    expected = statistics.fmean(abs(constant - truth) for truth in truths["test"])
+    results = read(tens / RUN / "eval/results.json")
+    assert results["baselines"]["constant_median"]["mae"] == pytest.approx(expected)
+    errors = [entry.get("eval_mae") for entry in read(tens / RUN / "run.json")["history"]]
+    assert expected / 4 < min(filter(None, errors))
+    with open(tens / RUN / "eval/predictions.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["truth"]) for row in table] == truths["test"]
+    assert {float(row["guess"]) % 10 for row in table} == {0}
 
 
 def test_own_items_are_priced_in_its_unit(call, tens):
