@@ -33,13 +33,13 @@ MISTAKES = (  # what a user types, where only the run `first` is: what the one l
     ("eval --local --demo", "no finished run of price"),
     ("eval --local --run-name first --export outputs", "outputs: exists already"),
     ("eval --local --run-name first --compare first", "first: not evaluated yet"),
+    ("eval --local --run-name first --text <br>", "The text: none of its rows is usable"),
     ("train --demo --base-model {base}", "prepare --demo"),
     ("{train} --run-name first", "price-first exists"),
     ("train --lite", "HF_TOKEN is not set"),
     ("prepare --local --base-model {base} --source nosuch.csv", "can't be read: No such file"),
     ("prepare --demo --base-model .", "holds no config.json"),
     ("prepare --demo --base-model no/such-model", "no/such-model: not on the Hub"),
-    ("prepare --local --lite --base-model {base}", "ed-donner/items_lite: not on the Hub"),
     ("prepare --local --output-dir /proc/nowhere", "/proc/nowhere: can't be written to"),
     ("{train} --micro-batch 5 --batch-size 12", "--batch-size 12: has to be a multiple of 5"),
     ("{train} --price-loss 2.5", "--price-loss 2.5: needs a base whose tokenizer spells each"),
@@ -168,16 +168,6 @@ def test_price_loss_trains_the_distribution(build, number_base):
     found = [entry["price_loss"] for entry in trainer.state.log_history if "price_loss" in entry]
     assert len(found) == 10
     assert scores[1] < scores[0]
-
-
-def test_loss_is_on_completions_only(build, splits):
-    """Labels are the completion and the end of text; nothing of the prompt."""
-    trainer = build()
-    tokenizer = trainer.processing_class
-    for row, source in zip(trainer.train_dataset, splits["train"], strict=True):
-        labels = [label for label in row["labels"] if label != IGNORED]
-        assert tokenizer.decode(labels) == source["completion"] + tokenizer.eos_token
-        assert row["labels"][-len(labels) :] == labels
 
 
 @pytest.fixture()
@@ -394,13 +384,14 @@ def test_own_items_get_same_prices(call, trained_project, judged, splits):
         for name in ("guess", "low", "high"):
             assert row[name] == other[name]
     assert "Skipped:\n  1 × title is empty or not text (line 7)" in said
+    assert "Not judged:\n  1 × price is missing (line 2)" in said
     assert "n = 6" in said
     assert "words alone: ridge regression" in said
     assert "Note: 2 of these rows were trained on" in said
 
 
 def test_one_description_is_priced(call, trained_project):
-    text = ("--text", "Brass lamp\nwith a shade", "--decode", "mean")
+    text = ("--text", "Brass <b>lamp</b>\nwith a shade", "--decode", "mean")
     said = call(*JUDGE, *text, "--output", "o.jsonl", cwd=trained_project)
     row = read(trained_project / "o.jsonl")
     assert row["title"] == "Brass lamp"
