@@ -8,7 +8,7 @@
 As on the real one, a repo that a client creates starts with a commit of .gitattributes, a private
 repo is missing to all but its owner, an unknown token gets 401 even for public repos, and a gated
 repo can be listed but not read. Unlike there: no Xet, no branch but main, no tags, pull
-requests, organisations, redirects or pages; one namespace to write to.
+requests, organisations, redirects, pages or ranges; one namespace to write to.
 """
 
 import base64
@@ -19,7 +19,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote
+from urllib.parse import unquote
 
 
 class Refusal(Exception):
@@ -262,11 +262,6 @@ class Handler(BaseHTTPRequestHandler):
             below = [path for path in below if "/" not in path[len(start) :]]
         return [infos[path] for path in below]
 
-    def paths_info(self, kind, name, revision):
-        wanted = parse_qs(self.body.decode()).get("paths", [])
-        infos = self.listing(kind, name, revision)
-        return [info for path, info in infos.items() if path in wanted]
-
     def resolve(self, kind, name, revision, path):
         repo = self.repo(kind, name)
         if repo.gated:
@@ -277,13 +272,7 @@ class Handler(BaseHTTPRequestHandler):
         content = files[path]
         headers = {"Content-Type": "application/octet-stream", "X-Repo-Commit": sha}
         headers["ETag"] = f'"{oid(path, content)}"'
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not wanted:
-            return 200, headers, content
-        start = int(wanted[1])
-        end = min(int(wanted[2] or len(content)), len(content) - 1)
-        headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
-        return 206, headers, content[start : end + 1]
+        return 200, headers, content
 
     def preupload(self, kind, name, revision):
         """What there is already: clients leave out what is the same."""
@@ -335,7 +324,6 @@ ROUTES = [  # the first that fits answers; the groups, unquoted, are its argumen
     ("POST", "/api/repos/create", Handler.create),
     ("GET", API + "/revision/([^/]+)", Handler.info),
     ("GET", API + "/tree/([^/]+)/?(.*)", Handler.tree),
-    ("POST", API + "/paths-info/([^/]+)", Handler.paths_info),
     ("POST", API + "/preupload/([^/]+)", Handler.preupload),
     ("POST", API + "/commit/([^/]+)", Handler.commit),
     ("GET", API, Handler.info),

@@ -28,12 +28,12 @@ FIGURES = ("n", "mae", "mae_ci95", "mse", "r2")
 REFUSALS = (  # what is typed, with which token: the beginnings of the lines that say why not
     ("train --lite --base-model meta/gated", WRITER, ["meta/gated: gated. Ask for access at"]),
     ("train --lite --base-model no/such", WRITER, ["no/such: not on the Hub"]),
-    ("train {shared} --hf-user bob", WRITER, ["bob: HF_TOKEN belongs to alice and may not write"]),
     ("train {shared}", READER, ["HF_TOKEN may only read."]),
     ("train {shared}", "hf_unknown", ["HF_TOKEN: the Hub refuses HF_TOKEN: it is mistyped, exp"]),
     ("train {shared} --data-user nobody", WRITER, ["nobody/items_prompts_lite: not on the Hub"]),
-    ("train {shared} --data-user half", WRITER, ["half/items_prompts_lite: lacks completion;"]),
-    ("train {shared} --log-wandb", WRITER, ["--log-wandb: WANDB_API_KEY is not set, and no"]),
+    ("train {shared} --data-user gaps", WRITER, ["gaps/items_prompts_lite: row 1 of val: the"]),
+    ("train {shared} --data-user chat", WRITER, ["chat/items_prompts_lite: can't be loaded ("]),
+    ("eval {shared} --run-name base --data-user half", WRITER, ["half/items_prompts_lite: lacks"]),
     ("eval {shared} --run-name nosuch", WRITER, ["alice/price-nosuch: not on the Hub"]),
     ("prepare {shared}", WRITER, ["ed-donner/items_lite: not on the Hub"]),
     ("train {shared} --run-name a..b", WRITER, ["alice/price-a..b: the Hub allows no such name"]),
@@ -357,9 +357,12 @@ def test_dry_run_writes_nothing(online, hub, data):
 def test_refusals_come_at_once(online, hub, prepared, tiny_base, monkeypatch, typed, token, lines):
     """One line each, all of them, before any weights are read."""
     splits = load_prompts(prepared / DATASET)
-    half = {name: Dataset.from_list([{"prompt": "What?"}]) for name in SPLITS}
+    half = Dataset.from_list([{"prompt": "What?"}])
     put_dataset(hub, "ed-donner/items_prompts_lite", splits)
-    put_dataset(hub, "half/items_prompts_lite", half)
+    put_dataset(hub, "half/items_prompts_lite", dict.fromkeys(SPLITS, half))
+    put_dataset(hub, "gaps/items_prompts_lite", dict(splits, val=half))
+    chat = Dataset.from_list([{"prompt": [{"role": "user", "content": "What?"}]}])
+    put_dataset(hub, "chat/items_prompts_lite", dict(splits, val=chat))
     hub.put("models", "meta/gated", contents(tiny_base), gated=True)
     monkeypatch.setattr(util, "load_quantised", None)
     start = time.time()
@@ -384,63 +387,6 @@ def test_local_project_asks_no_hub(online, hub, tiny_base, catalogue):
     assert not hub.requests
 
 
-# Data as people publish them
-
-
-def published(prepared, change, which=SPLITS):
-    """The prepared prompts, the rows of the splits `which` changed; Datasets by name."""
-    splits = dict(load_prompts(prepared / DATASET))
-    for name in which:
-        rows = [change(dict(row), i) for i, row in enumerate(splits[name])]
-        splits[name] = Dataset.from_list(rows)
-    return splits
-
-
-def with_thousands(row, index):
-    return row | {"completion": "1,299.00"} if index == 1 else row
-
-
-def as_floats(row, index):
-    return {"id": index} | row | {"completion": float(row["completion"])}
-
-
-def as_chat(row, index):
-    question = {"role": "user", "content": row["prompt"]}
-    return {"prompt": [question], "completion": [question | {"content": row["completion"]}]}
-
-
-@pytest.mark.parametrize(
-    "stage, change, which, line",
-    [
-        ("train", with_thousands, SPLITS, "row 2 of train: the completion '1,299.00' has to be a"),
-        ("eval", with_thousands, ["test"], "row 2 of test: the completion '1,299.00' has to be a"),
-        ("train", as_chat, ["val"], "can't be loaded ("),
-    ],
-)
-def test_unusable_rows_are_named(online, hub, prepared, monkeypatch, stage, change, which, line):
-    """In one line, before a model is loaded."""
-    put_dataset(hub, "bob/items_prompts_lite", published(prepared, change, which))
-    monkeypatch.setattr(util, "load_quantised", None)
-    named = ("--run-name", "base") if stage == "eval" else ()
-    said = online(stage, *SHARED, *named, "--data-user", "bob", "--local", code=1)
-    (printed,) = [one for one in said.splitlines() if one.startswith("app.py")]
-    assert f": bob/items_prompts_lite: {line}" in printed
-
-
-def test_plain_meaning_is_read(online, hub, data, prepared):
-    """Floats and more columns: the figures are those of the data that prepare made."""
-    put_dataset(hub, "bob/items_prompts_lite", published(prepared, as_floats))
-    judge = ("eval", *SHARED, "--local", "--run-name", "base")
-    online(*judge)
-    expected = read("outputs/price-base/eval/results.json")
-    assert "completions are read as whole numbers" in online(*judge, "--data-user", "bob")
-    results = read("outputs/price-base/eval/results.json")
-    assert results["data"]["source"] == "bob/items_prompts_lite"
-    for name in ("mae", "baselines"):
-        assert results[name] == expected[name]
-    online("train", *SHARED, "--local", "--data-user", "bob", "--run-name", "new", *SHORT)
-
-
 # Outages: nothing is lost, and the later push completes
 
 
@@ -449,7 +395,6 @@ def test_plain_meaning_is_read(online, hub, data, prepared):
     [
         "prepare {shared} --source any.csv",
         "train {shared}",
-        "train {shared} --local",
         "eval {shared} --run-name nosuch",
         "eval {shared} --run-name base",
     ],
