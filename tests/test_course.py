@@ -25,7 +25,6 @@ DATA = {
     "a generator": (item for item in ITEMS),
     "dumped items": DUMPED,
     "rows": ROWS,
-    "a Dataset": Dataset.from_list(ROWS),
     "a slice of it": Dataset.from_list(ROWS)[:30],
     "a Dataset of items": Dataset.from_list(DUMPED),
     "a DataFrame of items": pandas.DataFrame(DUMPED),

@@ -88,7 +88,6 @@ def test_fp8_trains_as_bf16(build):
     ("flash", "use_bf16", "precision", "expected"),
     [
         (True, True, "bf16", util.PACKED),
-        (True, True, "fp16", util.PACKED),
         (True, True, "fp32", util.PACKED_EFFICIENT),
         (False, True, "bf16", util.PACKED_EFFICIENT),
         (True, False, "fp16", util.PACKED_EFFICIENT),

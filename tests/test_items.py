@@ -1,4 +1,4 @@
-"""Prompts letter by letter, catalogues row by row, and files that are complete or not there."""
+"""Prompts, tokens and published rows; files that are complete or not there."""
 
 import glob
 import hashlib
@@ -44,24 +44,13 @@ SUMMARY = (
     "Title: Walnut desk\nCategory: Furniture\nBrand: Cedar\n"
     "Description: Solid and dependable.\nDetails: 48 inches"
 )
-QUESTION = "What does this cost to the nearest dollar?"
 
 
-def make_item(price=219.0):
+def make_item(price):
     return Item(title="Walnut desk", category="Furniture", price=price, summary=SUMMARY)
 
 
 # Items and prompts
-
-
-def test_prompt_letter_by_letter(tokenizer):
-    item = make_item(218.51)
-    item.make_prompts(tokenizer, 110, do_round=True)
-    assert item.to_datapoint() == {
-        "prompt": f"{QUESTION}\n\n{SUMMARY}\n\nPrice is $",
-        "completion": "219.00",
-    }
-    assert repr(item) == "<Walnut desk = $218.51>"
 
 
 def test_batches_agree_with_single_items(tokenizer):
