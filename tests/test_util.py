@@ -14,7 +14,7 @@ from datasets import Dataset
 
 import util
 from items import COURSE_SCALE, UserError, demo_items, write_json, write_manifest, write_table
-from util import color, compare_guesses, evaluate, metrics, parse_price
+from util import compare_guesses, evaluate, metrics, parse_price
 
 
 def make_rows(truths, category="Light"):
@@ -40,13 +40,6 @@ def test_first_number_is_the_price():
     assert [parse_price(answer) for answer in answers] == prices
 
 
-def test_colors_are_the_courses():
-    """Green below $40 or 20 %, orange below $80 or 40 %."""
-    errors = [(39.99, 1), (40, 201), (40, 200), (79.99, 1), (80, 200)]
-    colors = [color(error, truth) for error, truth in errors]
-    assert colors == ["green", "green", "orange", "orange", "red"]
-
-
 # Figures
 
 
@@ -59,16 +52,6 @@ def test_metrics_worked_by_hand():
         "mse": pytest.approx(500 / 3),
         "r2": pytest.approx(100 * (1 - 500 / (4200 / 9))),
     }
-
-
-def test_what_has_no_meaning_is_nan():
-    """The interval of a single error or difference; r² where all truths are the same."""
-    assert math.isnan(metrics([5], [7])["mae_ci95"])
-    assert metrics([1, 2], [3, 4])["mae_ci95"] == 0
-    assert math.isnan(metrics([5, 5], [7, 7])["r2"])
-    single = compare_guesses([5], [4], [7], seed=1)
-    assert single["difference"] == 1
-    assert math.isnan(single["low"])
 
 
 def test_paired_difference_knows_its_noise():
@@ -110,14 +93,8 @@ def test_evaluate_judges_any_function(tmp_path, capsys):
     assert row == expected | {"truth": "20.5", "guess": "25.0", "error": "4.5"}
     for name in ("scatter.png", "running_error.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_evaluation_of_few_items(capsys):
-    """Where the interval of a single one would stand is a dash; none at all is an error."""
-    evaluate(always(1), make_rows([5]))
-    assert "(± –, n = 1)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="at least one row"):
-        evaluate(always(1), [])
+        evaluate(answer_of, [])
 
 
 def test_errors_by_category_and_price():
@@ -150,14 +127,6 @@ def results():
     decodings = {"median": figures, "mean": figures | {"mae": 12.0}}
     found = {"run": "a", "decodings": decodings, "distribution": scores}
     return figures | found | {"baselines": {}, "earlier": {}}
-
-
-def test_table_has_dashes_for_one_item(results):
-    """In the row of a constant as well."""
-    single = {"n": 1, "mae": 10.0, "mae_ci95": math.nan, "mse": 200.0, "r2": math.nan}
-    results |= single | {"decodings": {"median": single}, "baselines": {"constant_mean": single}}
-    rows = util.format_table(results).splitlines()[1:3]
-    assert [row.split()[-3:] for row in rows] == [["10.00", "–", "–"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -194,14 +163,6 @@ def test_ladder_stands_beside_course_data(results):
     assert "GPT-5.1" in table
     assert "2025-11" in table
     assert len(util.table_rows(results)) == 2 + len(util.LADDER)
-
-
-def test_titles_have_no_folders():
-    """A local file is named without its folders, a dataset on the Hub with its owner."""
-    source = util.public_source("/home/me/my, split files/shop.csv, split 90/5/5 by title, seed 42")
-    assert source.startswith("shop.csv, split 90/5/5")
-    assert util.public_source("/tmp/datasets/items_prompts_lite") == "items_prompts_lite"
-    assert util.public_source("ed-donner/items_lite") == "ed-donner/items_lite"
 
 
 @pytest.mark.parametrize("letter", ["W", "i", "W W "])
@@ -278,7 +239,6 @@ def test_earlier_guesses_of_any_titles(tmp_path):
         ("rows", "it has other items, or fewer"),
         ("a digit", "its eval can't be compared: predictions.csv is corrupt"),
         ("no table", "No such file"),
-        ("no results", "its eval can't be compared"),
     ],
 )
 def test_other_evaluations_are_not_compared(tmp_path, spoil, problem):
@@ -295,8 +255,6 @@ def test_other_evaluations_are_not_compared(tmp_path, spoil, problem):
         predictions.write_text(predictions.read_text("utf-8").replace("1.0", "7.0"), "utf-8")
     if spoil == "no table":
         predictions.unlink()
-    if spoil == "no results":
-        (folder / "results.json").write_text("[3]")
     with pytest.raises(UserError) as raised:
         read_earlier(tmp_path, rows, names=("one", "price-two"))
     one, two = str(raised.value).splitlines()
