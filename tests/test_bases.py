@@ -89,7 +89,7 @@ FAMILIES = {
     "qwen3_5_text": ("Qwen3_5TextConfig", FOUR_LAYERS | HEAD | LINEAR_ATTENTION),
     "bamba": ("BambaConfig", SHAPE | MAMBA | {"attn_layer_indices": [1]}),
 }
-ALWAYS = ["llama", "gemma2", "gemma3", "phi3", "cohere", "qwen3_moe", "lfm2"]
+ALWAYS = ["llama", "gemma2", "gemma3", "cohere", "qwen3_moe", "lfm2"]
 UNTAUGHT = ("llama", "lfm2")  # families that are read untaught by default, too
 SLOW_READING = {"lfm2", "qwen3_5_text", "bamba", "bloom"}  # where the mask reaches not all layers
 

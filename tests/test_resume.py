@@ -77,7 +77,6 @@ def copy_unfinished(whole, folder, last=12):
     ("hook", "options", "step"),
     [
         ("kill_at_step", [3], 2),
-        ("kill_at_step", [7], 6),
         ("kill_at_file_event", [1, f"checkpoint-8/.{MANIFEST}~"], 6),
         ("kill_at_file_event", [11, "checkpoint-12"], 10),
         ("kill_at_file_event", [11, "adapter.new"], 12),

@@ -181,9 +181,9 @@ def test_packed_training_has_padded_losses(build, build_packed):
 def test_longest_validation_row_is_checked(splits, tiny_base):
     """Its length can be what a window or learned positions don't allow."""
     row = {"prompt": COURSE_SCALE.prompt("Title: " + 90 * "lamp "), "completion": "9.00"}
-    splits["val"] = Dataset.from_list([splits["val"][0], row])
+    val = Dataset.from_list([splits["val"][0], row])
     tokenizer = util.Base(tiny_base).tokenizer
-    data = util.make_training_data(splits, tokenizer, 2)
+    data = util.make_training_data(dict(splits, val=val), tokenizer, 2)
     assert len(data.extremes[-1]["input_ids"]) > data.lengths.max()
 
 
