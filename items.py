@@ -999,7 +999,7 @@ def file_rows(path):
             "calls that `CSV UTF-8`."
         ) from error
     except json.JSONDecodeError as error:
-        text = f"line {line + error.lineno:,} is no JSON: {error.msg}. Correct or remove it."
+        text = f"line {error.lineno:,} is no JSON: {error.msg}. Correct or remove it."
         raise UserError(f"{path}: {text}") from error
     except UNREADABLE as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")
@@ -1020,7 +1020,11 @@ def json_rows(file):
     for line, row in enumerate(rows, 1):
         if not is_array and not row.strip():
             continue
-        value = row if is_array else json.loads(row.strip())
+        try:
+            value = row if is_array else json.loads(row)
+        except json.JSONDecodeError as error:
+            error.lineno = line  # of the file, not of the row
+            raise
         yield line, value if isinstance(value, dict) else "not a JSON object"
 
 
@@ -1078,7 +1082,7 @@ CODES = {"$": "USD", "US$": "USD", "€": "EUR", "£": "GBP", "₹": "INR"}
 CODES |= {"US $": "USD", "$ USD": "USD", "€ EUR": "EUR"}  # as marketplaces write it
 OTHER_SIGN = {".": ",", ",": "."}
 
-LETTER = r"[^\W\d_²³¹¼-¾⁰-₉⅐-↋①-⓿]"  # small and circled digits are none
+LETTER = r"[^\W\d_²³¹¼-¾⁰-₉⅐-↋①-⓿]"  # superscript and circled digits are no letters
 SYMBOL = r"[^\w\s.,'’+~≈<>=%(){}\[\]\"–—−-]"
 # $, €, CHF, US $, Rs., kr., د.إ
 CURRENCY = rf"(?:{LETTER}{{1,3}} ?)?{SYMBOL}{{1,2}}|{LETTER}{{1,8}}(?:\.{LETTER}{{1,2}})?\.?"
@@ -1465,7 +1469,7 @@ def own_catalogue(path, seed, columns=None, unit=None, currency="$", decimal=Non
     coarse = float((prices[kept] < 3 * scale.unit).mean())
     if coarse > 0.1:
         few = scale.format_whole(scale.amount(3))
-        notes[-1] += f"; {coarse:.0%} are below {few}, to which a smaller `unit` is fairer"
+        notes[-1] += f"; {coarse:.0%} are below {few}: a smaller `unit` suits them better"
     written = own.about["written_currency"]
     if is_foreign(written, scale):
         notes.append(
@@ -1517,9 +1521,9 @@ def own_rows(
         return rows, []
     if own.dropped:
         own.notes.append(f"Skipped:\n  {format_dropped(own.dropped)}")
-    if len(unjudged[PRICE_MISSING]) == len(rows):
+    if len(unjudged.get(PRICE_MISSING, ())) == len(rows):
         own.notes.append("Prices: the file has none, so the guesses aren't scored")
-    elif any(unjudged.values()):
+    elif unjudged:
         own.notes.append(f"Not judged:\n  {format_dropped(unjudged)}")
     return rows, own.notes
 

@@ -180,7 +180,7 @@ class Base:
         return digest.hexdigest()[:32]
 
     def is_of(self, run):
-        """Whether a Run was trained on it; older records have no identity that tells, or none."""
+        """Whether a Run was trained on it; by name if its record has no hash of whole files."""
         if len(run.base_identity or "") <= 16:
             return self.name == run.base_model
         return self.identity == run.base_identity
@@ -230,7 +230,8 @@ def check_architecture(base):
         reason = f"its weights are stored as {stored.get('quant_method')}"
         refuse(path, reason, "Take the original, or one in nf4")
     if "/" in str(config._attn_implementation):
-        refuse(path, f"its config.json asks for another's kernel, {config._attn_implementation}")
+        reason = f"its config.json names the attention kernel {config._attn_implementation}"
+        refuse(path, f"{reason}, which is others' code")
     if find_adapter_config_file(path, revision=base.revision):
         refuse(path, "transformers would load the adapter beside it", "Move adapter_config.json")
     if config.is_encoder_decoder:
@@ -246,7 +247,7 @@ def check_tensors(file):
     """Raises UserError unless a file of weights is complete and holds some."""
     try:
         if file.suffix == ".bin":
-            problem = "" if zipfile.is_zipfile(file) else "no end"
+            problem = "" if zipfile.is_zipfile(file) else "its end is missing"
         else:
             with safe_open(file, framework="pt") as tensors:
                 problem = "" if tensors.keys() else "it holds no weights"
@@ -336,8 +337,8 @@ def open_base(name, revision=None, demo_folder=None):
     problems = items.Problems()
     with problems:
         check_architecture(base)
-        for file in sorted(Path(base.path).glob("*model*.*")):
-            if file.suffix in (".bin", ".safetensors"):
+        for pattern in ("*.safetensors", "pytorch_model*.bin"):
+            for file in sorted(Path(base.path).glob(pattern)):
                 check_tensors(file)
     with problems:
         check_tokenizer(base.path, base.tokenizer)
@@ -2834,9 +2835,10 @@ def score(rows, answers, title, calibration=None):
     `parse_failures`. `calibration` is what the answers' intervals were made by.
     """
     scale = scale_of_rows(rows)
+    prices = [parse_price(answer) for answer in answers]
     table = []
-    for index, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        guess, truth = parse_price(answer) or 0.0, truth_of(row)
+    for index, (row, answer, price) in enumerate(zip(rows, answers, prices, strict=True)):
+        guess, truth = price or 0.0, truth_of(row)
         entry = {
             "index": index,
             "title": title_of(row["prompt"]),
@@ -2853,7 +2855,7 @@ def score(rows, answers, title, calibration=None):
     figures = metrics([row["guess"] for row in table], truths) | scale.record()
     interval = format_number(figures["mae_ci95"])
     print(f"{title}: {headline(figures)} (± {interval}, n = {len(rows):,})")
-    failures = sum(parse_price(answer) is None for answer in answers)
+    failures = prices.count(None)
     figures["parse_failures"] = failures
     if failures:
         print(f"{failures:,} answers named no price and count as {scale.currency}0")
@@ -3031,7 +3033,7 @@ def read_earlier(project, names, rows, decode, base):
     Raises one UserError that names all that can't be compared.
     """
     guesses = {}
-    problems = []
+    problems = items.Problems()
     for name in map(project.short, names):
         identity = project.records.get(name, {}).get("base_identity") or base.identity
         expected = {"decode": decode, "base_identity": identity, "revision": None}
@@ -3040,14 +3042,14 @@ def read_earlier(project, names, rows, decode, base):
             try:
                 guesses[name] = read_guesses(folder, rows, expected)
                 break
-            except (OSError, ValueError, LookupError, TypeError) as error:
+            except (*items.UNREADABLE, LookupError, TypeError) as error:
                 problem = f"its {folder.name} can't be compared: {error}"
         if name not in guesses:
             problems.append(f"`earlier` {name}: {problem}.")
     if problems:
         size = f"`size` {len(rows)} and `decode` {decode}"
         problems[-1] += f" Evaluate on the same data first, with {size}."
-        raise items.UserError("\n".join(problems))
+    problems.report()
     return guesses
 
 
@@ -3067,7 +3069,9 @@ def read_guesses(folder, rows, expected):
     table = pandas.read_csv(folder / "predictions.csv", nrows=len(rows), **options)
     titles = [title_of(row["prompt"]) for row in rows]
     truths = [truth_of(row) for row in rows]
-    if table["title"].tolist() != titles or not numpy.allclose(table["truth"], truths):
+    is_same = table["title"].tolist() == titles
+    # Versions of pandas before 3 may read the last digit differently
+    if not is_same or not numpy.allclose(table["truth"], truths, rtol=1e-12, atol=0):
         raise ValueError("it has other items, or fewer")
     return table["guess"].tolist()
 
@@ -3088,6 +3092,7 @@ def score_run(run, base, prompts, data, rows, answers, earlier, seed, folder):
         "seconds": answers.seconds,
         "base_model": base.name,
         "base_title": base.title,
+        # As the run's record has it, which is what read_earlier expects
         "base_identity": (base.is_of(run) and run.base_identity) or base.identity,
         "seed": seed,
         "data": data | {"split": "test", "rows": len(prompts.splits["test"])},
@@ -3322,9 +3327,9 @@ def export_run(run, base, splits, folder, **reader_options):
 
 
 def name_as_before(folder):
-    """Names in a model's folder, too, what transformers 4 looks for: servers still read with it.
+    """Adds to a model's folder the names that transformers 4 reads, which servers still use.
 
-    Without `rope_theta` it would silently take another: vllm issue 42624.
+    Without `rope_theta` it silently takes 10,000: vllm issue 42624.
     """
     config = items.read_json(folder / "config.json")
     rotation = config.get("rope_parameters") or {}

@@ -297,7 +297,11 @@ UNUSABLE = {
     "merged": ({}, merge_dollar, r"merges the 0 of `Price is \$0.00` with what is beside it"),
     "two problems": (GPTQ, drop_end_of_text, "stored as gptq.*\n.*has no end-of-text token"),
     "8 bits": (EIGHT_BITS, None, "are stored as bitsandbytes"),
-    "kernel": ({"_attn_implementation": "some/kernel"}, None, "asks for another's kernel, some/"),
+    "kernel": (
+        {"_attn_implementation": "some/kernel"},
+        None,
+        "names the attention kernel some/kernel",
+    ),
     "cut": ({}, keep_half, "is no complete file of weights"),
     "cut pickle": ({}, write_pointer, "is no complete file of weights"),
     "adapter": ({}, lambda folder: (folder / "adapter_config.json").touch(), "the adapter beside"),

@@ -510,6 +510,23 @@ def test_near_duplicates_are_found_exactly(train, test):
 
 
 @pytest.mark.parametrize(
+    "prices, note",
+    [
+        ([None, None], "Prices: the file has none, so the guesses aren't scored"),
+        (["5.00", None], "Not judged:\n  1 × price is missing (line 2)"),
+        (["5.00", "-1"], "Not judged:\n  1 × price is no single amount (line 2)"),
+        (["5.00", "6.00"], "Columns: title from title, price from price, text from text"),
+    ],
+)
+def test_notes_name_unscored_rows(tmp_path, smol_tokenizer, prices, note):
+    rows = [{"title": "A", "text": f"a {price}", "price": price} for price in prices]
+    path = write_lines(tmp_path / "own.jsonl", *rows)
+    _, notes = items.own_rows(path, None, smol_tokenizer, 110)
+    assert note in notes
+    assert " 0 × " not in "\n".join(notes)
+
+
+@pytest.mark.parametrize(
     "options, completion",
     [
         ({}, ""),
