@@ -368,6 +368,8 @@ def set_up_libraries():
     warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm in notebooks
     for name in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # util.has_gradients tries what may fail
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 
 def stage(function):

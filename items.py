@@ -387,6 +387,12 @@ def row_lengths(tokens):
     return lengths.to_numpy().astype("int64")
 
 
+def highest_token(tokens):
+    """The highest token id in a tokenised Dataset."""
+    column = tokens.data.column("input_ids")
+    return pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py()
+
+
 def tokenizer_identity(tokenizer):
     """A hash that tells tokenizers apart."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -34,10 +34,11 @@ import zipfile
 from base64 import b64encode
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -63,10 +64,17 @@ from huggingface_hub import (
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import (
@@ -150,11 +158,10 @@ class Base:
     @cached_property
     def skeleton(self):
         """The model without its weights. Raises UserError if it is no causal language model."""
-        # Eager attention is what all models have
+        # Eager attention is what all models have; experts by batched_mm need no weights
+        kinds = {"attn_implementation": "eager", "experts_implementation": "batched_mm"}
         with base_errors(self.path), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                self.config, attn_implementation="eager", trust_remote_code=False
-            )
+            return AutoModelForCausalLM.from_config(self.config, **kinds, trust_remote_code=False)
 
     @cached_property
     def linear_layers(self):
@@ -185,8 +192,14 @@ class Base:
             return self.name == run.base_model
         return self.identity == run.base_identity
 
-    def check_length(self, tokens):
-        """Raises UserError if rows of so many tokens are longer than the base has positions."""
+    def check_rows(self, tokens, highest):
+        """Raises UserError for rows of so many tokens, up to the `highest`, that it can't read."""
+        known = self.skeleton.get_input_embeddings().weight.shape[0]
+        if highest >= known:
+            reason = (
+                f"knows {known:,} tokens, and its tokenizer writes the rows with {highest:,}, too"
+            )
+            refuse(self.path, reason)
         config = self.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None)
         rotation = getattr(config, "rope_parameters", None) or {}
@@ -290,6 +303,7 @@ class Targets:
         return sum(lora_r * sum(layer.weight.shape) for layer in self.layers.values())
 
 
+@cache
 def find_targets(base, wanted):
     """The Targets of a base: the linear layers in its `attention`, or `all` of its decoder.
 
@@ -304,15 +318,80 @@ def find_targets(base, wanted):
     if wanted == "attention" or has_experts:
         chosen = [name for name in linear if re.search(r"(attn|attention).*\.", name)]
     if not chosen:
-        refuse(f"`targets` {wanted}", f"{base.path} has no such layer", "Take `targets` all")
+        remedy = "Take `targets` all" if wanted == "attention" else "Take another base model"
+        refuse(f"`targets` {wanted}", f"{base.path} has no such layer", remedy)
+    text = ", the experts are not adapted" if has_experts else ""
+    unfit = find_unfit(base, chosen)
+    for reason in dict.fromkeys(unfit.values()):
+        layers = [name for name in unfit if unfit[name] == reason]
+        kinds = ", ".join(dict.fromkeys(map(last_name, layers)))
+        text += f"; left out, since {reason}: {len(layers)} {kinds}"
+    chosen = [name for name in chosen if name not in unfit]
+    if not chosen:
+        refuse(f"`targets` {wanted}", f"{base.path} has no layer that can be adapted{text}")
     names = tuple(dict.fromkeys(map(last_name, chosen)))
-    text = f"{', '.join(names)}: {len(chosen)} of {len(linear)} linear layers"
-    if has_experts:
-        text += ", the experts are not adapted"
+    text = f"{', '.join(names)}: {len(chosen)} of {len(linear)} linear layers{text}"
     others = {name for name, _ in base.skeleton.named_modules()} - set(chosen)
     if any(last_name(name) in names for name in others):  # as an image encoder's
         names = tuple(chosen)
     return Targets(names, {name: linear[name] for name in chosen}, text)
+
+
+def find_unfit(base, layers):
+    """{name: why it can't be adapted} of those layers that PEFT or the model don't allow.
+
+    They are tried on the model without weights: projections of Mamba are refused, parts that only
+    images reach get no gradient (two processes would wait for it), and names that transformers
+    converts aren't found again when an adapter is read.
+    """
+    unfit = {}
+    refused = refused_names(base, set(map(last_name, layers)))
+    if refused:
+        refused = {one for name in refused for one in refused_names(base, {name})} or refused
+    for name in layers:
+        if last_name(name) in refused:
+            unfit[name] = "PEFT refuses them"
+    tried = [name for name in layers if name not in unfit]
+    if not tried:
+        return unfit
+    adapted = get_peft_model(deepcopy(base.skeleton), LoraConfig(r=1, target_modules=tried))
+    loaded = set_peft_model_state_dict(adapted, get_peft_model_state_dict(adapted))
+    parameters = {}
+    if has_gradients(adapted):
+        parameters = {name: one for name, one in adapted.named_parameters() if one.requires_grad}
+    reasons = dict.fromkeys(loaded.missing_keys, "a saved adapter's can't be read back")
+    reasons |= {
+        name: "they get no gradient" for name, one in parameters.items() if one.grad is None
+    }
+    for name, reason in reasons.items():
+        layer = name.removeprefix("base_model.model.").partition(".lora_")[0]
+        if layer in tried:
+            unfit[layer] = reason
+    return unfit
+
+
+def refused_names(base, names):
+    """The names, or none of them if PEFT adapts layers of these names in a Base."""
+    try:
+        get_peft_model(deepcopy(base.skeleton), LoraConfig(r=1, target_modules=sorted(names)))
+    except ValueError:
+        return names
+    return set()
+
+
+def has_gradients(model):
+    """Whether a backward pass is possible through a model without weights; its gradients stay.
+
+    Models of linear attention look into a mask, so they get none, for which fake tensors are needed
+    (transformers' is_tracing); those take three times as long.
+    """
+    for mode in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+        with suppress(Exception), mode:  # some look at what there isn't, in many ways
+            ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+            mask = torch.ones_like(ids) if isinstance(mode, nullcontext) else None
+            model(input_ids=ids, attention_mask=mask, use_cache=False).logits.sum().backward()
+            return True
+    return False
 
 
 def last_name(path):
@@ -717,7 +796,7 @@ def open_reader(base, adapter, rows, quant_config, precision, use_bf16, fast=Tru
     prefix = scale_of_rows(rows).prefix
     prompts = sorted(base.tokenizer([row["prompt"] for row in rows])["input_ids"], key=len)
     (answer,) = items.completion_tokens([ANY_COMPLETION], base.tokenizer, prefix)
-    base.check_length(len(prompts[-1]) + len(answer))
+    base.check_rows(len(prompts[-1]) + len(answer), max(map(max, prompts)))
     model = load_merged(base, adapter, quant_config, precision)
     if fast:
         fuse_norms(model, precision)
@@ -1400,7 +1479,7 @@ def make_plan(base, run, data, use_bf16, micro_batch=None, fast=True):
     `fast=False` turns the fast path off. Raises UserError for rows longer than the base can read.
     """
     recipe, rows = run.recipe, len(data.lengths)
-    base.check_length(max(len(row["input_ids"]) for row in data.extremes))
+    base.check_rows(max(len(row["input_ids"]) for row in data.extremes), data.highest)
     targets = find_targets(base, recipe.targets)
     precision, reason = choose_precision(recipe.precision, use_bf16)
     storage = "nf4" if run.use_4bit else "8 bit"
@@ -1557,6 +1636,7 @@ class TrainingData:
     extremes: list  # its shortest and longest rows, and the longest to validate on
     val_rows: list  # of prompt and completion
     lengths: numpy.ndarray  # tokens of each training row
+    highest: int  # token of all rows
     spread: float  # money: mean absolute deviation of the training prices from their median
     scale: items.PriceScale  # that the prompts name
 
@@ -1597,8 +1677,10 @@ def make_training_data(splits, tokenizer, val_size):
     val = items.tokenise(splits["val"].select(range(len(val_rows))), tokenizer, "val")
     extremes = [train[int(row)] for row in (lengths.argmin(), lengths.argmax())]
     extremes.append(max(val, key=lambda row: len(row["input_ids"])))
+    highest = max(items.highest_token(train), items.highest_token(val))
     spread = items.price_spread(splits["train"])
-    return TrainingData(train, extremes, val_rows, lengths, spread, scale_of_rows(val_rows))
+    scale = scale_of_rows(val_rows)
+    return TrainingData(train, extremes, val_rows, lengths, highest, spread, scale)
 
 
 def collate_padded(rows):
@@ -1743,9 +1825,18 @@ class PriceTrainer(SFTTrainer):
         return calibrate([estimate.rank for estimate in self.validated[1]])
 
     def load_adapter(self, checkpoint):
-        """Replaces the adapters by those of a checkpoint."""
-        self.model.load_adapter(checkpoint, self.model.active_adapter, is_trainable=True)
+        """Replaces the adapters by those of a checkpoint; UserError if not all have a place."""
+        name = self.model.active_adapter
+        loaded = self.model.load_adapter(checkpoint, name, is_trainable=True)
+        wrong = [*loaded.unexpected_keys, *loaded.missing_keys]
+        if wrong:
+            reason = f"{len(wrong)} of its tensors are missing or misplaced: {wrong[0]}"
+            refuse(checkpoint, reason, "Begin a new run")
         self.validated = (None, [])
+
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        """As Trainer's, which only warns of weights that have no place."""
+        self.load_adapter(checkpoint)
 
     def load_best(self):
         """Loads the complete checkpoint of the least validation error; names those that aren't."""

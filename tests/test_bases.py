@@ -6,6 +6,7 @@ Tiny random bases. By default the families in ALWAYS are tried; all of them by
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -210,11 +211,12 @@ def test_run_is_judged_and_exported(base, run, rows, tmp_path):
 
 
 def test_micro_batches_add_up(base, prepared):
-    """The loss and every gradient of 8 rows are those of 2 × 4 and of 4 × 2."""
+    """The loss and every gradient of 8 rows are those of 2 × 4 and of 4 × 2, in 64 bits."""
     tokenizer = util.Base(base).tokenizer
     train = items.load_prompts(prepared / DATASET)["train"]
     tokens = items.tokenise(train.select(range(8)), tokenizer, "train")
-    model = AutoModelForCausalLM.from_pretrained(base)
+    options = {"dtype": torch.float64, "experts_implementation": "batched_mm"}
+    model = AutoModelForCausalLM.from_pretrained(base, **options)
     found = {}
     for size in (8, 4, 2):
         model.zero_grad()
@@ -226,7 +228,8 @@ def test_micro_batches_add_up(base, prepared):
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         found[size] = [sum(losses).detach(), *(gradient.clone() for gradient in gradients)]
     for size in (4, 2):
-        torch.testing.assert_close(found[size], found[8], rtol=1e-5, atol=1e-5)
+        for one, whole in zip(found[size], found[8], strict=True):
+            assert (one - whole).norm() <= 1e-6 * whole.norm() + 1e-12
 
 
 def test_what_is_adapted_is_what_is_said(base, run):
@@ -321,13 +324,35 @@ def test_unusable_base_is_refused(tiny_base, tmp_path, kind):
     assert str(refusal.value).count("\n") == problem.count("\n")
 
 
-def test_recipe_that_reaches_nothing_is_refused(smol_tokenizer, tmp_path):
-    """Mamba has no attention."""
-    settings = OLD | {"num_hidden_layers": 2, "state_size": 8}
-    base = util.Base(make_base("MambaConfig", settings, smol_tokenizer, tmp_path))
-    with pytest.raises(items.UserError, match="`targets` attention: .* has no such layer"):
-        util.find_targets(base, "attention")
-    assert util.find_targets(base, "all").layers
+STATE = OLD | {"num_hidden_layers": 2, "state_size": 8}
+INDEXED = FOUR_LAYERS | SHARED_EXPERTS | {"num_key_value_heads": 4}
+INDEXED |= {
+    "topk_group": 1,
+    "index_n_heads": 2,
+    "index_head_dim": 64,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+}
+INKLING = SHAPE | HEAD | SHARED_EXPERTS | {"layer_types": 2 * ["full_attention"]}
+PARTLY = {
+    "Mamba": (STATE, "PEFT refuses them: 2 out_proj; .*they get no gradient: 2 dt_proj"),
+    "Afmoe": (SHAPE | HEAD | EXPERTS, "PEFT refuses them: 2 gate_proj"),
+    "DeepseekV32": (INDEXED, "they get no gradient: 12 wq_b, wk, weights_proj"),
+    "Inkling2Text": (INKLING, "a saved adapter's can't be read back: 4 weight_proj"),
+}
+
+
+@pytest.mark.parametrize("kind", PARTLY)
+def test_what_cant_be_adapted_is_left_out(smol_tokenizer, tmp_path, kind):
+    """Before weights are read; a recipe that reaches nothing else is refused."""
+    settings, text = PARTLY[kind]
+    base = util.Base(make_base(f"{kind}Config", settings, smol_tokenizer, tmp_path))
+    found = util.find_targets(base, "all")
+    assert re.search(f"left out, since {text}", found.text)
+    assert found.layers.keys() < base.linear_layers.keys()
+    if kind == "Mamba":
+        with pytest.raises(items.UserError, match="`targets` attention: .* has no such layer"):
+            util.find_targets(base, "attention")
 
 
 def test_missing_weights_are_not_made_up(tiny_base, tmp_path):
@@ -340,6 +365,14 @@ def test_rows_longer_than_the_base_are_refused(tiny_base, rows, tmp_path):
     base = util.Base(str(copy_base(tiny_base, tmp_path / "base", max_position_embeddings=40)))
     with pytest.raises(items.UserError, match="reads at most 40 tokens, and the longest row has"):
         read_rows(base, None, rows, fast=False)
+
+
+def test_tokens_beyond_the_embeddings_are_refused(tiny_base, smol_tokenizer, rows, tmp_path):
+    base = util.Base(make_base("LlamaConfig", SHAPE, smol_tokenizer, tmp_path))
+    base.tokenizer.add_tokens(["lamp"])
+    lamp = {"prompt": items.prompt_of("A lamp")}
+    with pytest.raises(items.UserError, match="knows 49,152 tokens, and .* with 49,152, too"):
+        read_rows(base, None, [lamp], fast=False)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])

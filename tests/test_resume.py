@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import app
@@ -106,6 +107,17 @@ def test_no_complete_checkpoint_starts_anew(call, whole, tmp_path):
     said = call(*RESUME, cwd=tmp_path)
     assert "No checkpoint is complete: starting at step 0" in said
     assert_same_run(tmp_path, whole)
+
+
+def test_misplaced_weights_end_a_resume(call, whole, tmp_path):
+    """transformers only warns of them."""
+    checkpoint = copy_unfinished(whole, tmp_path, last=2) / "checkpoint-2"
+    weights = load_file(checkpoint / ADAPTER_FILE)
+    del weights[min(weights)]
+    save_file(weights, checkpoint / ADAPTER_FILE)
+    write_manifest(checkpoint)
+    said = call(*RESUME, cwd=tmp_path, code=1)
+    assert "checkpoint-2: 1 of its tensors are missing or misplaced" in said
 
 
 # Signals
@@ -303,7 +315,7 @@ def plan_for(large_base, monkeypatch):
         config = app.RunConfig(base_model=large_base.path, lite_mode=True, local=True)
         run = app.new_run(config, "planned", app.RECIPES["lite"], True, changes)
         row = {"input_ids": [0] * int(LENGTHS.max())}
-        data = SimpleNamespace(lengths=LENGTHS, extremes=[row])
+        data = SimpleNamespace(lengths=LENGTHS, extremes=[row], highest=0)
         return util.make_plan(large_base, run, data, False, micro_batch)
 
     return plan_for
