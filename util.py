@@ -180,11 +180,12 @@ class Base:
         """The commit on the Hub, or a hash of the folder's weights, settings and tokenizer."""
         if self.revision:
             return self.revision
-        digest = sha256()
-        for file in sorted(Path(self.path).glob("*")):
-            if file.suffix in BASE_FILES:
-                digest.update(f"{file.name} {items.file_identity(file)}".encode())
-        return digest.hexdigest()[:32]
+        files = sorted(Path(self.path).glob("*"))
+        files = [file for file in files if file.suffix in BASE_FILES]
+        with ThreadPoolExecutor() as pool:  # files are read, and hashed, without Python's lock
+            found = zip(files, pool.map(items.file_identity, files), strict=True)
+            texts = [f"{file.name} {identity}" for file, identity in found]
+        return sha256("".join(texts).encode()).hexdigest()[:32]
 
     def is_of(self, run):
         """Whether a Run was trained on it; by name if its record has no hash of whole files."""
@@ -3087,7 +3088,9 @@ def word_guesses(splits, rows):
 def describe_data(prompts):
     """What run.json and results.json record of the data."""
     found = {name: prompts.about.get(name) for name in DATA_FIELDS}
-    found |= {"place": prompts.place, "source": prompts.source} | prompts.scale.record()
+    # Runs are pushed: nobody has to know where a file is on this machine
+    names = {"place": prompts.place, "source": prompts.source}
+    found |= {name: public_source(text) for name, text in names.items()} | prompts.scale.record()
     constants = items.constant_guesses(prompts.splits["train"])
     return found | {"fingerprint": prompts.fingerprint, "constants": constants}
 
@@ -3109,7 +3112,10 @@ def evaluation_folder(run, data, base, origin=""):
     if run.adapter and not base.is_of(run):
         differences.append(f"the base model is {base.name}, not what the run was trained on")
     if run.data and run.data["fingerprint"] != data["fingerprint"]:
-        differences.append("the run was trained on other data, perhaps on some of these test items")
+        differences.append(
+            "the run was trained on other data, perhaps on some of these test items; words alone and "
+            "constants are of the training items of these data"
+        )
     if not differences:
         return run.folder / "eval", []
     name = f"eval-{data['fingerprint'][:8]}-{base.identity[:8]}"

@@ -434,6 +434,7 @@ def test_single_item_leaves_no_nan(call, trained_project):
     assert results["mae_ci95"] is None
     assert results["base"]["r2"] is None
     texts = [(folder / name).read_text("utf-8") for name in ("README.md", "eval/report.html")]
+    assert str(trained_project) not in (folder / "run.json").read_text("utf-8")
     for text in (said, *texts):
         assert not re.search(r"\bnan\b", text)
 
@@ -457,7 +458,7 @@ def test_other_data_are_evaluated_apart(call, shared, trained_project):
     catalogue = write_catalogue(trained_project / "new.jsonl", 60)
     call("prepare", *shared, "--source", catalogue, cwd=trained_project)
     said = call(*JUDGE, "--size", "3", cwd=trained_project)
-    note = "the run was trained on other data, perhaps on some of these test items"
+    note = "the run was trained on other data, perhaps on some of these test items; words alone and "
     assert f"Note: {note}" in said
     (apart,) = run.glob("eval-*")
     assert f"so it stays in {RUN}/{apart.name}, unpublished: {note}" in said
