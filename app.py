@@ -93,6 +93,13 @@ def matching(pattern, rule, kind=str):
     return parse
 
 
+def on_or_off(text):
+    """A kind of argument: True or False."""
+    if text not in ("on", "off", "True", "False"):
+        raise argparse.ArgumentTypeError(f"{text} must be on or off")
+    return text in ("on", "True")
+
+
 or_auto = partial(at_least, word=AUTO)
 power_of_ten = matching(r"0\.0?1|10{0,12}(\.0)?", "0.01, 0.1, 1, 10, 100 or so on", float)
 plain_name = matching(r"[\w.-]{1,96}", "letters, digits, '.', '-' and '_', 96 at most")
@@ -615,7 +622,7 @@ def train_model(
         quant_config = build_quant_config(run.use_4bit, use_bf16, plan.dtype)
         with util.claimed(run, is_new=resume is None):
             trainer = util.train(base, run, data, plan, quant_config)
-            util.save_run(run, trainer)
+            util.save_run(run, trainer, data)
         return push(config, run)
 
 
@@ -670,6 +677,15 @@ def open_run(config, run_name, hf_user, revision):
     return config, run, open_base(config, run), options
 
 
+def comparables_of(run, splits):
+    """The splits whose training items a run compares with; None for the model alone, says why."""
+    if not run.adapter or run.comparables.get("weight") == 0:
+        return None
+    if splits is None:
+        print("Comparables: the items that the run was trained on aren't here: the model alone")
+    return splits
+
+
 @stage
 def evaluate_model(
     config: RunConfig,
@@ -679,6 +695,7 @@ def evaluate_model(
     size: int | None = 200,
     compare_base: bool = False,
     decode: str = "median",
+    comparables: bool = True,
     earlier: tuple = (),
 ) -> dict:
     """Evaluates a run on the first `size` rows of its test split.
@@ -707,7 +724,9 @@ def evaluate_model(
     # 2) Read its answers and the untouched base's
     open_reader = partial(util.open_reader, base, rows=rows, **options)
     compare_base = compare_base or config.demo_mode
-    answers = util.read_answers(open_reader, run, rows, decode, compare_base)
+    is_known = run.data.get("fingerprint") == prompts.fingerprint
+    known = comparables_of(run, prompts.splits if is_known else None) if comparables else None
+    answers = util.read_answers(open_reader, run, rows, decode, compare_base, known)
 
     # 3) Write figures, charts and the report, replacing an older evaluation
     with items.replacing(folder) as new:
@@ -735,6 +754,7 @@ def price_items(
     run_name: str | None = None,
     revision: str | None = None,
     decode: str = "median",
+    comparables: bool = True,
     source: str | None = None,
     text: str | None = None,
     output: str | None = None,
@@ -758,13 +778,15 @@ def price_items(
         print(note)
 
     open_reader = partial(util.open_reader, base, rows=rows, **options)
-    answers = util.read_answers(open_reader, run, rows, decode)
+    splits = items.splits_trained_on(config.dataset_folder, run.data.get("fingerprint"))
+    known = comparables_of(run, splits) if comparables else None
+    answers = util.read_answers(open_reader, run, rows, decode, known=known)
     table = util.price_table(rows, answers)
     print(util.format_prices(table, run.scale))
     if output:
         items.write_table(output, table)
         print(f"Saved: {output}")
-    results = util.score_own_rows(run, answers, rows, source, config.dataset_folder, config.seed)
+    results = util.score_own_rows(run, answers, rows, source, splits, config.seed)
     if results:
         print(util.format_table(results))
     return table
@@ -820,6 +842,7 @@ ARGUMENTS = {
     "size": Argument("test items", at_least(1, word="all"), metavar="N|all"),
     "compare_base": Argument("evaluate the base, too (default: only of the demo's runs)", bool),
     "decode": Argument("answer by median or mean, or generate", choices="median mean greedy"),
+    "comparables": Argument("mix in similar training items' prices (default: on)", on_or_off),
     "earlier": Argument("evaluated runs (default: none)", plain_name, nargs="+", flag="--compare"),
     "text": Argument("price the item of this description (default: evaluate)"),
     "output": Argument("also write the guesses, CSV or JSONL (default: the screen only)"),

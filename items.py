@@ -556,6 +556,8 @@ def check_output(path, source=None):
 
 def check_writable(folder, name="any"):
     """Raises UserError if `name` can't be written into `folder`, which is made if need be."""
+    if "::" in str(folder):  # which fsspec, by which `datasets` reads, takes for several places
+        raise UserError(f"{folder}: a folder's name can't have `::`. Choose another folder.")
     probe = temporary_folder(Path(folder, name))
     try:
         probe.mkdir(parents=True, exist_ok=True)

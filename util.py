@@ -11,8 +11,9 @@
      6. The training loop    signals, checkpoints and their pushes, memory that runs out
      7. Runs                 run.json, finding and locking them, pushing them, Weights & Biases
      8. Figures              distributions → answers → errors, scores, intervals; saved with charts
-     9. Evaluations          of runs, and of own items; what they are compared with; exports
-    10. Charts and report    drawn here, saved by save_predictions (8) and save_run (7); cards
+     9. Comparables          similar training items, whose prices are mixed into the answers
+    10. Evaluations          of runs, and of own items; what they are compared with; exports
+    11. Charts and report    drawn here, saved by save_predictions (8) and save_run (7); cards
 
 app.py imports this module where a stage begins: it takes seconds.
 """
@@ -42,14 +43,16 @@ from functools import cache, cached_property, partial
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import groupby, islice, pairwise, product
+from itertools import chain, groupby, islice, pairwise, product
 from pathlib import Path
 
 import bitsandbytes
 import jinja2
+import joblib
 import numpy
 import pandas
 import psutil
+import scipy.sparse
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -243,6 +246,9 @@ def check_architecture(base):
         # Gradients vanish in FP8 layers without an error: transformers issue 46736
         reason = f"its weights are stored as {stored.get('quant_method')}"
         refuse(path, reason, "Take the original, or one in nf4")
+    if stored and stored.get("bnb_4bit_quant_storage", "uint8") != "uint8":
+        reason = f"its 4-bit weights are stored as {stored['bnb_4bit_quant_storage']}"
+        refuse(path, reason, "Take the original, or one stored as uint8")
     if "/" in str(config._attn_implementation):
         reason = f"its config.json names the attention kernel {config._attn_implementation}"
         refuse(path, f"{reason}, which is others' code")
@@ -679,14 +685,21 @@ class PriceReader:
             probabilities = self.tree.number_logs(at_nodes).exp().cpu().numpy()
             return Reading(probabilities, self.tree.greedy_numbers(at_nodes), losses)
 
+    def distributions(self, rows, name=None):
+        """(probabilities of NUMBERS, rows × 1,000; greedy numbers, a list; the seconds)."""
+
+        def read(batch):
+            reading = self.read(batch)
+            return list(zip(reading.probabilities, reading.greedy, strict=True))
+
+        found, seconds = predict(read, rows, self.batch_size, name, self.threads)
+        probabilities, greedy = zip(*found, strict=True)
+        return numpy.array(probabilities), list(greedy), seconds
+
     def answer(self, rows, name=None, **options):
         """(Estimates of rows, the seconds they took); `options` as of estimate_prices."""
-
-        def estimate(batch):
-            reading = self.read(batch)
-            return estimate_prices(reading.probabilities, reading.greedy, batch, **options)
-
-        return predict(estimate, rows, self.batch_size, name, self.threads)
+        probabilities, greedy, seconds = self.distributions(rows, name)
+        return estimate_prices(probabilities, greedy, rows, **options), seconds
 
     def logits(self, prompts, completions):
         """(logits along the completions, logits at the tree's nodes), lists of tokens given.
@@ -1635,7 +1648,8 @@ class TrainingData:
 
     train: object  # Dataset of input_ids and labels
     extremes: list  # its shortest and longest rows, and the longest to validate on
-    val_rows: list  # of prompt and completion
+    train_rows: object  # Dataset of prompt and completion
+    val_rows: list  # of the same
     lengths: numpy.ndarray  # tokens of each training row
     highest: int  # token of all rows
     spread: float  # money: mean absolute deviation of the training prices from their median
@@ -1681,7 +1695,8 @@ def make_training_data(splits, tokenizer, val_size):
     highest = max(items.highest_token(train), items.highest_token(val))
     spread = items.price_spread(splits["train"])
     scale = scale_of_rows(val_rows)
-    return TrainingData(train, extremes, val_rows, lengths, highest, spread, scale)
+    rows = splits["train"], val_rows
+    return TrainingData(train, extremes, *rows, lengths, highest, spread, scale)
 
 
 def collate_padded(rows):
@@ -1766,7 +1781,7 @@ class PriceTrainer(SFTTrainer):
         self.sums = torch.zeros(1 + len(added), device=self.args.device)  # to be logged
         self.val_rows = val_rows  # of prompt and completion
         self.stopper = stopper
-        self.validated = (None, [])  # step, Estimates of the validation rows
+        self.validated = (None, [])  # step, what read_validation returned then
         prefix = scale_of_rows(val_rows).prefix
         self.reader = PriceReader(self.model, self.processing_class, in_tree, prefix)
         # A step's tokens are to be counted, also for models that would not be told (Gemma 4)
@@ -1796,8 +1811,8 @@ class PriceTrainer(SFTTrainer):
     def evaluate(self, *_, **__):
         """Logs and returns the loss per completion token and the median price's error, in money."""
         answers = self.read_validation()
-        losses = [loss for losses_of_row, _ in answers for loss in losses_of_row]
-        guesses = [estimate.guess for _, estimate in answers]
+        losses = [loss for losses_of_row, _, _ in answers for loss in losses_of_row]
+        guesses = [estimate.guess for _, estimate, _ in answers]
         mae = metrics(guesses, [truth_of(row) for row in self.val_rows])["mae"]
         found = {"eval_loss": sum(losses) / len(losses), "eval_mae": mae}
         self.log(found)
@@ -1805,25 +1820,26 @@ class PriceTrainer(SFTTrainer):
         return found
 
     def read_validation(self):
-        """[(losses of the completion's tokens, Estimate)] of the validation rows."""
+        """[(losses of the completion's tokens, Estimate, probabilities)] of the validation rows."""
 
         def read(rows):
             reading = self.reader.read(rows, with_loss=True)
             estimates = estimate_prices(reading.probabilities, reading.greedy, rows)
-            return list(zip(reading.losses, estimates, strict=True))
+            return list(zip(reading.losses, estimates, reading.probabilities, strict=True))
 
         self.model.eval()
         # Not compiled: many shapes, few batches
         with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
             answers, _ = predict(read, self.val_rows, self.reader.batch_size, name=None)
-        self.validated = (self.state.global_step, [estimate for _, estimate in answers])
+        self.validated = (self.state.global_step, answers)
         return answers
 
-    def calibrate(self):
-        """The calibration of the trained model's intervals on its validation rows."""
+    def validation_answers(self):
+        """(the trained model's Estimates, its probabilities) of the validation rows."""
         if self.validated[0] != self.state.global_step:
             self.read_validation()
-        return calibrate([estimate.rank for estimate in self.validated[1]])
+        _, estimates, probabilities = zip(*self.validated[1], strict=True)
+        return estimates, numpy.array(probabilities)
 
     def load_adapter(self, checkpoint):
         """Replaces the adapters by those of a checkpoint; UserError if not all have a place."""
@@ -2210,7 +2226,7 @@ LOCKS = ".locks"  # the folder of the runs' locks, beside them
 # what came of it
 OTHER_FIELDS = (
     *("hub", "wandb", "micro_batch", "base_weights", "plan", "steps", "val_rows", "history"),
-    *("calibration", "seconds", "peak_memory_bytes"),
+    *("calibration", "comparables", "seconds", "peak_memory_bytes"),
 )
 DATA_FIELDS = ("hub", "cutoff", "columns", "written_currency")  # of prepare.json, kept in run.json
 UNTOUCHED = "base"  # what an evaluation calls the untouched base model
@@ -2246,6 +2262,7 @@ class Run:
     val_rows: int = 0  # that it was validated on; 0 in older records
     history: list = field(default_factory=list)
     calibration: dict = field(default_factory=dict)  # of the intervals; {} if they are as read
+    comparables: dict = field(default_factory=dict)  # see choose_comparables; {} in older records
     seconds: dict = field(default_factory=dict)  # of loading and training, all sessions together
     peak_memory_bytes: int = 0
     adapter: Path | None = None  # where its weights are read; None: the untouched base
@@ -2539,7 +2556,7 @@ def check_resumable(run, changes, use_4bit):
         )
 
 
-def save_run(run, trainer):
+def save_run(run, trainer, data):
     """Writes adapter, tokenizer, run.json, chart and card into the run's folder.
 
     The weights and then the manifest are moved in last: a run that has both is complete.
@@ -2550,7 +2567,9 @@ def save_run(run, trainer):
     run.peak_memory_bytes = max(run.peak_memory_bytes, memory().peak)
     if not is_first_process():
         return
-    run.calibration = trainer.calibrate()
+    estimates, probabilities = trainer.validation_answers()
+    run.calibration = calibrate([estimate.rank for estimate in estimates])
+    run.comparables = choose_comparables(Comparables(data.train_rows), data.val_rows, probabilities)
     new = run.folder / "adapter.new"
     trainer.model.save_pretrained(new)
     trainer.processing_class.save_pretrained(new)
@@ -2663,6 +2682,11 @@ def estimate_prices(probabilities, greedy, rows, decode="median", width=0.8):
     `decode` names the answer, `width` is the share of a distribution that the 80 % interval has:
     see `calibrate`. Probability outside the prices counts in `outside` and `nll` only.
     """
+    if len(rows) > 1000:  # or 40,000 rows would take gigabytes
+        options = {"decode": decode, "width": width}
+        blocks = [slice(start, start + 1000) for start in range(0, len(rows), 1000)]
+        parts = [(probabilities[one], greedy[one], rows[one]) for one in blocks]
+        return list(chain(*(estimate_prices(*part, **options) for part in parts)))
     scale = scale_of_rows(rows)
     inside = probabilities.sum(1)
     shares = probabilities / inside[:, None]
@@ -2997,7 +3021,151 @@ def save_predictions(figures, table, title, folder=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Evaluations
+# 9. Comparables
+
+NEIGHBOURS = 8  # training items that tell of a price
+KERNEL_WIDTH = 0.1  # of their similarities, in their weights
+SHOWN_NEIGHBOURS = 3
+NEARLY_SAME = 0.7  # the similarity of items that may be variants of one
+
+
+class WordIndex:
+    """TF-IDF of words and pairs of words in the descriptions of training rows, a sparse `matrix`.
+
+    Hashed, since a vocabulary of 800,000 descriptions takes gigabytes. Words in more than 1,000
+    rows and 1 % of them are left out: they tell little, and take most of the time.
+    """
+
+    def __init__(self, train):
+        from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+
+        self.vectoriser = HashingVectorizer(
+            n_features=2**22,
+            ngram_range=(1, 2),
+            token_pattern=r"\w+|^\W*$",  # a text without any word is one itself
+            alternate_sign=False,
+            norm=None,
+            dtype=numpy.float32,
+        )
+        counts = self.count_words(train)
+        rows_with = counts.getnnz(axis=0)
+        is_kept = (rows_with > 0) & (rows_with <= max(1000, len(train) // 100))
+        self.columns = numpy.flatnonzero(is_kept)
+        self.weights = TfidfTransformer(sublinear_tf=True)
+        self.matrix = self.weights.fit_transform(counts[:, self.columns])
+
+    def count_words(self, rows):
+        """A sparse matrix of rows × hashed words; many rows in several processes."""
+        texts = [items.description_in(row["prompt"]) for row in rows]
+        blocks = [texts[start : start + 10_000] for start in range(0, len(texts), 10_000)]
+        is_long = len(blocks) > 5
+        bar = tqdm(blocks, desc="indexing items", unit="0,000 items", disable=not is_long)
+        count = joblib.delayed(self.vectoriser.transform)
+        found = joblib.Parallel(n_jobs=-1 if is_long else 1)(count(block) for block in bar)
+        return scipy.sparse.vstack(found, "csr")
+
+    def transform(self, rows):
+        """The same features of other rows."""
+        return self.weights.transform(self.count_words(rows)[:, self.columns])
+
+
+class Comparables:
+    """What the training items cost that are most similar to an item, as a second distribution.
+
+    The numbers n of its NEIGHBOURS nearest training rows i by cosine similarity s, weighted:
+    q(n) ∝ ∑ exp(s_i / KERNEL_WIDTH) [n_i = n]. It is mixed with the model's, p: (1 − w) p + w q, as
+    Khandelwal et al. mix token by token (2020, arXiv 1911.00172).
+    """
+
+    def __init__(self, train):
+        self.train = train  # Dataset of prompt and completion
+        self.index = WordIndex(train)
+        self.rows_with = self.index.matrix.T.tocsr()
+        numbers = [float(completion) for (completion,) in items.pairs_of(train, "completion")]
+        self.numbers = numpy.array(numbers).round().astype(int)
+
+    def find(self, rows):
+        """[(row numbers, similarities)] of each row's nearest training rows, the nearest first.
+
+        Those that share no word with it are none.
+        """
+        found = []
+        features = self.index.transform(rows)
+        starts = range(0, len(rows), 64)  # 64 × all training rows, at most, are held at once
+        for start in tqdm(starts, "finding similar items", disable=len(rows) < 5000):
+            similar = (features[start : start + 64] @ self.rows_with).tocsr()
+            for first, end in pairwise(similar.indptr):
+                others, similarities = similar.indices[first:end], similar.data[first:end]
+                if len(others) > NEIGHBOURS:
+                    best = numpy.argpartition(-similarities, NEIGHBOURS)[:NEIGHBOURS]
+                    others, similarities = others[best], similarities[best]
+                order = numpy.lexsort((others, -similarities))
+                found.append((others[order], similarities[order].astype(float)))
+        return found
+
+    def shares(self, found):
+        """q of what `find` found, rows × NUMBERS; zeros where nothing is similar."""
+        shares = numpy.zeros((len(found), len(NUMBERS)))
+        for row, (others, similarities) in zip(shares, found, strict=True):
+            weights = numpy.exp(similarities / KERNEL_WIDTH)
+            numpy.add.at(row, self.numbers[others], weights / weights.sum())
+        return shares
+
+    def describe(self, others, similarities):
+        """{column: title, price in money, similarity} of the SHOWN_NEIGHBOURS nearest rows."""
+        columns = {}
+        for place in range(SHOWN_NEIGHBOURS):
+            title = price = similarity = None
+            if place < len(others):
+                row = self.train[int(others[place])]
+                title, price = title_of(row["prompt"]), truth_of(row)
+                similarity = round(float(similarities[place]), 2)
+            name = f"similar_{place + 1}"
+            columns |= {name: title, f"{name}_price": price, f"{name}_similarity": similarity}
+        return columns
+
+
+def mix(probabilities, shares, weight):
+    """The model's probabilities of NUMBERS with that weight of the comparables' shares, if any."""
+    weights = weight * shares.sum(1, keepdims=True).round()
+    return (1 - weights) * probabilities + weights * shares
+
+
+def choose_comparables(comparables, rows, probabilities):
+    """How a run mixes: {"weight": w, "rows": n, "calibration": of its intervals}.
+
+    Every second validation row chooses the weight, by the least CRPS: a quadratic function of it.
+    The n others calibrate the intervals of the mixture, since a choice is too good on its own rows.
+    """
+    shares = comparables.shares(comparables.find(rows))
+    scale = scale_of_rows(rows)
+    truths = numpy.array([float(scale.number(truth_of(row))) for row in rows[::2]])
+    of_model = probabilities[::2] / probabilities[::2].sum(1, keepdims=True)
+    reached = of_model.cumsum(1)
+    step = mix(of_model, shares[::2], 1).cumsum(1) - reached
+    is_reached = numpy.array(NUMBERS) >= truths[:, None]
+    weight = ((is_reached - reached) * step).sum() / max((step**2).sum(), 1e-9)
+    weight = round(float(weight.clip(0, 1)), 3)
+    others = mix(probabilities, shares, weight)[1::2]
+    estimates = estimate_prices(others, [0] * len(others), rows[1::2]) if len(others) else []
+    calibration = calibrate([estimate.rank for estimate in estimates])
+    return {"weight": weight, "rows": len(others), "calibration": calibration}
+
+
+def similar_items(row, scale):
+    """The similar training items of a table's row, as text: `Brass lamp $39.00 (0.71); …`."""
+    texts = []
+    for place in range(1, SHOWN_NEIGHBOURS + 1):
+        name = f"similar_{place}"
+        if row.get(name) is not None:
+            title = items.shorten(" ".join(row[name].split()), 40)
+            price = scale.format(row[f"{name}_price"])
+            texts.append(f"{title} {price} ({row[f'{name}_similarity']:.2f})")
+    return "; ".join(texts)
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Evaluations
 
 MAX_MOVED = 0.25  # of a distribution's probability, between a run and its export
 SHOWN_ITEMS = 20  # of the user's own, on the screen
@@ -3028,17 +3196,38 @@ class Answers:
     of_base: list | None
     seconds: float  # the run's
     decode: str  # which decoding is the answer
+    alone: list | None = None  # the run's without its comparables, where it has some
+    comparables: object = None  # Comparables
+    similar: list = field(default_factory=list)  # what Comparables.describe says of each row
+    settings: dict = field(default_factory=dict)  # of the comparables
 
 
-def read_answers(open_reader, run, rows, decode="median", compare_base=False):
-    """The Answers of a Run; `open_reader` takes its adapter or None, and returns a PriceReader."""
+def read_answers(open_reader, run, rows, decode="median", compare_base=False, known=None):
+    """The Answers of a Run; `open_reader` takes its adapter or None, and returns a PriceReader.
+
+    `known` are the splits that it was trained on, for its comparables; None for the model alone.
+    """
     of_base = None
     if run.adapter and compare_base:
         of_base, _ = open_reader(None).answer(rows, "the base", decode=decode)
     name = "the run" if run.adapter else "the base"
-    width = interval_width(run.calibration)
-    of_run, seconds = open_reader(run.adapter).answer(rows, name, decode=decode, width=width)
-    return Answers(of_run, of_base, seconds, decode)
+    reader = open_reader(run.adapter)
+    probabilities, greedy, seconds = reader.distributions(rows, name)
+    estimate = partial(estimate_prices, greedy=greedy, rows=rows, decode=decode)
+    alone = estimate(probabilities, width=interval_width(run.calibration))
+    if not known:
+        return Answers(alone, of_base, seconds, decode)
+    comparables = Comparables(known["train"])
+    settings = run.comparables
+    if not settings:  # an older run's
+        val_rows = first_rows(known["val"], run.val_rows or 500)
+        of_val, _, _ = reader.distributions(val_rows, "the run about validation rows")
+        settings = choose_comparables(comparables, val_rows, of_val)
+    found = comparables.find(rows)
+    mixed = mix(probabilities, comparables.shares(found), settings["weight"])
+    of_run = estimate(mixed, width=interval_width(settings["calibration"]))
+    similar = [comparables.describe(*one) for one in found]
+    return Answers(of_run, of_base, seconds, decode, alone, comparables, similar, settings)
 
 
 def first_rows(split, size):
@@ -3046,32 +3235,17 @@ def first_rows(split, size):
     return list(islice(split, size))
 
 
-def word_features(train, *others):
-    """A matrix of rows × words and pairs of neighbouring words for each list of rows.
-
-    Weighted by TF-IDF with logarithmic counts; what words there are is learnt from `train`.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer  # takes seconds to import
-
-    vectorizer = TfidfVectorizer(
-        preprocessor=lambda row: items.description_in(row["prompt"]).lower(),
-        token_pattern=r"\w+|^\W*$",  # a text without any word is one itself: some word has to be
-        ngram_range=(1, 2),
-        sublinear_tf=True,
-    )
-    return [vectorizer.fit_transform(train), *map(vectorizer.transform, others)]
-
-
-def word_guesses(splits, rows):
+def word_guesses(splits, rows, index=None):
     """What words alone tell of the prices of rows, in money: what a model has to beat.
 
-    By ridge regression of the log price on word_features. Validation rows choose its penalty.
+    By ridge regression of the log price on a WordIndex. Validation rows choose its penalty.
     """
     from sklearn.linear_model import Ridge
 
     train = first_rows(splits["train"], 50_000)
     val = first_rows(splits["val"], 50_000)
-    features, val_features, row_features = word_features(train, val, rows)
+    index = index or WordIndex(train)
+    features, val_features = index.matrix[: len(train)], index.transform(val)
     prices = numpy.array([truth_of(row) for row in train])
     half_a_unit = scale_of_rows(train).amount(0.5)  # 0 has no logarithm
     logs = numpy.log(prices.clip(half_a_unit))
@@ -3082,7 +3256,7 @@ def word_guesses(splits, rows):
         error = abs(numpy.exp(fit.predict(val_features)) - val_prices).mean()
         if error < least_error:
             best, least_error = fit, error
-    return numpy.exp(best.predict(row_features)).tolist()
+    return numpy.exp(best.predict(index.transform(rows))).tolist()
 
 
 def describe_data(prompts):
@@ -3113,8 +3287,8 @@ def evaluation_folder(run, data, base, origin=""):
         differences.append(f"the base model is {base.name}, not what the run was trained on")
     if run.data and run.data["fingerprint"] != data["fingerprint"]:
         differences.append(
-            "the run was trained on other data, perhaps on some of these test items; words alone and "
-            "constants are of the training items of these data"
+            "the run was trained on other data, perhaps on some of these test items; words alone "
+            "and constants are of the training items of these data"
         )
     if not differences:
         return run.folder / "eval", []
@@ -3179,7 +3353,10 @@ def score_run(run, base, prompts, data, rows, answers, earlier, seed, folder):
     `earlier` is {run: its guesses}. Charts and predictions.csv are written to `folder`.
     """
     title = f"{run.folder.name} on {public_source(prompts.source)}"
-    results, table = score(rows, answers.of_run, title, run.calibration)
+    calibration = answers.settings.get("calibration", run.calibration)
+    results, table = score(rows, answers.of_run, title, calibration)
+    for row, similar in zip(table, answers.similar, strict=bool(answers.similar)):
+        row |= similar
     save_predictions(results, table, title, folder)
     results |= {
         "run": run.name,
@@ -3216,10 +3393,31 @@ def score_others(rows, answers, constants, splits, earlier, seed):
     for name, guesses in earlier.items():
         found["earlier"][name] = compare(guesses)
     if splits:
-        found["words"] = compare(word_guesses(splits, rows))
+        index = answers.comparables and answers.comparables.index
+        found["words"] = compare(word_guesses(splits, rows, index))
+    if answers.alone:
+        found |= score_comparables(answers, truths, compare)
     if answers.of_base:
         found["base"], _ = score(rows, answers.of_base, "the untouched base model")
     return found
+
+
+def score_comparables(answers, truths, compare):
+    """What comparables change: {"alone": the run without, "comparables": weight, similar items}.
+
+    `without_similar` is the difference without items that have a nearly same training item.
+    """
+    guesses = [estimate.guess for estimate in answers.alone]
+    is_new = [(one["similar_1_similarity"] or 0) < NEARLY_SAME for one in answers.similar]
+    changes = abs(numpy.array([one.guess for one in answers.of_run]) - truths)
+    changes -= abs(numpy.array(guesses) - truths)
+    crps = [estimate.crps for estimate in answers.alone]
+    without = float(changes[is_new].mean()) if any(is_new) else None
+    details = {"similar": is_new.count(False), "without_similar": without}
+    return {
+        "alone": compare(guesses) | {"crps": statistics.fmean(crps)},
+        "comparables": {"weight": answers.settings["weight"]} | details,
+    }
 
 
 def write_evaluation(folder, results, run, table):
@@ -3240,8 +3438,11 @@ def table_rows(results):
     }
     for name, figures in results["earlier"].items():
         rows[f"earlier {name}"] = figures
+    alone = results.get("alone")
+    rows[f"run {results['run']}, the model alone"] = alone
     for how, figures in reversed(results["decodings"].items()):
         words, _ = DECODINGS[how]
+        words += " with comparables" if alone and how != "greedy" else ""
         rows[f"run {results['run']}, {words}"] = figures | {"kind": "run"}
     rows["best reachable: the catalogue's own noise"] = results.get("best_reachable")
     if results.get("course"):
@@ -3261,9 +3462,17 @@ def footnotes(results):
     others = results["earlier"]
     if "words" in results:
         others = others | {"words alone": results["words"]}
+    if "alone" in results:
+        others = others | {"the model alone": results["alone"]}
     for name, figures in others.items():
         difference = format_difference(name, figures, scale)
         lines.append(f"This run's error less that of {name}, on the same items: {difference}")
+    if "alone" in results:
+        mixed, change = results["comparables"], results["comparables"]["without_similar"]
+        text = f"Comparables: prices of similar training items, weight {mixed['weight']:.2f}; "
+        text += f"{mixed['similar']:,} of {results['n']:,} items have one of similarity "
+        text += f"{NEARLY_SAME} or more, without them the difference is {format_number(change)}; "
+        lines.append(f"{text}CRPS of the model alone {scale.format(results['alone']['crps'])}")
     scores = results["distribution"]
     step = f" (to the nearest {scale.step})" if scale.unit > 1 else ""
     width = "; their width isn't calibrated, which takes 20 validation rows"
@@ -3339,6 +3548,8 @@ def price_table(rows, answers):
         entry = {"line": row["line"], "title": row["title"], "guess": round(estimate.guess, 2)}
         entry |= {"low": estimate.low, "high": estimate.high}
         table.append(entry | {"price": truth_of(row) if row["completion"] else None})
+    for row, similar in zip(table, answers.similar, strict=bool(answers.similar)):
+        row |= similar
     return table
 
 
@@ -3350,25 +3561,30 @@ def format_prices(table, scale=items.COURSE_SCALE):
         title = " ".join(row["title"].split())
         guess = scale.format(row["guess"])
         lines.append((guess, f"(80 %: {low} to {high})", items.shorten(title, 80)))
-    texts = align(lines, "><<")
+    texts = []
+    for row, line in zip(table, align(lines, "><<"), strict=False):
+        similar = similar_items(row, scale)
+        texts += [line, f"    similar: {similar}"] if similar else [line]
     if len(table) > SHOWN_ITEMS:
         texts.append(f"… and {len(table) - SHOWN_ITEMS:,} more")
     return "\n".join(texts)
 
 
-def score_own_rows(run, answers, rows, source, folder, seed):
+def score_own_rows(run, answers, rows, source, splits, seed):
     """The figures of those of the user's own rows that have a price; {} if none has.
 
-    If the run's data are in `folder`, also how many rows it was trained on, and words alone.
+    With the `splits` that it was trained on also how many of the rows these have, and words alone.
     """
     priced = [i for i, row in enumerate(rows) if row["completion"]]
     if not priced:
         return {}
     rows = [rows[i] for i in priced]
-    answers = replace(answers, of_run=[answers.of_run[i] for i in priced])
-    splits = items.splits_trained_on(folder, run.data.get("fingerprint"))
+    lists = ("of_run", "alone", "similar") if answers.alone else ("of_run",)
+    chosen = {name: [getattr(answers, name)[i] for i in priced] for name in lists}
+    answers = replace(answers, **chosen)
     title = f"{run.folder.name} on {items.readable(Path(source).name)}"
-    results, _ = score(rows, answers.of_run, title, run.calibration)
+    calibration = answers.settings.get("calibration", run.calibration)
+    results, _ = score(rows, answers.of_run, title, calibration)
     constants = run.data.get("constants", {})
     results |= score_others(rows, answers, constants, splits, {}, seed)
     results["run"] = run.name
@@ -3443,12 +3659,12 @@ def name_as_before(folder):
 
 def price_shares(reader, rows):
     """The shares of NUMBERS in each row's distribution, an array of rows × 1,000."""
-    found = predict(lambda batch: reader.read(batch).probabilities, rows, reader.batch_size, None)
-    return numpy.array([row / row.sum() for row in found[0]])
+    probabilities, _, _ = reader.distributions(rows)
+    return probabilities / probabilities.sum(1, keepdims=True)
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Charts and report
+# 11. Charts and report
 
 SHADES = {  # of `color`: (colour, marker, limit in units, what it means)
     "green": ("#2e8b57", "o", 40, "error < {} or 20 %"),
@@ -3600,6 +3816,7 @@ def write_report(folder, results, run, table):
         settings["How it was trained"] = training_settings(run)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = format_number
+    environment.filters["similar"] = partial(similar_items, scale=scale)
     environment.filters["money"] = partial(format_number, digits=2 if scale.unit < 100 else 0)
     page = environment.from_string(REPORT).render(
         results=results,
@@ -3763,7 +3980,8 @@ img { max-width: 30rem; width: 100%; background: white }
 <circle r="4" fill="{{ fill }}" cx="{{ share(row.truth) }}" cy="{{ share(ticks[-1] - row.guess) }}">
 <title>{{ row.title }}: price {{ scale.format(row.truth) }}, guess {{ scale.format(row.guess) }},
 off by {{ scale.format(row.error) }}; 80 % interval {{ scale.format_whole(row.low) }} to
-{{ scale.format_whole(row.high) }}</title></circle>
+{{ scale.format_whole(row.high) }}{{ "; similar: " if row.similar_1 }}{{ row | similar }}</title>
+</circle>
 {% endfor %}
 {% endfor %}
 </svg>
@@ -3776,7 +3994,8 @@ off by {{ scale.format(row.error) }}; 80 % interval {{ scale.format_whole(row.lo
 <table id="items">
 <thead><tr><th>item<th>price<th>guess<th>error<th>80 % interval</thead>
 {% for row in table %}
-<tr><td>{{ row.title }} <small>{{ row.category }}</small><td>{{ row.truth | money }}
+<tr><td>{{ row.title }} <small>{{ row.category }}
+{{ "Similar: " if row.similar_1 }}{{ row | similar }}</small><td>{{ row.truth | money }}
 <td>{{ row.guess | money }}<td>{{ row.error | money }}
 <td>{{ row.low | number(scale.digits) }} to {{ row.high | number(scale.digits) }}
 {% endfor %}
@@ -3802,6 +4021,8 @@ off by {{ scale.format(row.error) }}; 80 % interval {{ scale.format_whole(row.lo
 <dt>Log score<dd>Minus the logarithm of the probability given to the true price; smaller is better.
 <dt>CRPS<dd>How far the whole distribution is from the true price, in money; smaller is better.
 <dt>Probability of no price<dd>The model's probability of answers that aren't prices.
+<dt>Comparables<dd>The prices of the most similar training items, mixed into the answers; the number
+behind each is its similarity, from 0 to 1.
 <dt>Words alone<dd>A regression on the words of the training items, without a language model.
 </dl>
 <script>

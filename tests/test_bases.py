@@ -292,6 +292,7 @@ def with_own_code(folder):
 
 GPTQ = {"quantization_config": {"quant_method": "gptq"}}
 EIGHT_BITS = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+IN_BF16 = {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"}
 UNUSABLE = {
     "encoder": ({"model_type": "t5"}, None, "t5 has an encoder"),
     "transposed": ({"model_type": "gpt2"}, None, "gpt2 has no linear layers"),
@@ -300,6 +301,7 @@ UNUSABLE = {
     "merged": ({}, merge_dollar, r"merges the 0 of `Price is \$0.00` with what is beside it"),
     "two problems": (GPTQ, drop_end_of_text, "stored as gptq.*\n.*has no end-of-text token"),
     "8 bits": (EIGHT_BITS, None, "are stored as bitsandbytes"),
+    "4 bits in 16": ({"quantization_config": IN_BF16}, None, "weights are stored as bfloat16"),
     "kernel": (
         {"_attn_implementation": "some/kernel"},
         None,

@@ -30,10 +30,12 @@ def older(tiny_base, tmp_path):
 
 
 def test_older_run_is_evaluated_alike(call, older):
-    """Its own evaluation, as then to the cent."""
+    """Its own evaluation, as then to the cent, by the model alone."""
     expected = read(older / FIRST / "eval/results.json")
     predictions = (older / FIRST / "eval/predictions.csv").read_text()
     call(*EVAL, "--run-name", "first", cwd=older)
+    assert read(older / FIRST / "eval/results.json")["alone"]["mae"] == expected["mae"]
+    call(*EVAL, "--run-name", "first", "--comparables", "off", cwd=older)
     found = read(older / FIRST / "eval/results.json")
     assert found["mae"] == expected["mae"]
     assert found["decodings"] == expected["decodings"]

@@ -41,6 +41,7 @@ MISTAKES = (  # what a user types, where only the run `first` is: what the one l
     ("prepare --demo --base-model .", "holds no config.json"),
     ("prepare --demo --base-model no/such-model", "no/such-model: not on the Hub"),
     ("prepare --local --output-dir /proc/nowhere", "/proc/nowhere: can't be written to"),
+    ("prepare --local --output-dir a::b", "a::b: a folder's name can't have `::`"),
     ("{train} --micro-batch 5 --batch-size 12", "--batch-size 12: has to be a multiple of 5"),
     ("{train} --price-loss 2.5", "--price-loss 2.5: needs a base whose tokenizer spells each"),
     ("{train} --base-weights fp8 --precision fp32", "--base-weights fp8: needs bf16 and a GPU"),
@@ -294,7 +295,17 @@ def test_eval_leaves_figures_and_charts(judged, splits):
         assert results["baselines"][f"constant_{name}"]["mae"] == pytest.approx(expected)
 
     table = read_csv(judged / "eval/predictions.csv")
-    assert ",".join(table[0]) == "index,title,category,truth,guess,error,low,high"
+    similar = [f"similar_{i}{end}" for i in (1, 2, 3) for end in ("", "_price", "_similarity")]
+    assert [*table[0]] == [
+        "index",
+        "title",
+        "category",
+        "truth",
+        "guess",
+        "error",
+        "low",
+        "high",
+    ] + similar
     error = statistics.fmean(float(row["error"]) for row in table)
     assert results["mae"] == pytest.approx(error, abs=0.01)
 
@@ -318,15 +329,20 @@ def test_report_is_one_file(judged):
 
 
 def test_intervals_are_calibrated(call, shared, tmp_path):
-    """By the validation rows, in training; `eval` uses what run.json has of it."""
+    """By the validation rows, in training; `eval` uses what run.json has of it.
+
+    With comparables half of the rows are left, which are too few here.
+    """
     catalogue = write_catalogue(tmp_path / "catalogue.jsonl", 500)
     call("prepare", *shared, "--source", catalogue, cwd=tmp_path)
     call("train", *shared, "--run-name", "first", *TRAIN, "--max-steps", "2", cwd=tmp_path)
     calibration = read(tmp_path / RUN / "run.json")["calibration"]
     assert calibration["rows"] == 26
     assert len(calibration["widths"]) == len(util.INTERVAL_WIDTHS)
-
     said = call(*JUDGE, "--size", "all", cwd=tmp_path)
+    assert "their width isn't calibrated" in said
+
+    said = call(*JUDGE, "--size", "all", "--comparables", "off", cwd=tmp_path)
     assert "of the true prices; 26 validation rows set their width" in said
     results = read(tmp_path / RUN / "eval/results.json")
     assert set(results["intervals"]) == {"as read", "calibrated"}
@@ -458,7 +474,7 @@ def test_other_data_are_evaluated_apart(call, shared, trained_project):
     catalogue = write_catalogue(trained_project / "new.jsonl", 60)
     call("prepare", *shared, "--source", catalogue, cwd=trained_project)
     said = call(*JUDGE, "--size", "3", cwd=trained_project)
-    note = "the run was trained on other data, perhaps on some of these test items; words alone and "
+    note = "the run was trained on other data, perhaps on some of these test items; words alone "
     assert f"Note: {note}" in said
     (apart,) = run.glob("eval-*")
     assert f"so it stays in {RUN}/{apart.name}, unpublished: {note}" in said

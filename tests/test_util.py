@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -190,6 +191,73 @@ def test_words_tell_much_of_the_demo():
     truths = [util.truth_of(row) for row in rows[550:]]
     error = metrics(util.word_guesses(splits, rows[550:]), truths)["mae"]
     assert error < 0.6 * metrics([float(numpy.median(truths))] * 50, truths)["mae"]
+
+
+# Comparables
+
+
+def rows_of(prices):
+    """A row for each of {text: price}."""
+    pairs = prices.items()
+    return [{"prompt": COURSE_SCALE.prompt(text), "completion": f"{n}.00"} for text, n in pairs]
+
+
+def test_nearest_items_are_brute_forces():
+    """By cosine similarity of all rows; what shares no word with a row isn't near it."""
+    rows = [
+        {"prompt": COURSE_SCALE.prompt(item.summary), "completion": f"{item.price:.0f}.00"}
+        for item in demo_items(300, seed=3)
+    ]
+    index = util.WordIndex(rows[:200])
+    similar = (index.transform(rows[200:]) @ index.matrix.T).toarray()
+    known = util.Comparables(Dataset.from_list(rows[:200]))
+    for (others, similarities), row in zip(known.find(rows[200:]), similar, strict=True):
+        expected = numpy.sort(row)[::-1][: util.NEIGHBOURS]
+        assert numpy.allclose(similarities, expected, atol=1e-6)
+        assert numpy.allclose(row[others], similarities)
+
+
+def test_right_neighbour_decides_the_price():
+    """For a model that knows nothing; where nothing is similar, the model decides."""
+    train = rows_of({"Brass lamp, tall": 80, "Brass lamp": 70, "Oak desk": 400, "Red mug": 8})
+    known = util.Comparables(Dataset.from_list(train))
+    rows = rows_of({"Oak desk, used": 0, "A brass lamp": 0, "Xylophone": 0})
+    found = known.find(rows)
+    shares = known.shares(found)
+    assert numpy.allclose(shares.sum(1), [1, 1, 0])
+    uniform = numpy.full((3, 1000), 0.001)
+    answers = util.estimate_prices(util.mix(uniform, shares, 0.9), [0] * 3, rows)
+    assert [answer.guess for answer in answers] == [400, 70, 499]
+    assert numpy.array_equal(util.mix(uniform, shares, 0), uniform)
+    names = known.describe(*found[0])
+    assert (names["similar_1"], names["similar_1_price"]) == ("Oak desk", 400)
+    assert names["similar_3"] is None
+    assert re.fullmatch(r"Oak desk \$400\.00 \(0\.\d\d\)", util.similar_items(names, COURSE_SCALE))
+
+
+def test_weight_has_the_least_crps():
+    """Of the mixtures of every second validation row; the others calibrate the intervals."""
+    rows = [
+        {"prompt": COURSE_SCALE.prompt(item.summary), "completion": f"{item.price:.0f}.00"}
+        for item in demo_items(600, seed=3)
+    ]
+    known, val = util.Comparables(Dataset.from_list(rows[:500])), rows[500:]
+    constant = numpy.zeros((100, 1000))
+    constant[:, 50:350] = 1 / 300
+    chosen = util.choose_comparables(known, val, constant)
+    shares = known.shares(known.find(val))
+
+    def crps(weight):
+        mixed = util.mix(constant, shares, weight)[::2]
+        return numpy.mean([one.crps for one in util.estimate_prices(mixed, [0] * 50, val[::2])])
+
+    assert 0 < chosen["weight"] < 1
+    best = min(numpy.arange(0, 1.001, 0.01), key=crps)
+    assert chosen["weight"] == pytest.approx(best, abs=0.011)
+    assert chosen["calibration"]["rows"] == chosen["rows"] == 50
+    exact = numpy.zeros((100, 1000))
+    exact[range(100), [round(util.truth_of(row)) for row in val]] = 1
+    assert util.choose_comparables(known, val, exact)["weight"] == 0
 
 
 # Earlier evaluations
