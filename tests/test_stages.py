@@ -296,7 +296,8 @@ def test_eval_leaves_figures_and_charts(judged, splits):
 
     table = read_csv(judged / "eval/predictions.csv")
     similar = [f"similar_{i}{end}" for i in (1, 2, 3) for end in ("", "_price", "_similarity")]
-    assert [*table[0]] == [
+    plain = ["index", "title", "category", "truth", "guess", "error", "low", "high"]
+    assert [*table[0]] == plain + similar
         "index",
         "title",
         "category",
