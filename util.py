@@ -3030,13 +3030,13 @@ NEARLY_SAME = 0.7  # the similarity of items that may be variants of one
 
 
 class WordIndex:
-    """TF-IDF of words and pairs of words in the descriptions of training rows, a sparse `matrix`.
+    """TF-IDF of words and pairs of words in the descriptions of training prompts, a `matrix`.
 
-    Hashed, since a vocabulary of 800,000 descriptions takes gigabytes. Words in more than 1,000
-    rows and 1 % of them are left out: they tell little, and take most of the time.
+    Hashed, since a vocabulary of 800,000 descriptions takes gigabytes. Words of more than 5,000
+    rows are left out: they tell little, and take most of the time.
     """
 
-    def __init__(self, train):
+    def __init__(self, prompts):
         from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
         self.vectoriser = HashingVectorizer(
@@ -3047,16 +3047,15 @@ class WordIndex:
             norm=None,
             dtype=numpy.float32,
         )
-        counts = self.count_words(train)
+        counts = self.count_words(prompts)
         rows_with = counts.getnnz(axis=0)
-        is_kept = (rows_with > 0) & (rows_with <= max(1000, len(train) // 100))
-        self.columns = numpy.flatnonzero(is_kept)
+        self.columns = numpy.flatnonzero((rows_with > 0) & (rows_with <= 5000))
         self.weights = TfidfTransformer(sublinear_tf=True)
         self.matrix = self.weights.fit_transform(counts[:, self.columns])
 
-    def count_words(self, rows):
-        """A sparse matrix of rows × hashed words; many rows in several processes."""
-        texts = [items.description_in(row["prompt"]) for row in rows]
+    def count_words(self, prompts):
+        """A sparse matrix of prompts × hashed words; of many in several processes."""
+        texts = list(map(items.description_in, prompts))
         blocks = [texts[start : start + 10_000] for start in range(0, len(texts), 10_000)]
         is_long = len(blocks) > 5
         bar = tqdm(blocks, desc="indexing items", unit="0,000 items", disable=not is_long)
@@ -3065,8 +3064,9 @@ class WordIndex:
         return scipy.sparse.vstack(found, "csr")
 
     def transform(self, rows):
-        """The same features of other rows."""
-        return self.weights.transform(self.count_words(rows)[:, self.columns])
+        """The same features of other rows, a sparse matrix."""
+        counts = self.count_words([row["prompt"] for row in rows])
+        return self.weights.transform(counts[:, self.columns])
 
 
 class Comparables:
@@ -3079,10 +3079,10 @@ class Comparables:
 
     def __init__(self, train):
         self.train = train  # Dataset of prompt and completion
-        self.index = WordIndex(train)
+        prompts, completions = zip(*items.pairs_of(train, "prompt", "completion"), strict=True)
+        self.index = WordIndex(prompts)
         self.rows_with = self.index.matrix.T.tocsr()
-        numbers = [float(completion) for (completion,) in items.pairs_of(train, "completion")]
-        self.numbers = numpy.array(numbers).round().astype(int)
+        self.numbers = numpy.array(list(map(float, completions))).round().astype(int)
 
     def find(self, rows):
         """[(row numbers, similarities)] of each row's nearest training rows, the nearest first.
@@ -3244,7 +3244,8 @@ def word_guesses(splits, rows, index=None):
 
     train = first_rows(splits["train"], 50_000)
     val = first_rows(splits["val"], 50_000)
-    index = index or WordIndex(train)
+    if not index or len(splits["train"]) > len(train):
+        index = WordIndex([row["prompt"] for row in train])
     features, val_features = index.matrix[: len(train)], index.transform(val)
     prices = numpy.array([truth_of(row) for row in train])
     half_a_unit = scale_of_rows(train).amount(0.5)  # 0 has no logarithm

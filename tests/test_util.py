@@ -207,7 +207,7 @@ def test_nearest_items_are_brute_forces():
         {"prompt": COURSE_SCALE.prompt(item.summary), "completion": f"{item.price:.0f}.00"}
         for item in demo_items(300, seed=3)
     ]
-    index = util.WordIndex(rows[:200])
+    index = util.WordIndex([row["prompt"] for row in rows[:200]])
     similar = (index.transform(rows[200:]) @ index.matrix.T).toarray()
     known = util.Comparables(Dataset.from_list(rows[:200]))
     for (others, similarities), row in zip(known.find(rows[200:]), similar, strict=True):
