@@ -11,7 +11,7 @@
      6. The training loop    signals, checkpoints and their pushes, memory that runs out
      7. Runs                 run.json, finding and locking them, pushing them, Weights & Biases
      8. Figures              distributions → answers → errors, scores, intervals; saved with charts
-     9. Comparables          similar training items, whose prices are mixed into the answers
+     9. Words, comparables   a regression on words; similar training items' prices, mixed in
     10. Evaluations          of runs, and of own items; what they are compared with; exports
     11. Charts and report    drawn here, saved by save_predictions (8) and save_run (7); cards
 
@@ -3021,8 +3021,9 @@ def save_predictions(figures, table, title, folder=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Comparables
+# 9. Words and comparables
 
+WORD_PENALTIES = (10, 3, 1, 0.3, 0.1, 0.03)
 NEIGHBOURS = 8  # training items that tell of a price
 KERNEL_WIDTH = 0.1  # of their similarities, in their weights
 SHOWN_NEIGHBOURS = 3
@@ -3067,6 +3068,31 @@ class WordIndex:
         """The same features of other rows, a sparse matrix."""
         counts = self.count_words([row["prompt"] for row in rows])
         return self.weights.transform(counts[:, self.columns])
+
+
+def word_guesses(splits, rows, index=None):
+    """What words alone tell of the prices of rows, in money: what a model has to beat.
+
+    By ridge regression of the log price on a WordIndex. Validation rows choose its penalty.
+    """
+    from sklearn.linear_model import Ridge
+
+    train = first_rows(splits["train"], 50_000)
+    val = first_rows(splits["val"], 50_000)
+    if not index or len(splits["train"]) > len(train):
+        index = WordIndex([row["prompt"] for row in train])
+    features, val_features = index.matrix[: len(train)], index.transform(val)
+    prices = numpy.array([truth_of(row) for row in train])
+    half_a_unit = scale_of_rows(train).amount(0.5)  # 0 has no logarithm
+    logs = numpy.log(prices.clip(half_a_unit))
+    val_prices = [truth_of(row) for row in val]
+    least_error = math.inf
+    for penalty in WORD_PENALTIES:
+        fit = Ridge(penalty, solver="sparse_cg").fit(features, logs)
+        error = abs(numpy.exp(fit.predict(val_features)) - val_prices).mean()
+        if error < least_error:
+            best, least_error = fit, error
+    return numpy.exp(best.predict(index.transform(rows))).tolist()
 
 
 class Comparables:
@@ -3152,6 +3178,24 @@ def choose_comparables(comparables, rows, probabilities):
     return {"weight": weight, "rows": len(others), "calibration": calibration}
 
 
+def score_comparables(answers, truths, compare):
+    """What comparables change: {"alone": the run without, "comparables": weight, similar items}.
+
+    `without_similar` is the difference without items that have a nearly same training item.
+    """
+    guesses = [estimate.guess for estimate in answers.alone]
+    is_new = [(one["similar_1_similarity"] or 0) < NEARLY_SAME for one in answers.similar]
+    changes = abs(numpy.array([one.guess for one in answers.of_run]) - truths)
+    changes -= abs(numpy.array(guesses) - truths)
+    crps = [estimate.crps for estimate in answers.alone]
+    without = float(changes[is_new].mean()) if any(is_new) else None
+    details = {"similar": is_new.count(False), "without_similar": without}
+    return {
+        "alone": compare(guesses) | {"crps": statistics.fmean(crps)},
+        "comparables": {"weight": answers.settings["weight"]} | details,
+    }
+
+
 def similar_items(row, scale):
     """The similar training items of a table's row, as text: `Brass lamp $39.00 (0.71); …`."""
     texts = []
@@ -3169,7 +3213,6 @@ def similar_items(row, scale):
 
 MAX_MOVED = 0.25  # of a distribution's probability, between a run and its export
 SHOWN_ITEMS = 20  # of the user's own, on the screen
-WORD_PENALTIES = (10, 3, 1, 0.3, 0.1, 0.03)
 LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
 LADDER = {  # mean absolute error in dollars
     "constant": 106.18,
@@ -3233,31 +3276,6 @@ def read_answers(open_reader, run, rows, decode="median", compare_base=False, kn
 def first_rows(split, size):
     """The first `size` rows of a split, all without one; a list."""
     return list(islice(split, size))
-
-
-def word_guesses(splits, rows, index=None):
-    """What words alone tell of the prices of rows, in money: what a model has to beat.
-
-    By ridge regression of the log price on a WordIndex. Validation rows choose its penalty.
-    """
-    from sklearn.linear_model import Ridge
-
-    train = first_rows(splits["train"], 50_000)
-    val = first_rows(splits["val"], 50_000)
-    if not index or len(splits["train"]) > len(train):
-        index = WordIndex([row["prompt"] for row in train])
-    features, val_features = index.matrix[: len(train)], index.transform(val)
-    prices = numpy.array([truth_of(row) for row in train])
-    half_a_unit = scale_of_rows(train).amount(0.5)  # 0 has no logarithm
-    logs = numpy.log(prices.clip(half_a_unit))
-    val_prices = [truth_of(row) for row in val]
-    least_error = math.inf
-    for penalty in WORD_PENALTIES:
-        fit = Ridge(penalty, solver="sparse_cg").fit(features, logs)
-        error = abs(numpy.exp(fit.predict(val_features)) - val_prices).mean()
-        if error < least_error:
-            best, least_error = fit, error
-    return numpy.exp(best.predict(index.transform(rows))).tolist()
 
 
 def describe_data(prompts):
@@ -3401,24 +3419,6 @@ def score_others(rows, answers, constants, splits, earlier, seed):
     if answers.of_base:
         found["base"], _ = score(rows, answers.of_base, "the untouched base model")
     return found
-
-
-def score_comparables(answers, truths, compare):
-    """What comparables change: {"alone": the run without, "comparables": weight, similar items}.
-
-    `without_similar` is the difference without items that have a nearly same training item.
-    """
-    guesses = [estimate.guess for estimate in answers.alone]
-    is_new = [(one["similar_1_similarity"] or 0) < NEARLY_SAME for one in answers.similar]
-    changes = abs(numpy.array([one.guess for one in answers.of_run]) - truths)
-    changes -= abs(numpy.array(guesses) - truths)
-    crps = [estimate.crps for estimate in answers.alone]
-    without = float(changes[is_new].mean()) if any(is_new) else None
-    details = {"similar": is_new.count(False), "without_similar": without}
-    return {
-        "alone": compare(guesses) | {"crps": statistics.fmean(crps)},
-        "comparables": {"weight": answers.settings["weight"]} | details,
-    }
 
 
 def write_evaluation(folder, results, run, table):
