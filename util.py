@@ -3981,8 +3981,8 @@ img { max-width: 30rem; width: 100%; background: white }
 <circle r="4" fill="{{ fill }}" cx="{{ share(row.truth) }}" cy="{{ share(ticks[-1] - row.guess) }}">
 <title>{{ row.title }}: price {{ scale.format(row.truth) }}, guess {{ scale.format(row.guess) }},
 off by {{ scale.format(row.error) }}; 80 % interval {{ scale.format_whole(row.low) }} to
-{{ scale.format_whole(row.high) }}{{ "; similar: " if row.similar_1 }}{{ row | similar }}</title>
-</circle>
+{{ scale.format_whole(row.high) }}{% if row.similar_1 %}; similar: {{ row | similar }}{% endif %}
+</title></circle>
 {% endfor %}
 {% endfor %}
 </svg>
@@ -3996,7 +3996,10 @@ off by {{ scale.format(row.error) }}; 80 % interval {{ scale.format_whole(row.lo
 <thead><tr><th>item<th>price<th>guess<th>error<th>80 % interval</thead>
 {% for row in table %}
 <tr><td>{{ row.title }} <small>{{ row.category }}
-{{ "Similar: " if row.similar_1 }}{{ row | similar }}</small><td>{{ row.truth | money }}
+{% if row.similar_1 %}
+<br>Similar: {{ row | similar }}
+{% endif %}
+</small><td>{{ row.truth | money }}
 <td>{{ row.guess | money }}<td>{{ row.error | money }}
 <td>{{ row.low | number(scale.digits) }} to {{ row.high | number(scale.digits) }}
 {% endfor %}

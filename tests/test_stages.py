@@ -468,6 +468,7 @@ def test_other_data_are_evaluated_apart(call, shared, trained_project):
     said = call(*JUDGE, "--size", "3", cwd=trained_project)
     note = "the run was trained on other data, perhaps on some of these test items; words alone "
     assert f"Note: {note}" in said
+    assert "the items that the run was trained on aren't here: the model alone" in said
     (apart,) = run.glob("eval-*")
     assert f"so it stays in {RUN}/{apart.name}, unpublished: {note}" in said
     results = read(apart / "results.json")
