@@ -3033,8 +3033,8 @@ NEARLY_SAME = 0.7  # the similarity of items that may be variants of one
 class WordIndex:
     """TF-IDF of words and pairs of words in the descriptions of training prompts, a `matrix`.
 
-    Hashed, since a vocabulary of 800,000 descriptions takes gigabytes. Words of more than 5,000
-    rows are left out: they tell little, and take most of the time.
+    Hashed, since a vocabulary of 800,000 descriptions takes gigabytes. Words of more than half
+    of the rows, or 5,000, are left out: they tell little, and take most of the time.
     """
 
     def __init__(self, prompts):
@@ -3050,7 +3050,8 @@ class WordIndex:
         )
         counts = self.count_words(prompts)
         rows_with = counts.getnnz(axis=0)
-        self.columns = numpy.flatnonzero((rows_with > 0) & (rows_with <= 5000))
+        most = min(5000, len(prompts) // 2)
+        self.columns = numpy.flatnonzero((rows_with > 0) & (rows_with <= most))
         self.weights = TfidfTransformer(sublinear_tf=True)
         self.matrix = self.weights.fit_transform(counts[:, self.columns])
 
