@@ -3050,8 +3050,9 @@ class WordIndex:
         )
         counts = self.count_words(prompts)
         rows_with = counts.getnnz(axis=0)
-        most = min(5000, len(prompts) // 2)
-        self.columns = numpy.flatnonzero((rows_with > 0) & (rows_with <= most))
+        is_rare = (rows_with > 0) & (rows_with <= min(5000, len(prompts) // 2))
+        # There has to be one, also where all descriptions are alike
+        self.columns = numpy.flatnonzero(is_rare if is_rare.any() else rows_with)
         self.weights = TfidfTransformer(sublinear_tf=True)
         self.matrix = self.weights.fit_transform(counts[:, self.columns])
 
@@ -3060,7 +3061,7 @@ class WordIndex:
         texts = list(map(items.description_in, prompts))
         blocks = [texts[start : start + 10_000] for start in range(0, len(texts), 10_000)]
         is_long = len(blocks) > 5
-        bar = tqdm(blocks, desc="indexing items", unit="0,000 items", disable=not is_long)
+        bar = tqdm(blocks, "indexing items", unit="block", disable=not is_long)
         count = joblib.delayed(self.vectoriser.transform)
         found = joblib.Parallel(n_jobs=-1 if is_long else 1)(count(block) for block in bar)
         return scipy.sparse.vstack(found, "csr")
@@ -3119,7 +3120,7 @@ class Comparables:
         found = []
         features = self.index.transform(rows)
         starts = range(0, len(rows), 64)  # 64 × all training rows, at most, are held at once
-        for start in tqdm(starts, "finding similar items", disable=len(rows) < 5000):
+        for start in tqdm(starts, "similar items", unit="block", disable=len(rows) < 5000):
             similar = (features[start : start + 64] @ self.rows_with).tocsr()
             for first, end in pairwise(similar.indptr):
                 others, similarities = similar.indices[first:end], similar.data[first:end]

@@ -231,6 +231,8 @@ def test_right_neighbour_decides_the_price():
     names = known.describe(*found[0])
     assert (names["similar_1"], names["similar_1_price"]) == ("Oak desk", 400)
     assert names["similar_3"] is None
+    alike = util.Comparables(Dataset.from_list(rows_of({"…": 5}) * 3))
+    assert alike.shares(alike.find(rows)).sum() == 0
     assert util.similar_items(names, COURSE_SCALE) == "Oak desk $400.00 (1.00)"
 
 
