@@ -29,6 +29,7 @@ import re
 import shutil
 import socket
 import tempfile
+import unicodedata
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -500,7 +501,15 @@ def write_table(path, table):
         else:
             writer = csv.DictWriter(file, table[0])
             writer.writeheader()
-            writer.writerows(table)
+            writer.writerows(map(without_formulas, table))
+
+
+def without_formulas(row):
+    """A row whose texts no spreadsheet runs: a quote precedes those that look like a formula."""
+    return {
+        name: f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@")) else value
+        for name, value in row.items()
+    }
 
 
 def write_manifest(folder, skipped=()):
@@ -999,6 +1008,8 @@ def file_rows(path):
         )
     try:
         with open(path, "rb") as file:
+            check_kind(path, file.read(100))
+            file.seek(0)
             for line, row in reader(file):
                 yield line, row
     except UnicodeDecodeError as error:
@@ -1014,17 +1025,35 @@ def file_rows(path):
         raise UserError(f"{path}: can't be read: {reason}.") from error
 
 
+FOREIGN_KINDS = {  # the first bytes of files that are called .csv or .json by mistake
+    b"PK\x03\x04": "an Excel workbook or a ZIP archive",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook",
+    b"%PDF": "a PDF",
+    b"<": "a web page or XML",
+    b"version https://git-lfs": "a pointer of Git LFS, which `git lfs pull` replaces",
+}
+
+
+def check_kind(path, beginning):
+    """Raises UserError for the beginning of a file of another kind than its name says."""
+    for signature, kind in FOREIGN_KINDS.items():
+        if beginning.lstrip(b"\xef\xbb\xbf \r\n").startswith(signature):
+            raise UserError(f"{path}: is {kind}. Save or download its rows as CSV or JSON.")
+
+
 def parquet_rows(file):
     batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=2_000)
     return enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
 def json_rows(file):
-    """The rows of one array, or JSON lines."""
+    """The rows of one array, of an object that holds them, or JSON lines."""
     text = io.TextIOWrapper(file, encoding="utf-8-sig")
     is_array = text.read(4096).lstrip().startswith("[")
     text.seek(0)
     rows = json.load(text) if is_array else text
+    if not is_array and file.name.endswith(".json"):
+        rows, is_array = rows_in_object(text)
     for line, row in enumerate(rows, 1):
         if not is_array and not row.strip():
             continue
@@ -1034,6 +1063,24 @@ def json_rows(file):
             error.lineno = line  # of the file, not of the row
             raise
         yield line, value if isinstance(value, dict) else "not a JSON object"
+
+
+def rows_in_object(text):
+    """(rows, whether they are read) of a file: of `{"products": […]}` or of objects by their ids.
+
+    Otherwise it is the file at its start, to be read as JSON lines.
+    """
+    with suppress(json.JSONDecodeError):
+        content = json.load(text)
+        values = list(content.values()) if isinstance(content, dict) else []
+        lists = [value for value in values if isinstance(value, list)]
+        is_item = any(fold_name(name) in USUAL_COLUMNS["title"].split() for name in content)
+        if len(lists) == 1 and isinstance(next(iter(lists[0]), None), dict) and not is_item:
+            return lists[0], True
+        if len(values) > 1 and all(isinstance(value, dict) for value in values):
+            return values, True
+    text.seek(0)
+    return text, False
 
 
 def csv_rows(file):
@@ -1109,6 +1156,8 @@ NO_CURRENCY = re.compile(
     re.IGNORECASE,
 )
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+FULL_WIDTH = re.compile("[！-～￠-￦]+")  # letters, digits and signs of East Asian texts
+SCIENTIFIC = re.compile(r"[0-9](?:\.[0-9]{1,17})?e[+-]?[0-9]{1,2}", re.IGNORECASE)  # 1e+05
 LONGEST_PRICE = 100  # characters
 
 PRICE_MISSING = "price is missing"
@@ -1130,7 +1179,10 @@ class Written(NamedTuple):
 def parse_price(text):
     """The Written of a text, in any currency and of any size."""
     text = INVISIBLE.sub("", html.unescape(text[: LONGEST_PRICE + 1]))
-    text = " ".join(text.replace("￥", "¥").split())
+    text = FULL_WIDTH.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    text = " ".join(text.split())
+    if SCIENTIFIC.fullmatch(text):
+        text = f"{float(text):f}"
     if text.casefold() in NO_VALUES:
         return Written(problem=PRICE_MISSING)
     match = PRICE.fullmatch(text) if len(text) <= LONGEST_PRICE else None
@@ -1306,6 +1358,8 @@ USUAL_COLUMNS = {  # the role: names that are recognised, the first first; see `
     "currency": "currency currencycode pricecurrency",
 }
 JOINED_ROLES = ("text", "category")  # of which several columns are read, each if those before lack
+SALE = ("saleprice", "price", "regularprice")
+NOT_PAID = "unitprice cost costprice amount"  # what customers may not pay
 FIRST_ROWS = 10_000  # in which all columns must be seen
 SHOWN_NAMES = 300  # characters of the columns' names
 SHOWN_LINES = 5  # of the rows that are dropped for one reason
@@ -1342,6 +1396,8 @@ def find_columns(path, names, chosen, earlier=None, needed=("title", "price", "t
             if role in needed and not found:
                 missing.append(role)
         columns[role] = found if role in JOINED_ROLES else next(iter(found), None)
+        if role == "price" and role not in chosen:  # another fills its gaps
+            columns["sale"] = next((name for name in found[1:] if fold_name(name) in SALE), None)
     if missing:
         raise UserError(
             f"{path}: no column for {' and '.join(missing)}; found: "
@@ -1404,11 +1460,24 @@ def read_own(path, rows, decimal, *choice):
         if found:
             used.append(f"{role} from {found if isinstance(found, str) else ' or '.join(found)}")
     notes = [f"Columns: {', '.join(used)}"]
+    price = columns["price"]
+    others = [one for one in names if fold_name(one) in USUAL_COLUMNS["price"].split()]
+    others = [one for one in others if one not in used_names(columns)]
+    if others:
+        notes[0] += f"; not {', '.join(others)}"
+    if price and fold_name(price) in NOT_PAID.split():
+        notes.append(f"Price: {price} may not be what customers pay; `columns` price=NAME chooses")
     if decimal:
         notes.append(f"Prices: 1.234 and 1,234 are read with `{decimal}` as the decimal sign")
     about = {"columns": columns, "decimal": decimal, "written_currency": currency or None}
     items = Dataset.from_file(file)
     return OwnFile(folder, items, lines, prices, keys, dropped, about, notes)
+
+
+def used_names(columns):
+    """All names in a dict of columns, lists among them."""
+    lists = [found if isinstance(found, list) else [found] for found in columns.values()]
+    return list(chain(*lists))
 
 
 def read_item(row, columns):
@@ -1425,6 +1494,8 @@ def read_item(row, columns):
         return problem
 
     cell = row.get(columns["price"])
+    if str(cell).strip().casefold() in NO_VALUES and columns.get("sale"):
+        cell = row.get(columns["sale"])
     price = parse_price(str(cell))
     if not isinstance(cell, str):  # a number has neither thousands nor a decimal comma
         price = price._replace(decimal="", is_open=False)

@@ -79,6 +79,7 @@ def test_what_was_made_is_said(tmp_path):
     catalogue = items.own_catalogue(write_lines(tmp_path / "own.jsonl", *rows), seed=1)
     assert catalogue.notes == [
         "Columns: title from NAME, price from Cost, text from Body (HTML)",
+        "Price: Cost may not be what customers pay; `columns` price=NAME chooses",
         "Prices: 1.234 and 1,234 are read with `,` as the decimal sign",
         "Unit: $0.01, for prices up to $9.99",
         "Currency: the prices are in €, the prompts say $; `currency` € makes them say €",
@@ -128,6 +129,14 @@ def test_every_format_reads_alike(tmp_path, ending, separator):
     assert list(read_items(path).values()) == [
         (i + 0.25, f"Title: T{i}\nCategory: C\nDescription: text, {i}") for i in range(1, 6)
     ]
+
+
+@pytest.mark.parametrize("content", [{"total": 5, "items": ROWS}, dict(enumerate(ROWS))])
+def test_rows_within_an_object_are_read(tmp_path, content):
+    """Under a key, or each under its own."""
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(content, indent=1))
+    assert [price for price, _ in read_items(path).values()] == [1.25, 2.25, 3.25, 4.25, 5.25]
 
 
 BAD_ROWS = [  # from line 2 on
@@ -184,6 +193,9 @@ def test_quotes_in_tsv_enclose_cells(tmp_path):
         ("own.csv", "title,Price ($),Price (€),text\na,1,2,b".encode(), "Price (€)? Say which"),
         ("own.csv", b"title,price,text\na,1,b\nc,2,d\n", "of at least 3"),
         ("own.xlsx", b"", "Save it as `CSV UTF-8`"),
+        ("own.csv", b"PK\x03\x04", "is an Excel workbook or a ZIP archive"),
+        ("own.csv", b"\n<!doctype html>", "is a web page or XML"),
+        ("own.json", b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
         ("missing.csv", None, "can't be read: No such file"),
     ],
 )
@@ -271,7 +283,8 @@ def test_next_text_column_counts(cells, text):
         ("￥5,500.5", 5500.5, "."),
         ("&pound;12.50&nbsp;", 12.5, "."),
         ("19.989999999999998", 19.989999999999998, "."),
-        ("1e+05", None, ""),
+        ("1e+05", 100000, "."),
+        ("１２９９．５０円", 1299.5, "."),
         ("-3.50 zł", None, ""),
         ("$.50", 0.5, "."),
         ("0,125", 0.125, ","),
@@ -320,6 +333,28 @@ def read_column(cells, decimal=None):
 def test_the_whole_column_decides(cells, decimal, expected):
     """On thousands or decimals, and on the currency, of which no other sign or word counts."""
     assert read_column(cells, decimal) == expected
+
+
+def test_sale_prices_fill_gaps(tmp_path):
+    """Row by row; what is not read is named, and so is a price that customers may not pay."""
+    rows = [
+        {"name": "A", "text": "a", "Regular price": "", "Sale price": "5", "Cost": "1"},
+        {"name": "B", "text": "b", "Regular price": "9", "Sale price": "7", "Cost": "1"},
+    ]
+    path = write_lines(tmp_path / "own.jsonl", *rows)
+    own = items.read_own(path, items.file_rows(path), None, {})
+    assert [price.amount for price in own.prices] == [5, 9]
+    said = "price from Regular price, sale from Sale price, text from text; not Cost"
+    assert own.notes[0].endswith(said)
+    write_lines(path, {"name": "A", "text": "a", "Cost": "1"})
+    own = items.read_own(path, items.file_rows(path), None, {})
+    assert own.notes[1].startswith("Price: Cost may not be what customers pay")
+
+
+def test_spreadsheets_run_nothing(tmp_path):
+    path = tmp_path / "priced.csv"
+    items.write_table(path, [{"title": "=1+1", "guess": -3.5}])
+    assert path.read_text() == "title,guess\n'=1+1,-3.5\n"
 
 
 def test_a_column_names_the_currency(tmp_path):
