@@ -3061,9 +3061,10 @@ class WordIndex:
         texts = list(map(items.description_in, prompts))
         blocks = [texts[start : start + 10_000] for start in range(0, len(texts), 10_000)]
         is_long = len(blocks) > 5
+        processes = min(8, joblib.cpu_count()) if is_long else 1
         bar = tqdm(blocks, "indexing items", unit="block", disable=not is_long)
         count = joblib.delayed(self.vectoriser.transform)
-        found = joblib.Parallel(n_jobs=-1 if is_long else 1)(count(block) for block in bar)
+        found = joblib.Parallel(n_jobs=processes)(count(block) for block in bar)
         return scipy.sparse.vstack(found, "csr")
 
     def transform(self, rows):
