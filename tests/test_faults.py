@@ -7,6 +7,7 @@ import pytest
 
 import child
 import items
+import util
 from conftest import DATASET, TRAIN, cut, flip, read, write_catalogue
 from util import ADAPTER_FILE
 
@@ -67,6 +68,21 @@ def test_damaged_record_stops_no_other_run(call, shared, trained_project):
     shutil.copytree(trained_project / RUN, other)
     cut(other / "run.json")
     assert "Run: price-first" in call("eval", *shared, "--size", "1", cwd=trained_project)
+
+
+def test_what_others_left_stops_nothing(tmp_path):
+    """Copies of checkpoints, another program's record, what another host is writing."""
+    for name in ("checkpoint-old", "checkpoint-10.bak", "checkpoint-3"):
+        (tmp_path / name).mkdir()
+    assert [step for step, _ in util.checkpoints(tmp_path)] == [3]
+    (tmp_path / "run.json").write_text('{"epochs": 3}')
+    assert util.read_record(tmp_path) == {}
+    written = items.temporary_folder(tmp_path / "data")
+    start = written.name.removesuffix(str(os.getpid()))
+    others = written.with_name(f"{start}1-999999999")  # of a host whose name begins like ours
+    others.mkdir()
+    items.finish_interrupted_replace(tmp_path / "data")
+    assert others.exists()
 
 
 def test_damaged_dataset_is_named(call, shared, project):
