@@ -3480,7 +3480,7 @@ def footnotes(results):
         lines.append(f"{text}CRPS of the model alone {scale.format(results['alone']['crps'])}")
     scores = results["distribution"]
     step = f" (to the nearest {scale.step})" if scale.unit > 1 else ""
-    width = "; their width isn't calibrated, which takes 20 validation rows"
+    width = "; their width isn't calibrated, which takes 20 validation rows, 40 with comparables"
     if "calibrated_on" in scores:
         width = f"; {scores['calibrated_on']:,} validation rows set their width"
     outside = 100 * max(0, scores["outside"])  # rounding makes it negative
