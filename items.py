@@ -1397,7 +1397,8 @@ def find_columns(path, names, chosen, earlier=None, needed=("title", "price", "t
                 missing.append(role)
         columns[role] = found if role in JOINED_ROLES else next(iter(found), None)
         if role == "price" and role not in chosen:  # another fills its gaps
-            columns["sale"] = next((name for name in found[1:] if fold_name(name) in SALE), None)
+            others = [name for name in found[1:] if fold_name(name) in SALE]
+            columns["sale"] = (earlier or {"sale": next(iter(others), None)}).get("sale")
     if missing:
         raise UserError(
             f"{path}: no column for {' and '.join(missing)}; found: "
