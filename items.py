@@ -1052,7 +1052,7 @@ def json_rows(file):
     is_array = text.read(4096).lstrip().startswith("[")
     text.seek(0)
     rows = json.load(text) if is_array else text
-    if not is_array and file.name.endswith(".json"):
+    if not is_array and file.name.lower().endswith(".json"):
         rows, is_array = rows_in_object(text)
     for line, row in enumerate(rows, 1):
         if not is_array and not row.strip():
@@ -1398,7 +1398,8 @@ def find_columns(path, names, chosen, earlier=None, needed=("title", "price", "t
         columns[role] = found if role in JOINED_ROLES else next(iter(found), None)
         if role == "price" and role not in chosen:  # another fills its gaps
             others = [name for name in found[1:] if fold_name(name) in SALE]
-            columns["sale"] = (earlier or {"sale": next(iter(others), None)}).get("sale")
+            other = next(iter(others), None)
+            columns["sale"] = by_name.get(earlier.get("sale")) if earlier else other
     if missing:
         raise UserError(
             f"{path}: no column for {' and '.join(missing)}; found: "
@@ -1457,15 +1458,16 @@ def read_own(path, rows, decimal, *choice):
     prices, currency, decimal = read_prices(prices, decimal)
 
     used = []
+    others = [name for name in names if fold_name(name) in USUAL_COLUMNS["price"].split()]
     for role, found in columns.items():
         if found:
-            used.append(f"{role} from {found if isinstance(found, str) else ' or '.join(found)}")
+            found = [found] if isinstance(found, str) else found
+            used.append(f"{role} from {' or '.join(found)}")
+            others = [name for name in others if name not in found]
     notes = [f"Columns: {', '.join(used)}"]
-    price = columns["price"]
-    others = [one for one in names if fold_name(one) in USUAL_COLUMNS["price"].split()]
-    others = [one for one in others if one not in used_names(columns)]
     if others:
         notes[0] += f"; not {', '.join(others)}"
+    price = columns["price"]
     if price and fold_name(price) in NOT_PAID.split():
         notes.append(f"Price: {price} may not be what customers pay; `columns` price=NAME chooses")
     if decimal:
@@ -1473,12 +1475,6 @@ def read_own(path, rows, decimal, *choice):
     about = {"columns": columns, "decimal": decimal, "written_currency": currency or None}
     items = Dataset.from_file(file)
     return OwnFile(folder, items, lines, prices, keys, dropped, about, notes)
-
-
-def used_names(columns):
-    """All names in a dict of columns, lists among them."""
-    lists = [found if isinstance(found, list) else [found] for found in columns.values()]
-    return list(chain(*lists))
 
 
 def read_item(row, columns):
@@ -1495,9 +1491,10 @@ def read_item(row, columns):
         return problem
 
     cell = row.get(columns["price"])
-    if str(cell).strip().casefold() in NO_VALUES and columns.get("sale"):
-        cell = row.get(columns["sale"])
     price = parse_price(str(cell))
+    if price.problem == PRICE_MISSING and columns.get("sale"):
+        cell = row.get(columns["sale"])
+        price = parse_price(str(cell))
     if not isinstance(cell, str):  # a number has neither thousands nor a decimal comma
         price = price._replace(decimal="", is_open=False)
     code = text_of(row, [columns["currency"]]).strip().upper()

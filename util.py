@@ -352,16 +352,14 @@ def find_unfit(base, layers):
     converts aren't found again when an adapter is read.
     """
     unfit = {}
-    refused = refused_names(base, set(map(last_name, layers)))
-    if refused:
-        refused = {one for name in refused for one in refused_names(base, {name})} or refused
-    for name in layers:
-        if last_name(name) in refused:
-            unfit[name] = "PEFT refuses them"
-    tried = [name for name in layers if name not in unfit]
-    if not tried:
-        return unfit
-    adapted = get_peft_model(deepcopy(base.skeleton), LoraConfig(r=1, target_modules=tried))
+    adapted = adapt_skeleton(base, layers)
+    if not adapted:
+        kinds = set(map(last_name, layers))
+        refused = {kind for kind in kinds if not adapt_skeleton(base, [kind])}
+        unfit = {name: "PEFT refuses them" for name in layers if last_name(name) in refused}
+        adapted = adapt_skeleton(base, [name for name in layers if name not in unfit])
+    if not adapted:
+        return dict.fromkeys(layers, "PEFT refuses them")
     loaded = set_peft_model_state_dict(adapted, get_peft_model_state_dict(adapted))
     parameters = {}
     if has_gradients(adapted):
@@ -372,18 +370,17 @@ def find_unfit(base, layers):
     }
     for name, reason in reasons.items():
         layer = name.removeprefix("base_model.model.").partition(".lora_")[0]
-        if layer in tried:
+        if layer in layers:
             unfit[layer] = reason
     return unfit
 
 
-def refused_names(base, names):
-    """The names, or none of them if PEFT adapts layers of these names in a Base."""
+def adapt_skeleton(base, names):
+    """A Base without weights, whose layers of these names have adapters; None if PEFT refuses."""
     try:
-        get_peft_model(deepcopy(base.skeleton), LoraConfig(r=1, target_modules=sorted(names)))
+        return get_peft_model(deepcopy(base.skeleton), LoraConfig(r=1, target_modules=names))
     except ValueError:
-        return names
-    return set()
+        return None
 
 
 def has_gradients(model):
@@ -3195,7 +3192,7 @@ def score_comparables(answers, truths, compare):
     details = {"similar": is_new.count(False), "without_similar": without}
     return {
         "alone": compare(guesses) | {"crps": statistics.fmean(crps)},
-        "comparables": {"weight": answers.settings["weight"]} | details,
+        "comparables": {"weight": answers.weight} | details,
     }
 
 
@@ -3242,10 +3239,11 @@ class Answers:
     of_base: list | None
     seconds: float  # the run's
     decode: str  # which decoding is the answer
+    calibration: dict  # of the run's intervals
+    similar: list  # what Comparables.describe says of each row; {} each without comparables
     alone: list | None = None  # the run's without its comparables, where it has some
     comparables: object = None  # Comparables
-    similar: list = field(default_factory=list)  # what Comparables.describe says of each row
-    settings: dict = field(default_factory=dict)  # of the comparables
+    weight: float = 0.0  # of their prices
 
 
 def read_answers(open_reader, run, rows, decode="median", compare_base=False, known=None):
@@ -3262,7 +3260,8 @@ def read_answers(open_reader, run, rows, decode="median", compare_base=False, kn
     estimate = partial(estimate_prices, greedy=greedy, rows=rows, decode=decode)
     alone = estimate(probabilities, width=interval_width(run.calibration))
     if not known:
-        return Answers(alone, of_base, seconds, decode)
+        similar = [{} for _ in rows]
+        return Answers(alone, of_base, seconds, decode, run.calibration, similar)
     comparables = Comparables(known["train"])
     settings = run.comparables
     if not settings:  # an older run's
@@ -3270,10 +3269,12 @@ def read_answers(open_reader, run, rows, decode="median", compare_base=False, kn
         of_val, _, _ = reader.distributions(val_rows, "the run about validation rows")
         settings = choose_comparables(comparables, val_rows, of_val)
     found = comparables.find(rows)
-    mixed = mix(probabilities, comparables.shares(found), settings["weight"])
-    of_run = estimate(mixed, width=interval_width(settings["calibration"]))
+    weight, calibration = settings["weight"], settings["calibration"]
+    mixed = mix(probabilities, comparables.shares(found), weight)
+    of_run = estimate(mixed, width=interval_width(calibration))
     similar = [comparables.describe(*one) for one in found]
-    return Answers(of_run, of_base, seconds, decode, alone, comparables, similar, settings)
+    of_comparables = {"alone": alone, "comparables": comparables, "weight": weight}
+    return Answers(of_run, of_base, seconds, decode, calibration, similar, **of_comparables)
 
 
 def first_rows(split, size):
@@ -3376,9 +3377,8 @@ def score_run(run, base, prompts, data, rows, answers, earlier, seed, folder):
     `earlier` is {run: its guesses}. Charts and predictions.csv are written to `folder`.
     """
     title = f"{run.folder.name} on {public_source(prompts.source)}"
-    calibration = answers.settings.get("calibration", run.calibration)
-    results, table = score(rows, answers.of_run, title, calibration)
-    for row, similar in zip(table, answers.similar, strict=bool(answers.similar)):
+    results, table = score(rows, answers.of_run, title, answers.calibration)
+    for row, similar in zip(table, answers.similar, strict=True):
         row |= similar
     save_predictions(results, table, title, folder)
     results |= {
@@ -3549,12 +3549,11 @@ def align(lines, sides):
 def price_table(rows, answers):
     """What `output` holds, one dict per item; in money, None for an unknown price."""
     table = []
-    for row, estimate in zip(rows, answers.of_run, strict=True):
+    for row, estimate, similar in zip(rows, answers.of_run, answers.similar, strict=True):
         entry = {"line": row["line"], "title": row["title"], "guess": round(estimate.guess, 2)}
         entry |= {"low": estimate.low, "high": estimate.high}
-        table.append(entry | {"price": truth_of(row) if row["completion"] else None})
-    for row, similar in zip(table, answers.similar, strict=bool(answers.similar)):
-        row |= similar
+        entry |= {"price": truth_of(row) if row["completion"] else None}
+        table.append(entry | similar)
     return table
 
 
@@ -3584,12 +3583,12 @@ def score_own_rows(run, answers, rows, source, splits, seed):
     if not priced:
         return {}
     rows = [rows[i] for i in priced]
-    lists = ("of_run", "alone", "similar") if answers.alone else ("of_run",)
-    chosen = {name: [getattr(answers, name)[i] for i in priced] for name in lists}
-    answers = replace(answers, **chosen)
+    lists = {"of_run": answers.of_run, "similar": answers.similar}
+    if answers.alone:
+        lists["alone"] = answers.alone
+    answers = replace(answers, **{name: [one[i] for i in priced] for name, one in lists.items()})
     title = f"{run.folder.name} on {items.readable(Path(source).name)}"
-    calibration = answers.settings.get("calibration", run.calibration)
-    results, _ = score(rows, answers.of_run, title, calibration)
+    results, _ = score(rows, answers.of_run, title, answers.calibration)
     constants = run.data.get("constants", {})
     results |= score_others(rows, answers, constants, splits, {}, seed)
     results["run"] = run.name

@@ -201,12 +201,17 @@ def rows_of(prices):
     return [{"prompt": COURSE_SCALE.prompt(text), "completion": f"{n}.00"} for text, n in pairs]
 
 
+def whole_demo_rows(count):
+    """The demo's items as rows, their prices in whole dollars."""
+    return [
+        {"prompt": COURSE_SCALE.prompt(item.summary), "completion": f"{item.price:.0f}.00"}
+        for item in demo_items(count, seed=3)
+    ]
+
+
 def test_nearest_items_are_brute_forces():
     """By cosine similarity of all rows; what shares no word with a row isn't near it."""
-    rows = [
-        {"prompt": COURSE_SCALE.prompt(item.summary), "completion": f"{item.price:.0f}.00"}
-        for item in demo_items(300, seed=3)
-    ]
+    rows = whole_demo_rows(300)
     index = util.WordIndex([row["prompt"] for row in rows[:200]])
     similar = (index.transform(rows[200:]) @ index.matrix.T).toarray()
     known = util.Comparables(Dataset.from_list(rows[:200]))
@@ -238,10 +243,7 @@ def test_right_neighbour_decides_the_price():
 
 def test_weight_has_the_least_crps():
     """Of the mixtures of every second validation row; the others calibrate the intervals."""
-    rows = [
-        {"prompt": COURSE_SCALE.prompt(item.summary), "completion": f"{item.price:.0f}.00"}
-        for item in demo_items(600, seed=3)
-    ]
+    rows = whole_demo_rows(600)
     known, val = util.Comparables(Dataset.from_list(rows[:500])), rows[500:]
     constant = numpy.zeros((100, 1000))
     constant[:, 50:350] = 1 / 300
