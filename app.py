@@ -30,11 +30,13 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from functools import partial, wraps
+from itertools import chain, count
 from pathlib import Path
 
 if sys.version_info < (3, 11):  # noqa: UP036 (ruff takes it for granted)
@@ -168,7 +170,7 @@ DEFAULT_BASE_MODEL = "meta-llama/Llama-3.2-3B"
 DEFAULT_PROJECT_NAME = "price"
 DEFAULT_DATA_USER = "ed-donner"  # publishes the course's datasets
 DEFAULT_OUTPUT_DIR = "outputs"
-DEFAULT_CUTOFF = 110  # tokens of a description; keeps prompt and completion within 128
+DEFAULT_CUTOFF = 110  # tokens of a description, as in items.py: with the price within 128
 
 
 def setting(default, meaning, kind=str, none="none", full=None, demo=None, **options):
@@ -294,6 +296,16 @@ class RunConfig:
         if self.project_name != DEFAULT_PROJECT_NAME:
             text += f" --project-name {self.project_name}"
         return f"`python app.py {text}`"
+
+
+def say_next(config, stage, more=""):
+    """Prints the command of the stage that follows."""
+    flags = {"--demo": config.demo_mode, "--lite": config.lite_mode}
+    flags |= {"--local": config.local and not config.demo_mode}
+    words = [stage, *(flag for flag, is_given in flags.items() if is_given)]
+    if config.base_model and stage == "train":
+        words.append(f"--base-model {shlex.quote(str(config.base_model))}")
+    print(f"Next: {config.command(' '.join([*words, more]).rstrip())}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -432,27 +444,44 @@ def check_values(config, values):
 def find_prompts(config, trained_on=None):
     """The items.Prompts to train or evaluate on; prints which.
 
-    In this order: `data_user`'s; the local copy that `prepare` left, unless a run was `trained_on`
-    another dataset on the Hub; that dataset; the own account's; the course's.
+    In this order: `data_user`'s; those of a run's record of what it was `trained_on`, in a folder
+    or else on the Hub; the newest that `prepare` left; the own account's; the course's.
     """
-    folder = config.dataset_folder
-    about = items.read_about(folder)  # {} if it can't be read
-    place, reason = f"{DEFAULT_DATA_USER}/{folder.name}", "the course's"
+    trained_on = trained_on or {}
+    name, on_hub = config.dataset_folder.name, trained_on.get("hub")
+    found = items.local_datasets(config.dataset_folder, trained_on.get("fingerprint"))
+    place, reason = f"{DEFAULT_DATA_USER}/{name}", "the course's"
     if config.data_user:
-        place, reason = f"{config.data_user}/{folder.name}", "data_user"
-    elif folder.exists() and trained_on in (None, about.get("hub")):
-        place, reason = folder, "the local copy that prepare left"
-    elif trained_on:
-        place, reason = trained_on, "the run was trained on it"
+        place, reason = f"{config.data_user}/{name}", "data_user"
+    elif found and (found[0].is_wanted or not on_hub):
+        place, reason = found[0].folder, "the local copy that prepare left"
+    elif on_hub:
+        place, reason = on_hub, "the run was trained on it"
     elif config.demo_mode:
         command = config.command("prepare --demo")
-        raise items.UserError(f"{folder}: no such dataset yet. Run {command} first.")
+        raise items.UserError(f"{config.dataset_folder}: no such dataset yet. Run {command} first.")
     elif not config.local:
-        own = f"{login_huggingface()}/{folder.name}"
+        own = f"{login_huggingface()}/{name}"
         if items.is_on_hub(own):
             place, reason = own, "your account's"
     print(f"Data: {place} ({reason})")
     return items.read_prompts(str(place))
+
+
+def new_dataset_folder(config, source, about):
+    """The folder for a dataset: a new one, or that of its source, but for what runs learned."""
+    records = [record.get("data") or {} for record in config.project.records.values()]
+    kept = {record.get("fingerprint") for record in records} - {about["fingerprint"], None}
+
+    def is_free(folder):
+        found = items.read_about(folder)
+        is_same = found.get("source", about["source"]) == about["source"]
+        return is_same and found.get("fingerprint") not in kept
+
+    folder = config.dataset_folder
+    stem = re.sub(r"[^\w.-]+", "_", items.readable(Path(source or config.mode).stem))[:60]
+    ends = chain(("", f"-{stem}"), (f"-{stem}-{number}" for number in count(2)))
+    return next(filter(is_free, (folder.with_name(folder.name + end) for end in ends)))
 
 
 def open_base(config, run=None):
@@ -552,15 +581,19 @@ def prepare_prompts(
     settings |= {"base_model": config.base_name}
     about = items.describe_prompts(prompts, cut, catalogue, **settings)
     print(items.format_prompts(about))
+    first = prompts["train"][0]
+    sample = items.shorten(first["prompt"] + first["completion"], 800)
+    print(f"The first row to train on:\n{textwrap.indent(sample, '  ')}")
 
     # 3) Write the folder, replacing an older one, then push
-    folder = config.dataset_folder
+    folder = new_dataset_folder(config, source, about)
     with items.replacing(folder) as new:
         items.save_prompts(new, prompts, about)
         items.write_manifest(new)
     print(f"Saved: {folder}")
     if account:
-        items.push_prompts(f"{account}/{folder.name}", prompts, folder, about)
+        items.push_prompts(f"{account}/{config.dataset_folder.name}", prompts, folder, about)
+    say_next(config, "train", "--epochs auto" if source and config.demo_mode else "")
     return folder
 
 
@@ -623,7 +656,9 @@ def train_model(
         with util.claimed(run, is_new=resume is None):
             trainer = util.train(base, run, data, plan, quant_config)
             util.save_run(run, trainer, data)
-        return push(config, run)
+        folder = push(config, run)
+        say_next(config, "eval")
+        return folder
 
 
 def check_all(config, run, hf_user, use_bf16, micro_batch, changes):
@@ -641,7 +676,7 @@ def check_all(config, run, hf_user, use_bf16, micro_batch, changes):
             account = login_huggingface(hf_user or run.account, write=True)
             items.check_hub_name(f"{account}/{run.folder.name}")
     with problems:
-        prompts = find_prompts(config, run.data.get("hub"))
+        prompts = find_prompts(config, run.data)
     if config.demo_mode:
         problems.report()  # before the base is unpacked, which takes 40 s
     with problems:
@@ -677,13 +712,33 @@ def open_run(config, run_name, hf_user, revision):
     return config, run, open_base(config, run), options
 
 
-def comparables_of(run, splits):
-    """The splits whose training items a run compares with; None for the model alone, says why."""
+def compares(run, splits):
+    """Whether a run's answers are mixed with prices of the splits' items; says why not."""
     if not run.adapter or run.comparables.get("weight") == 0:
-        return None
+        return False
     if splits is None:
         print("Comparables: the items that the run was trained on aren't here: the model alone")
-    return splits
+    return splits is not None
+
+
+@stage
+def open_pricer(
+    config: RunConfig,
+    hf_user: str | None = None,
+    run_name: str | None = None,
+    revision: str | None = None,
+    decode: str = "median",
+    comparables: bool = True,
+):
+    """A run to price items with in programs, as `open_pricer(config)(["Brass table lamp", …])`.
+
+    Such a call, of any number of descriptions, returns what price_items writes; the model is read
+    once. Returns a util.Pricer.
+    """
+    config, run, base, options = open_run(config, run_name, hf_user, revision)
+    splits = items.splits_trained_on(config.dataset_folder, run.data.get("fingerprint"))
+    comparables = compares(run, splits) if comparables else False
+    return util.Pricer(run, base, splits, decode, comparables, **options)
 
 
 @stage
@@ -708,7 +763,7 @@ def evaluate_model(
     # 1) Find the run, its test rows and what it is compared with
     items.check_writable(config.output_dir)
     config, run, base, options = open_run(config, run_name, hf_user, revision)
-    prompts = find_prompts(config, run.data.get("hub"))
+    prompts = find_prompts(config, run.data)
     rows = util.first_rows(prompts.splits["test"], size)
     util.check_tokenizer(base.path, base.tokenizer, prompts.scale)
     data = util.describe_data(prompts)
@@ -722,11 +777,11 @@ def evaluate_model(
     earlier_guesses = util.read_earlier(config.project, earlier, rows, decode, base)
 
     # 2) Read its answers and the untouched base's
-    open_reader = partial(util.open_reader, base, rows=rows, **options)
-    compare_base = compare_base or config.demo_mode
     is_known = run.data.get("fingerprint") == prompts.fingerprint
-    known = comparables_of(run, prompts.splits if is_known else None) if comparables else None
-    answers = util.read_answers(open_reader, run, rows, decode, compare_base, known)
+    splits = prompts.splits if is_known else None
+    comparables = compares(run, splits) if comparables else False
+    pricer = util.Pricer(run, base, splits, decode, comparables, **options)
+    answers = pricer.answer(rows, compare_base or config.demo_mode)
 
     # 3) Write figures, charts and the report, replacing an older evaluation
     with items.replacing(folder) as new:
@@ -744,6 +799,7 @@ def evaluate_model(
         if run.data:
             util.write_card(run.folder, run, results)
         push(config, run)
+    say_next(config, "eval", "--input new.csv --output priced.csv")
     return results
 
 
@@ -769,24 +825,19 @@ def price_items(
     """
     if output:
         items.check_output(output, source)
-    config, run, base, options = open_run(config, run_name, hf_user, revision)
-    cutoff = run.data.get("cutoff") or DEFAULT_CUTOFF
-    rows, notes = items.own_rows(
-        source, text, base.tokenizer, cutoff, columns, run.scale, run.data, decimal
-    )
+    options = (hf_user, run_name, revision, decode, comparables)
+    pricer = open_pricer.__wrapped__(config, *options)
+    rows, notes = pricer.own_rows(source, [text or ""], columns, decimal)
     for note in notes:
         print(note)
 
-    open_reader = partial(util.open_reader, base, rows=rows, **options)
-    splits = items.splits_trained_on(config.dataset_folder, run.data.get("fingerprint"))
-    known = comparables_of(run, splits) if comparables else None
-    answers = util.read_answers(open_reader, run, rows, decode, known=known)
+    answers = pricer.answer(rows)
     table = util.price_table(rows, answers)
-    print(util.format_prices(table, run.scale))
+    print(util.format_prices(table, pricer.run.scale))
     if output:
         items.write_table(output, table)
         print(f"Saved: {output}")
-    results = util.score_own_rows(run, answers, rows, source, splits, config.seed)
+    results = util.score_own_rows(pricer, answers, rows, source, config.seed)
     if results:
         print(util.format_table(results))
     return table
@@ -851,6 +902,14 @@ ARGUMENTS = {
 ARGUMENTS |= {
     one.name: one.metadata["argument"] for kind in (Recipe, RunConfig) for one in fields(kind)
 }
+USED_ANYWAY = "a GPU is used if PyTorch sees one"
+HINTS = {  # what other programs have
+    "--lr": "it is --learning-rate here",
+    "--rank": "it is --lora-r here",
+    "--model": "it is --base-model here",
+    "--gpu": USED_ANYWAY,
+    "--device": USED_ANYWAY,
+}
 STAGES = {
     "prepare": [prepare_prompts],
     "train": [train_model],
@@ -902,12 +961,26 @@ def build_parser() -> argparse.ArgumentParser:
         defaults = dict(pair for one in functions for pair in defaults_of(one).items())
         for argument, default in defaults.items():
             ARGUMENTS[argument].add_to(parsers[-1], argument, default)
+    parser.stages = stages.choices
     for one in parsers:
         shared = one.add_argument_group("shared", "before or after the subcommand")
         for of_config in fields(RunConfig):
             default = describe_default(of_config)
             of_config.metadata["argument"].add_to(shared, of_config.name, default)
     return parser
+
+
+def hint_for(text):
+    """What an unknown flag may be meant to be; '' if nothing is like it."""
+    typed = text.partition("=")[0].replace("_", "-")
+    flags = {flag: one for one, argument in ARGUMENTS.items() for flag in argument.flags_of(one)}
+    if typed in flags:
+        known = {name: chain(*map(defaults_of, functions)) for name, functions in STAGES.items()}
+        stages = [name for name, arguments in known.items() if flags[typed] in arguments]
+        return f"it is a flag of {' and '.join(stages)}; "
+    nearest = difflib.get_close_matches(typed, flags, 1, cutoff=0.7)
+    hint = HINTS.get(typed) or (nearest and f"did you mean {nearest[0]}?")
+    return f"{hint}; " if hint else ""
 
 
 def parse_arguments(argv):
@@ -922,12 +995,10 @@ def parse_arguments(argv):
         parser.error(f"@FILE: {error}")
     given = vars(parsed)
     name = given.pop("stage")
+    parser = parser.stages[name]
     if unknown:
-        flags = [flag for one, argument in ARGUMENTS.items() for flag in argument.flags_of(one)]
-        typed = unknown[0].partition("=")[0].replace("_", "-")
-        nearest = difflib.get_close_matches(typed, flags, 1, cutoff=0.7)
-        hint = f"did you mean {nearest[0]}? See" if nearest else "see"
-        parser.error(f"unknown: {' '.join(unknown)}; {hint} `python app.py {name} --help`")
+        text = f"unknown: {' '.join(unknown)}; {hint_for(unknown[0])}see"
+        parser.error(f"{text} `python app.py {name} --help`")
     function = STAGES[name][0]
     if name == "eval" and given.keys() & {"source", "text"}:
         function = price_items

@@ -61,6 +61,7 @@ SPLITS = ("train", "val", "test")
 ITEM_SPLITS = ("train", "validation", "test")  # the names in datasets of items
 COURSE_USER = "ed-donner"  # whose datasets on the Hub are the course's
 
+DEFAULT_CUTOFF = 110  # tokens of a description, as in app.py
 MIN_PRICE = 0.50  # units; the course's lowest price in dollars
 MAX_PRICE = 999.49  # units; the highest that rounds to 999
 HELD_SHARE = 0.995  # of the prices: what a unit has to hold to be chosen
@@ -71,6 +72,8 @@ IGNORED = -100  # the label of tokens that are not trained on, as in PyTorch
 MANIFEST = "manifest.json"
 RECORD = "prepare.json"
 PREPARE_AGAIN = "Run the stage prepare again."
+FEW_ROWS = 300  # to train on
+FEW_ROWS_NOTE = "\nFew rows: a model learns little from less than some hundred"
 
 
 class UserError(Exception):
@@ -731,11 +734,13 @@ def format_prompts(about):
     reasons = f":\n  {format_dropped(about['dropped'])}" if dropped else ""
     cut = sum(about["cut"].values())
     near = about["near_duplicates"]
+    few = about["kept"]["train"] < FEW_ROWS
     return (
         f"Rows: {kept:,} kept ({splits}), {dropped:,} dropped{reasons}\n"
         f"Cut at {about['cutoff']} tokens, with the title: {cut:,} of {kept:,} descriptions\n"
         f"Near duplicates: {near['near']:,} of {near['compared']:,} test rows share at least "
         f"{NEAR_SHARE:.0%} of their runs of {GRAM_WORDS} words with one training row"
+        f"{FEW_ROWS_NOTE if few else ''}"
     )
 
 
@@ -757,13 +762,34 @@ def read_about(folder):
         return {}
 
 
+class LocalDataset(NamedTuple):
+    is_wanted: bool  # its prompts have the fingerprint that is looked for
+    changed: float
+    folder: Path
+
+
+def local_datasets(folder, wanted=None):
+    """The LocalDatasets at `folder` and beside it, as `{folder}-catalogue` of an own file.
+
+    First those of the fingerprint that is `wanted`, then the newest.
+    """
+    finish_interrupted_replace(folder)
+    found = []
+    for one in folder.parent.glob(f"{folder.name}*/"):
+        is_wanted = read_about(one).get("fingerprint") == (wanted or "")
+        found.append(LocalDataset(is_wanted, one.stat().st_mtime, one))
+    return sorted(found, reverse=True)
+
+
 def splits_trained_on(folder, wanted):
-    """The splits in a folder if that is their fingerprint, else None."""
-    recorded = read_about(folder).get("fingerprint", wanted)  # older datasets have none
-    with suppress(UserError):
-        if wanted and recorded == wanted and Path(folder).exists():
-            prompts = read_prompts(folder)
-            return prompts.splits if prompts.fingerprint == wanted else None
+    """The splits of the fingerprint `wanted` at a folder, or beside it; else None."""
+    for found in local_datasets(folder, wanted):
+        is_older = "fingerprint" not in read_about(found.folder)
+        with suppress(UserError):
+            if wanted and (found.is_wanted or is_older):
+                prompts = read_prompts(found.folder)
+                if prompts.fingerprint == wanted:
+                    return prompts.splits
     return None
 
 
@@ -1543,6 +1569,8 @@ def own_catalogue(path, seed, columns=None, unit=None, currency="$", decimal=Non
 
     highest = scale.format_whole(scale.highest)
     notes = [*own.notes, f"Unit: {scale.step}, for prices up to {highest}"]
+    if scale.unit > 1:
+        notes[-1] += "; each guess is a multiple of it"
     coarse = float((prices[kept] < 3 * scale.unit).mean())
     if coarse > 0.1:
         few = scale.format_whole(scale.amount(3))
@@ -1563,30 +1591,31 @@ def is_foreign(written, scale):
     return CODES.get(written, written) not in (None, named)
 
 
-def own_rows(
-    path, text, tokenizer, cutoff, columns=None, scale=COURSE_SCALE, trained_on=None, decimal=None
-):
+def own_rows(path, texts, tokenizer, trained_on, columns=None, decimal=None):
     """(rows of the user's own items to price, notes on them, lines for the screen).
 
-    They come from the file at `path` or are the one described by `text`. A row has prompt,
+    They come from the file at `path` or are those that `texts` describe. A row has prompt,
     completion ('' without a usable price in the scale), line and title. `columns` are the chosen
-    ones; `trained_on` is a record that names columns and currency of the file that was trained on.
+    ones; `trained_on` is the record of the data that the run was trained on: prompts are made as
+    those were, and columns and currency of its file are known.
     """
-    trained_on = trained_on or {}
     earlier = trained_on.get("columns") or {}
+    scale = PriceScale.from_record(trained_on)
     if path:
         read, chosen = file_rows(path), collect_columns(columns)
     else:
-        title = clean_text(text or "").partition("\n")[0].removeprefix("Title:")
-        read, chosen, earlier = iter([(1, {"title": title, "text": text})]), {}, {}
+        read, chosen, earlier = enumerate(map(row_of_text, texts), 1), {}, {}
     needed = ("title", "text")
     own = read_own(path or "The text", read, decimal, chosen, earlier, needed)
+    if own.dropped and not path:
+        raise UserError(f"The texts: {format_dropped(own.dropped, '; ')}. Describe each item.")
     written = own.about["written_currency"]
     foreign = ""
     if is_foreign(written, scale) and written != trained_on.get("written_currency"):
         foreign = f"price is in {written}, the run's are in {scale.currency}"
     rows = []
     unjudged = defaultdict(list)
+    cutoff = trained_on.get("cutoff") or DEFAULT_CUTOFF
     for line, price, texts in zip(own.lines, own.prices, own.items, strict=True):
         problem = foreign or price.problem or price_problem(price.amount, scale)
         if problem:
@@ -1603,6 +1632,12 @@ def own_rows(
     elif unjudged:
         own.notes.append(f"Not judged:\n  {format_dropped(unjudged)}")
     return rows, own.notes
+
+
+def row_of_text(text):
+    """The row of a description, whose first line is the title."""
+    title = clean_text(text).partition("\n")[0].removeprefix("Title:")
+    return {"title": title, "text": text}
 
 
 def format_dropped(dropped, between="\n  "):

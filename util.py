@@ -25,7 +25,6 @@ import io
 import math
 import os
 import re
-import resource
 import signal
 import statistics
 import sys
@@ -45,15 +44,21 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain, groupby, islice, pairwise, product
 from pathlib import Path
+from unittest.mock import patch
 
-import bitsandbytes
+import torch
+
+# bitsandbytes compiles optimizers that aren't used here, and takes 4 s to import the compiler; its
+# own answer to an error is not to compile them. Can go when it compiles at the first use.
+with patch.object(torch, "compile", None):
+    import bitsandbytes
+
 import jinja2
 import joblib
 import numpy
 import pandas
 import psutil
 import scipy.sparse
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
@@ -109,6 +114,10 @@ try:  # torch ≥ 2.10
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def world_size():
@@ -798,16 +807,19 @@ def completion_losses(logits, completions):
     return losses
 
 
-def open_reader(base, adapter, rows, quant_config, precision, use_bf16, fast=True):
+def open_reader(base, adapter, rows, quant_config, precision, use_bf16, fast=True, opened=None):
     """The PriceReader of a Base with the adapter from the folder `adapter`, or without one.
 
     Checked on the longest and the shortest of the rows. `fast=False` turns off what is there for
-    speed only. Raises UserError if a row is too long for the base.
+    speed only. If it is `opened` already, only the rows are checked. Raises UserError if a row is
+    too long for the base.
     """
     prefix = scale_of_rows(rows).prefix
     prompts = sorted(base.tokenizer([row["prompt"] for row in rows])["input_ids"], key=len)
     (answer,) = items.completion_tokens([ANY_COMPLETION], base.tokenizer, prefix)
     base.check_rows(len(prompts[-1]) + len(answer), max(map(max, prompts)))
+    if opened:
+        return opened
     model = load_merged(base, adapter, quant_config, precision)
     if fast:
         fuse_norms(model, precision)
@@ -1288,9 +1300,12 @@ def memory():
         limit = torch.cuda.get_per_process_memory_fraction() * total
         available = min(free + torch.cuda.memory_reserved(), limit)
         return Memory(torch.cuda.memory_allocated(), available, torch.cuda.max_memory_allocated())
-    used = psutil.Process().memory_info().rss
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Memory(used, psutil.virtual_memory().available + used, peak)
+    process = psutil.Process().memory_info()
+    available = psutil.virtual_memory().available + process.rss
+    if resource is None:
+        return Memory(process.rss, available, process.peak_wset)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Memory(process.rss, available, unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def describe_device():
@@ -1503,10 +1518,10 @@ def make_plan(base, run, data, use_bf16, micro_batch=None, fast=True):
         attention=choose_attention(precision, use_bf16) if fast else None,
         fast_lora=fast,
     )
-    available = memory().available
+    now = memory()
     for plan in possible_plans(first, base, recipe, rows, micro_batch):
-        needed = peak_bytes(plan, base, recipe, targets, data.lengths)
-        if 1.1 * needed < available:
+        needed = now.used + peak_bytes(plan, base, recipe, targets, data.lengths)
+        if 1.1 * needed < now.available:
             break
     fits = "as asked for"
     if recipe.base_weights == AUTO:
@@ -1529,7 +1544,7 @@ def make_plan(base, run, data, use_bf16, micro_batch=None, fast=True):
             f"{steps:,} of {recipe.batch_size} rows: {epochs:.2f} epochs of {rows:,} rows, "
             f"learning rate up to {recipe.learning_rate:g}"
         ),
-        "Memory": f"about {needed / 2**30:.1f} of {available / 2**30:.1f} GiB at the peak",
+        "Memory": f"about {needed / 2**30:.1f} of {now.available / 2**30:.1f} GiB at the peak",
     }
     return replace(plan, notes=notes)
 
@@ -1827,7 +1842,10 @@ class PriceTrainer(SFTTrainer):
         self.model.eval()
         # Not compiled: many shapes, few batches
         with self.compute_loss_context_manager(), torch.compiler.set_stance("force_eager"):
-            answers, _ = predict(read, self.val_rows, self.reader.batch_size, name=None)
+            answers, _ = predict(
+                *(read, self.val_rows, self.reader.batch_size, "the model about validation rows"),
+                **{"position": 0, "leave": False},  # in the line of the bar of the steps
+            )
         self.validated = (self.state.global_step, answers)
         return answers
 
@@ -1868,6 +1886,9 @@ class PriceTrainer(SFTTrainer):
         """Nothing: TRL would write one with each checkpoint; ours comes with the adapter."""
 
 
+TIMED_STEPS = 8  # the first ones may compile layers
+
+
 class Progress(ProgressCallback):
     """One bar for the steps, and a line for what is logged."""
 
@@ -1875,6 +1896,17 @@ class Progress(ProgressCallback):
         super().__init__()
         self.val_size = val_size  # rows
         self.scale = scale
+        self.ends = []  # of the first steps, in seconds
+
+    def on_step_end(self, args, state, control, **_):
+        super().on_step_end(args, state, control)
+        if len(self.ends) < TIMED_STEPS:
+            self.ends.append(time.time())
+            if len(self.ends) == TIMED_STEPS and self.training_bar is not None:
+                seconds = statistics.median(later - end for end, later in pairwise(self.ends))
+                left = (state.max_steps - state.global_step) * seconds
+                text = f"about {timedelta(seconds=round(left))} left, {seconds:.2g} s a step, "
+                self.training_bar.write(f"{'Time:':<14}{text}without validations")
 
     def on_log(self, args, state, control, logs=None, **_):
         error = self.scale.format(logs.get("eval_mae", 0.0))
@@ -2897,7 +2929,7 @@ def row_to_score(item):
     return {"prompt": items.prompt_of(description), "completion": price, "item": item}
 
 
-def predict(function, rows, batch_size, name="the model", threads=1):
+def predict(function, rows, batch_size, name="the model", threads=1, **bar_options):
     """(the answers to `rows`, in their order; the seconds they took).
 
     The function returns the answers to a list of at most `batch_size` rows of similar length, the
@@ -2913,7 +2945,8 @@ def predict(function, rows, batch_size, name="the model", threads=1):
     pool = ThreadPoolExecutor(threads)
     answer_all = pool.map if threads > 1 else map
     start = time.perf_counter()
-    bar = tqdm(total=len(rows), desc=f"asking {name}", unit="item", disable=name is None)
+    bar_options |= {"unit": "item", "disable": name is None}
+    bar = tqdm(total=len(rows), desc=f"asking {name}", **bar_options)
     try:
         for answers in answer_all(partial(answer_in_memory, function), batches):
             found.extend(answers)
@@ -3246,35 +3279,67 @@ class Answers:
     weight: float = 0.0  # of their prices
 
 
-def read_answers(open_reader, run, rows, decode="median", compare_base=False, known=None):
-    """The Answers of a Run; `open_reader` takes its adapter or None, and returns a PriceReader.
+class Pricer:
+    """Prices items by a Run, whose model is read, and whose training items are indexed, once.
 
-    `known` are the splits that it was trained on, for its comparables; None for the model alone.
+    `splits` are those that it was trained on, None if they aren't here; with `is_mixed` their items
+    are its comparables. `options` are those of open_reader.
     """
-    of_base = None
-    if run.adapter and compare_base:
-        of_base, _ = open_reader(None).answer(rows, "the base", decode=decode)
-    name = "the run" if run.adapter else "the base"
-    reader = open_reader(run.adapter)
-    probabilities, greedy, seconds = reader.distributions(rows, name)
-    estimate = partial(estimate_prices, greedy=greedy, rows=rows, decode=decode)
-    alone = estimate(probabilities, width=interval_width(run.calibration))
-    if not known:
-        similar = [{} for _ in rows]
-        return Answers(alone, of_base, seconds, decode, run.calibration, similar)
-    comparables = Comparables(known["train"])
-    settings = run.comparables
-    if not settings:  # an older run's
-        val_rows = first_rows(known["val"], run.val_rows or 500)
-        of_val, _, _ = reader.distributions(val_rows, "the run about validation rows")
-        settings = choose_comparables(comparables, val_rows, of_val)
-    found = comparables.find(rows)
-    weight, calibration = settings["weight"], settings["calibration"]
-    mixed = mix(probabilities, comparables.shares(found), weight)
-    of_run = estimate(mixed, width=interval_width(calibration))
-    similar = [comparables.describe(*one) for one in found]
-    of_comparables = {"alone": alone, "comparables": comparables, "weight": weight}
-    return Answers(of_run, of_base, seconds, decode, calibration, similar, **of_comparables)
+
+    def __init__(self, run, base, splits, decode="median", is_mixed=True, **options):
+        self.run = run
+        self.base = base
+        self.splits = splits
+        self.decode = decode
+        self.is_mixed = is_mixed and splits is not None
+        self.open_reader = partial(open_reader, base, **options)
+        self.reader = None
+
+    def __call__(self, descriptions):
+        """What a list of descriptions costs: a dict each, as in price_table.
+
+        A description is a text, whose first line is the title. Raises UserError for an empty one.
+        """
+        rows, _ = self.own_rows(None, descriptions)
+        return price_table(rows, self.answer(rows, name=None))
+
+    def own_rows(self, path, texts, *choice):
+        """items.own_rows for the run's prompts."""
+        return items.own_rows(path, texts, self.base.tokenizer, self.run.data, *choice)
+
+    @cached_property
+    def comparables(self):
+        return Comparables(self.splits["train"])
+
+    @cached_property
+    def mixing(self):
+        """What choose_comparables says; of an older run it is found here."""
+        if self.run.comparables:
+            return self.run.comparables
+        rows = first_rows(self.splits["val"], self.run.val_rows or 500)
+        probabilities, _, _ = self.reader.distributions(rows, "the run about validation rows")
+        return choose_comparables(self.comparables, rows, probabilities)
+
+    def answer(self, rows, compare_base=False, name="the run"):
+        """The Answers to rows; with a `name` there is a progress bar."""
+        run, decode = self.run, self.decode
+        of_base = None
+        if run.adapter and compare_base:
+            of_base, _ = self.open_reader(None, rows).answer(rows, "the base", decode=decode)
+        self.reader = self.open_reader(run.adapter, rows, opened=self.reader)
+        probabilities, greedy, seconds = self.reader.distributions(rows, name)
+        estimate = partial(estimate_prices, greedy=greedy, rows=rows, decode=decode)
+        alone = estimate(probabilities, width=interval_width(run.calibration))
+        if not self.is_mixed:
+            similar = [{} for _ in rows]
+            return Answers(alone, of_base, seconds, decode, run.calibration, similar)
+        weight, calibration = self.mixing["weight"], self.mixing["calibration"]
+        found = self.comparables.find(rows)
+        mixed = mix(probabilities, self.comparables.shares(found), weight)
+        of_run = estimate(mixed, width=interval_width(calibration))
+        similar = [self.comparables.describe(*one) for one in found]
+        known = {"alone": alone, "comparables": self.comparables, "weight": weight}
+        return Answers(of_run, of_base, seconds, decode, calibration, similar, **known)
 
 
 def first_rows(split, size):
@@ -3469,9 +3534,7 @@ def footnotes(results):
         others = others | {"words alone": results["words"]}
     if "alone" in results:
         others = others | {"the model alone": results["alone"]}
-    for name, figures in others.items():
-        difference = format_difference(name, figures, scale)
-        lines.append(f"This run's error less that of {name}, on the same items: {difference}")
+    lines += [format_difference(name, figures, scale) for name, figures in others.items()]
     if "alone" in results:
         mixed, change = results["comparables"], results["comparables"]["without_similar"]
         text = f"Comparables: prices of similar training items, weight {mixed['weight']:.2f}; "
@@ -3495,18 +3558,16 @@ def footnotes(results):
 
 
 def format_difference(name, figures, scale=items.COURSE_SCALE):
-    """What the difference of `compare_guesses` to the earlier run `name` says, in words."""
-    difference, low, high = figures["difference"], figures["low"], figures["high"]
-    text = scale.format(abs(difference))
-    text = f"−{text}" if difference < 0 else f"+{text}"
-    if not math.isnan(low):
-        text += f" ({format_number(low)} to {format_number(high)})"
-    if difference == 0:
-        return f"{text}, equal to {name}"
-    text += f", {'better' if difference < 0 else 'worse'} than {name}"
-    if low <= 0 <= high:
-        text += ", but within the noise"
-    return text
+    """What the difference of `compare_guesses` says of a run, compared with `name`, in words."""
+    difference, ends = figures["difference"], [figures["low"], figures["high"]]
+    is_noise = ends[0] <= 0 <= ends[1]
+    word = "worse" if difference else "apart"
+    if difference < 0:
+        word, ends = "better", [-end for end in reversed(ends)]
+    text = f"Against {name}, on the same items: {scale.format(abs(difference))} {word}"
+    if not math.isnan(ends[0]):
+        text += f" ({format_number(ends[0])} to {format_number(ends[1])})"
+    return f"{text}, within the noise" if is_noise else text
 
 
 def format_number(value, digits=2):
@@ -3574,11 +3635,13 @@ def format_prices(table, scale=items.COURSE_SCALE):
     return "\n".join(texts)
 
 
-def score_own_rows(run, answers, rows, source, splits, seed):
+def score_own_rows(pricer, answers, rows, source, seed):
     """The figures of those of the user's own rows that have a price; {} if none has.
 
-    With the `splits` that it was trained on also how many of the rows these have, and words alone.
+    If the items that it was trained on are here, also how many of the rows these have, and words
+    alone.
     """
+    run, splits = pricer.run, pricer.splits
     priced = [i for i, row in enumerate(rows) if row["completion"]]
     if not priced:
         return {}
@@ -3867,6 +3930,7 @@ def write_card(folder, run, results=None):
         metadata,
         template_str=CARD,
         run=run,
+        base="../base" if run.base_model == DEMO_PACKAGE else run.base_model,  # both may move
         dataset=data.get("hub") or public_source(data.get("source", "")),
         settings=training_settings(run),
         results=results,
@@ -3886,12 +3950,13 @@ Estimates a product's price from its description. A LoRA adapter for {{ run.base
 on {{ dataset }} (fingerprint {{ run.data.fingerprint }}). {{ prompt_form }}
 
 ```python
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-name = "{{ run.hub or run.folder }}"
-model = AutoPeftModelForCausalLM.from_pretrained(name, device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained(name)
+run = "{{ run.hub or "." }}"{{ "" if run.hub else "  # the folder of this file" }}
+base = AutoModelForCausalLM.from_pretrained("{{ base }}", device_map="auto")
+model = PeftModel.from_pretrained(base, run)
+tokenizer = AutoTokenizer.from_pretrained(run)
 prompt = """{{ run.scale.prompt("Title: Brass table lamp\\nDescription: With a linen shade.") }}"""
 inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
 tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)

@@ -556,23 +556,19 @@ def test_near_duplicates_are_found_exactly(train, test):
 def test_notes_name_unscored_rows(tmp_path, smol_tokenizer, prices, note):
     rows = [{"title": "A", "text": f"a {price}", "price": price} for price in prices]
     path = write_lines(tmp_path / "own.jsonl", *rows)
-    _, notes = items.own_rows(path, None, smol_tokenizer, 110)
+    _, notes = items.own_rows(path, (), smol_tokenizer, {})
     assert note in notes
     assert " 0 × " not in "\n".join(notes)
 
 
 @pytest.mark.parametrize(
-    "options, completion",
-    [
-        ({}, ""),
-        ({"scale": items.PriceScale(1, "€")}, "5.0"),
-        ({"trained_on": {"written_currency": "EUR"}}, "5.0"),
-    ],
+    "trained_on, completion",
+    [({}, ""), ({"currency": "€"}, "5.0"), ({"written_currency": "EUR"}, "5.0")],
 )
-def test_other_currencies_are_not_judged(tmp_path, smol_tokenizer, options, completion):
+def test_other_currencies_are_not_judged(tmp_path, smol_tokenizer, trained_on, completion):
     """A code and a sign of one currency are the same."""
     row = {"title": "A", "text": "a", "price": "EUR 5.00"}
     path = write_lines(tmp_path / "own.jsonl", row)
-    (found,), notes = items.own_rows(path, None, smol_tokenizer, 110, **options)
+    (found,), notes = items.own_rows(path, (), smol_tokenizer, trained_on)
     assert found["completion"] == completion
     assert ("price is in EUR, the run's are in $ (line 1)" in notes[-1]) == (not completion)

@@ -1,5 +1,6 @@
 """The command line: instant, and the same before and after the subcommand."""
 
+import ast
 import os
 import re
 import shlex
@@ -35,8 +36,10 @@ NONSENSE = {  # what is typed: part of the answer
     "train --epochs 0": "0 must be a whole number of at least 1, or `auto`",
     "train --lora-dropout 1": "1 must be a number of at least 0 and below 1",
     "train --nosuch": "unknown: --nosuch; see `python app.py train --help`",
-    "train --epoch=3": "unknown: --epoch=3; did you mean --epochs? See",
-    "train --hf_user me": "did you mean --hf-user?",
+    "train --epoch=3": "unknown: --epoch=3; did you mean --epochs?; see",
+    "train --hf_user me": "it is a flag of train and eval",
+    "train --source a.csv": "it is a flag of prepare and eval",
+    "train --lr 1e-4": "it is --learning-rate here",
     "train --run-name ../up": "../up must be letters, digits",
     "train --resume one --run-name two": "--resume an earlier one",
     "--lite train --demo": "--lite and --demo exclude each other",
@@ -88,6 +91,35 @@ def test_missing_packages_are_one_line():
     (line,) = done.stderr.splitlines()
     assert line.startswith("app.py train: ")
     assert "pip install -r requirements.txt" in line
+
+
+def test_older_pythons_are_one_line():
+    """The file has to be readable for them, up to the line that says so."""
+    source = (ROOT / "app.py").read_text("utf-8")
+    before, check, _ = source.partition('    sys.exit(f"app.py needs Python 3.11')
+    assert check
+    ast.parse(source, feature_version=(3, 7))
+    assert "@dataclass" not in before
+
+
+WITHOUT_POSIX = """
+import signal, sys, types
+import util  # the libraries need more of Linux than our modules do
+for name in ("util", "items"):
+    del sys.modules[name]
+sys.modules |= {"fcntl": None, "resource": None}
+for name in ("SIGALRM", "SIGHUP", "SIGKILL", "SIGQUIT", "SIGUSR1"):
+    delattr(signal, name)
+import util, items, app
+found = types.SimpleNamespace(rss=1, peak_wset=2)
+util.psutil.Process = lambda: types.SimpleNamespace(memory_info=lambda: found)
+print(app.STAGES.keys(), util.memory().peak)
+"""
+
+
+def test_modules_need_no_posix():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_POSIX], cwd=ROOT, capture_output=True)
+    assert done.stdout.endswith(b" 2\n"), done.stderr
 
 
 def test_help_needs_no_encoding():

@@ -49,4 +49,4 @@ def test_older_run_resumes_and_compares(call, older):
     record = read(older / SECOND / "run.json")
     assert (record["steps"], record["recipe"]["lora_r"]) == (6, 2)
     said = call(*EVAL, "--run-name", "second", "--compare", "first", cwd=older)
-    assert "This run's error less that of first, on the same items: " in said
+    assert "Against first, on the same items: " in said

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 
 import child
 import util
-from app import RECIPES, build_quant_config
+from app import RECIPES, RunConfig, build_quant_config, open_pricer, price_items
 from conftest import DATASET, TRAIN, contents, flip, plain_loss, read, train_losses, write_catalogue
-from items import COURSE_SCALE, IGNORED, load_prompts, tokenise, write_json
+from items import COURSE_SCALE, IGNORED, UserError, load_prompts, tokenise, write_json
 
 RUN = "outputs/price-first"
 STEADY = {"batch_size": 16, "learning_rate": 1e-2, "logging_steps": 1, "lora_dropout": 0.0}
@@ -88,7 +88,7 @@ def test_messy_catalogue_is_prepared(call, shared, trained_project):
     columns = ("--columns", "title=Name", "price=Cost", "text=Item description")
     said = call("prepare", *shared, "--source", "messy.csv", *columns, "--unit", "1", cwd=folder)
     assert "price is no single amount (line 3" in said
-    splits = load_prompts(folder / DATASET)
+    splits = load_prompts(folder / f"{DATASET}-messy")
     prompts = {row["prompt"].split("\n\n")[1] for split in splits.values() for row in split}
     assert "Title: Pan\nDescription: a microwave" in prompts
     assert len(prompts) == 31
@@ -97,6 +97,21 @@ def test_messy_catalogue_is_prepared(call, shared, trained_project):
     prices = [(row["line"], row["price"]) for row in read_csv(folder / "out.csv")]
     assert prices[:3] == [("2", "19.99"), ("3", ""), ("4", "7.2")]
     assert "price is no single amount (line 3" in said
+
+
+def test_each_source_has_its_dataset(call, shared, trained_project):
+    """It is replaced by its own source only, and not if a run was trained on it."""
+    folder = trained_project
+    for name in ("catalogue", "other", "other", "catalogue"):
+        write_catalogue(folder / f"{name}.jsonl", 40 + len(list(folder.glob("outputs/datasets/*"))))
+        said = call("prepare", *shared, "--source", f"{name}.jsonl", cwd=folder)
+        assert f"Saved: {DATASET}" in said
+        assert "Next: `python app.py train --lite --local --base-model " in said
+    found = sorted(path.name for path in folder.glob("outputs/datasets/*"))
+    assert found == [Path(DATASET + end).name for end in ("", "-catalogue", "-other")]
+    assert f"Data: {DATASET} " in call(*JUDGE, "--size", "2", cwd=folder)
+    said = call("train", *shared, "--dry-run", cwd=folder)
+    assert f"Data: {DATASET}-catalogue " in said
 
 
 # Train
@@ -353,7 +368,7 @@ def test_eval_compares_with_earlier_runs(call, shared, trained_project):
     assert found["mae"] == first["mae"]
     assert found["difference"] == pytest.approx(results["mae"] - first["mae"])
     assert found["low"] <= found["difference"] <= found["high"]
-    assert "This run's error less that of first, on the same items" in said
+    assert "Against first, on the same items" in said
 
 
 def test_own_items_get_same_prices(call, trained_project, judged, splits):
@@ -394,6 +409,23 @@ def test_one_description_is_priced(call, trained_project):
     assert row["low"] <= row["high"]
     interval = f"80 %: ${row['low']:.0f} to ${row['high']:.0f}"
     assert f"${row['guess']:.2f}  ({interval})  Brass lamp" in said
+
+
+def test_pricer_reads_its_run_once(trained, monkeypatch):
+    """Its prices are price_items', also of several descriptions at once."""
+    monkeypatch.chdir(trained)
+    config = RunConfig(local=True)
+    texts = ["Brass lamp\nwith a shade", "Sofa of linen"]
+    pricer = open_pricer(config, run_name="first")
+    first, second = pricer(texts)
+    reader = pricer.reader
+    assert pricer(texts[1:]) == [second | {"line": 1}]
+    assert pricer.reader is reader
+    assert price_items(config, run_name="first", text=texts[0]) == [first]
+    assert first["low"] <= first["guess"] <= first["high"]
+    assert "similar_1_price" in first
+    with pytest.raises(UserError, match="title is empty or not text .line 2."):
+        pricer(["Lamp", " "])
 
 
 def test_exported_model_answers_as_run(call, trained_project, splits):
@@ -449,8 +481,8 @@ def test_single_item_leaves_no_nan(call, trained_project):
 
 def test_card_snippet_prices_item(trained, monkeypatch, capsys):
     """As it stands, from the prompt to its price."""
-    monkeypatch.chdir(trained)
-    card = Path(RUN, "README.md").read_text("utf-8")
+    monkeypatch.chdir(trained / RUN)
+    card = Path("README.md").read_text("utf-8")
     snippet = card.split("```python\n")[1].split("```")[0]
     exec(snippet, {})
     prompt, _, price = capsys.readouterr().out.rpartition("Price is $")
@@ -461,10 +493,12 @@ def test_card_snippet_prices_item(trained, monkeypatch, capsys):
 def test_other_data_are_evaluated_apart(call, shared, trained_project):
     """In a folder of their own, with a note; the run's own evaluation and card stay."""
     call(*JUDGE, "--size", "2", cwd=trained_project)
-    run = trained_project / RUN
-    before = contents(run)
     catalogue = write_catalogue(trained_project / "new.jsonl", 60)
     call("prepare", *shared, "--source", catalogue, cwd=trained_project)
+    assert f"Data: {DATASET} " in call(*JUDGE, "--size", "2", cwd=trained_project)
+    run = trained_project / RUN
+    before = contents(run)
+    shutil.rmtree(trained_project / DATASET)
     said = call(*JUDGE, "--size", "3", cwd=trained_project)
     note = "the run was trained on other data, perhaps on some of these test items; words alone "
     assert f"Note: {note}" in said

@@ -132,17 +132,18 @@ def results():
 @pytest.mark.parametrize(
     "difference, low, high, expected",
     [
-        (-11.42, -18.87, -0.15, "−$11.42 (−18.87 to −0.15), better than a"),
-        (14.93, 1.5, 1020.25, "+$14.93 (1.50 to 1,020.25), worse than a"),
-        (-3, -9, 3, "−$3.00 (−9.00 to 3.00), better than a, but within the noise"),
-        (0, 0, 0, "+$0.00 (0.00 to 0.00), equal to a"),
-        (5, math.nan, math.nan, "+$5.00, worse than a"),
+        (-11.42, -18.87, -0.15, "$11.42 better (0.15 to 18.87)"),
+        (14.93, 1.5, 1020.25, "$14.93 worse (1.50 to 1,020.25)"),
+        (-3, -9, 3, "$3.00 better (−3.00 to 9.00), within the noise"),
+        (0, 0, 0, "$0.00 apart (0.00 to 0.00), within the noise"),
+        (5, math.nan, math.nan, "$5.00 worse"),
     ],
 )
 def test_differences_say_which_is_better(difference, low, high, expected):
     """A smaller error is better; a single item has no interval."""
     figures = {"difference": difference, "low": low, "high": high}
-    assert util.format_difference("a", figures) == expected
+    found = util.format_difference("a", figures)
+    assert found == f"Against a, on the same items: {expected}"
 
 
 def test_table_says_what_intervals_hold(results):
