@@ -385,8 +385,7 @@ def set_up_libraries():
     warnings.simplefilter("ignore", FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
     warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm in notebooks
-    for name in ("bitsandbytes", "transformers.integrations.bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)
     # util.has_gradients tries what may fail
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
@@ -799,7 +798,8 @@ def evaluate_model(
         if run.data:
             util.write_card(run.folder, run, results)
         push(config, run)
-    say_next(config, "eval", "--input new.csv --output priced.csv")
+    named = f"--run-name {run.name} " if run_name else ""
+    say_next(config, "eval", f"{named}--input new.csv --output priced.csv")
     return results
 
 

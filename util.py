@@ -22,6 +22,7 @@ import errno
 import gc
 import inspect
 import io
+import logging
 import math
 import os
 import re
@@ -51,6 +52,7 @@ import torch
 # bitsandbytes compiles optimizers that aren't used here, and takes 4 s to import the compiler; its
 # own answer to an error is not to compile them. Can go when it compiles at the first use.
 with patch.object(torch, "compile", None):
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels that it doesn't need
     import bitsandbytes
 
 import jinja2
