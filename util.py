@@ -3058,6 +3058,7 @@ def save_predictions(figures, table, title, folder=None):
 WORD_PENALTIES = (10, 3, 1, 0.3, 0.1, 0.03)
 NEIGHBOURS = 8  # training items that tell of a price
 KERNEL_WIDTH = 0.1  # of their similarities, in their weights
+PRICE_SPREAD = 0.1  # about what share of its price a similar item may differ by
 SHOWN_NEIGHBOURS = 3
 NEARLY_SAME = 0.7  # the similarity of items that may be variants of one
 
@@ -3133,8 +3134,9 @@ def word_guesses(splits, rows, index=None):
 class Comparables:
     """What the training items cost that are most similar to an item, as a second distribution.
 
-    The numbers n of its NEIGHBOURS nearest training rows i by cosine similarity s, weighted:
-    q(n) ∝ ∑ exp(s_i / KERNEL_WIDTH) [n_i = n]. It is mixed with the model's, p: (1 − w) p + w q, as
+    Of its NEIGHBOURS nearest training rows i by cosine similarity s, whose prices are the numbers
+    n_i: q(n) ∝ ∑ exp(s_i / KERNEL_WIDTH) K(n_i, n), where K is log-normal, PRICE_SPREAD wide, so
+    that no price is impossible beside them. It is mixed with the model's, p: (1 − w) p + w q, as
     Khandelwal et al. mix token by token (2020, arXiv 1911.00172).
     """
 
@@ -3144,6 +3146,10 @@ class Comparables:
         self.index = WordIndex(prompts)
         self.rows_with = self.index.matrix.T.tocsr()
         self.numbers = numpy.array(list(map(float, completions))).round().astype(int)
+        values = numpy.array(NUMBERS) + 2  # so that 0 and 1 are near each other
+        logs = numpy.log(values)
+        kernel = numpy.exp(-(((logs - logs[:, None]) / PRICE_SPREAD) ** 2) / 2) / values
+        self.kernel = kernel / kernel.sum(1, keepdims=True)
 
     def find(self, rows):
         """[(row numbers, similarities)] of each row's nearest training rows, the nearest first.
@@ -3169,7 +3175,7 @@ class Comparables:
         shares = numpy.zeros((len(found), len(NUMBERS)))
         for row, (others, similarities) in zip(shares, found, strict=True):
             weights = numpy.exp(similarities / KERNEL_WIDTH)
-            numpy.add.at(row, self.numbers[others], weights / weights.sum())
+            row += weights / max(weights.sum(), 1e-9) @ self.kernel[self.numbers[others]]
         return shares
 
     def describe(self, others, similarities):
@@ -3192,25 +3198,33 @@ def mix(probabilities, shares, weight):
     return (1 - weights) * probabilities + weights * shares
 
 
+def best_weight(probabilities, shares, truths):
+    """The weight of the shares that has the least CRPS, which is a quadratic function of it."""
+    of_model = probabilities / probabilities.sum(1, keepdims=True)
+    reached = of_model.cumsum(1)
+    step = mix(of_model, shares, 1).cumsum(1) - reached
+    is_reached = numpy.array(NUMBERS) >= truths[:, None]
+    weight = ((is_reached - reached) * step).sum() / max((step**2).sum(), 1e-9)
+    return round(float(weight.clip(0, 1)), 3)
+
+
 def choose_comparables(comparables, rows, probabilities):
     """How a run mixes: {"weight": w, "rows": n, "calibration": of its intervals}.
 
-    Every second validation row chooses the weight, by the least CRPS: a quadratic function of it.
-    The n others calibrate the intervals of the mixture, since a choice is too good on its own rows.
+    All n validation rows choose the weight. They calibrate the intervals, too, each mixed with the
+    weight that the other half of the rows chooses, since a choice is too good on its own rows.
     """
     shares = comparables.shares(comparables.find(rows))
     scale = scale_of_rows(rows)
-    truths = numpy.array([float(scale.number(truth_of(row))) for row in rows[::2]])
-    of_model = probabilities[::2] / probabilities[::2].sum(1, keepdims=True)
-    reached = of_model.cumsum(1)
-    step = mix(of_model, shares[::2], 1).cumsum(1) - reached
-    is_reached = numpy.array(NUMBERS) >= truths[:, None]
-    weight = ((is_reached - reached) * step).sum() / max((step**2).sum(), 1e-9)
-    weight = round(float(weight.clip(0, 1)), 3)
-    others = mix(probabilities, shares, weight)[1::2]
-    estimates = estimate_prices(others, [0] * len(others), rows[1::2]) if len(others) else []
+    truths = numpy.array([float(scale.number(truth_of(row))) for row in rows])
+    chosen = numpy.zeros((len(rows), 1))
+    halves = slice(0, None, 2), slice(1, None, 2)
+    for half, other in (halves, halves[::-1]):
+        chosen[half] = best_weight(probabilities[other], shares[other], truths[other])
+    estimates = estimate_prices(mix(probabilities, shares, chosen), [0] * len(rows), rows)
+    weight = best_weight(probabilities, shares, truths)
     calibration = calibrate([estimate.rank for estimate in estimates])
-    return {"weight": weight, "rows": len(others), "calibration": calibration}
+    return {"weight": weight, "rows": len(rows), "calibration": calibration}
 
 
 def score_comparables(answers, truths, compare):
@@ -3222,11 +3236,14 @@ def score_comparables(answers, truths, compare):
     is_new = [(one["similar_1_similarity"] or 0) < NEARLY_SAME for one in answers.similar]
     changes = abs(numpy.array([one.guess for one in answers.of_run]) - truths)
     changes -= abs(numpy.array(guesses) - truths)
-    crps = [estimate.crps for estimate in answers.alone]
+    scores = {
+        name: statistics.fmean(getattr(estimate, name) for estimate in answers.alone)
+        for name in ("nll", "crps")
+    }
     without = float(changes[is_new].mean()) if any(is_new) else None
     details = {"similar": is_new.count(False), "without_similar": without}
     return {
-        "alone": compare(guesses) | {"crps": statistics.fmean(crps)},
+        "alone": compare(guesses) | scores,
         "comparables": {"weight": answers.weight} | details,
     }
 
@@ -3542,10 +3559,11 @@ def footnotes(results):
         text = f"Comparables: prices of similar training items, weight {mixed['weight']:.2f}; "
         text += f"{mixed['similar']:,} of {results['n']:,} items have one of similarity "
         text += f"{NEARLY_SAME} or more, without them the difference is {format_number(change)}; "
-        lines.append(f"{text}CRPS of the model alone {scale.format(results['alone']['crps'])}")
+        text += f"the model alone has log score {results['alone']['nll']:.3f}, "
+        lines.append(f"{text}CRPS {scale.format(results['alone']['crps'])}")
     scores = results["distribution"]
     step = f" (to the nearest {scale.step})" if scale.unit > 1 else ""
-    width = "; their width isn't calibrated, which takes 20 validation rows, 40 with comparables"
+    width = "; their width isn't calibrated, which takes 20 validation rows"
     if "calibrated_on" in scores:
         width = f"; {scores['calibrated_on']:,} validation rows set their width"
     outside = 100 * max(0, scores["outside"])  # rounding makes it negative
