@@ -1165,8 +1165,10 @@ OTHER_SIGN = {".": ",", ",": "."}
 
 LETTER = r"[^\W\d_²³¹¼-¾⁰-₉⅐-↋①-⓿]"  # superscript and circled digits are no letters
 SYMBOL = r"[^\w\s.,'’+~≈<>=%(){}\[\]\"–—−-]"
-# $, €, CHF, US $, Rs., kr., د.إ
-CURRENCY = rf"(?:{LETTER}{{1,3}} ?)?{SYMBOL}{{1,2}}|{LETTER}{{1,8}}(?:\.{LETTER}{{1,2}})?\.?"
+# $, €, CHF, US $, S/., Rs., kr., د.إ
+CURRENCY = (
+    rf"(?:{LETTER}{{1,3}} ?)?(?:/\.|{SYMBOL}{{1,2}})|{LETTER}{{1,8}}(?:\.{LETTER}{{1,2}})?\.?"
+)
 USUAL_CURRENCY = re.compile("[A-Z]{3}|.{0,3}[$¢-¥₠-⃏]")
 # 1,234,567 and, in India, 12,34,567
 GROUPS = r"[1-9][0-9]{0,2}(?P<by>[.,'’ ])(?:[0-9]{2,3}(?P=by))*[0-9]{3}"
@@ -1300,15 +1302,17 @@ def choose_unit(prices):
 
 # No pattern here runs backwards further than to the last `<`, as html.parser does
 INLINE_TAG = re.compile(  # leaves nothing, any other a line end
-    r"</?(?:a|abbr|acronym|b|bdi|bdo|big|cite|code|data|del|dfn|em|font|i|img|ins|kbd|label|mark|q"
-    r"|s|samp|small|span|strike|strong|sub|sup|time|tt|u|var|wbr)(?:[\s/][^<>]*)?>",
+    r"</?(?=[a-z])(?:a|abbr|acronym|b|bdi|bdo|big|cite|code|data|del|dfn|em|font|i|img|ins|kbd"
+    r"|label|mark|q|s|samp|small|span|strike|strong|sub|sup|time|tt|u|var|wbr)(?:[\s/][^<>]*)?>",
     re.IGNORECASE,
 )
 TAG = re.compile(r"</?[a-z][\w:-]*(?:[\s/][^<>]*)?>", re.IGNORECASE)
 NO_TEXT = re.compile(
-    r"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1\s*>|\Z)", re.IGNORECASE | re.DOTALL
+    r"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1\s*>|\Z)|<!\[CDATA\[|\]\]>",
+    re.IGNORECASE | re.DOTALL,
 )
 ENTITY = re.compile(r"&(?:#\w{1,7}|[a-z][a-z\d]{1,31});", re.ASCII | re.IGNORECASE)
+LINE_END = re.compile(r"(?:\\r)?\\n")  # written as letters
 # Behind a title that a text repeats: a word ends here
 TITLE_END = re.compile(r"(?:\s*[,;:.!?|–—-]+)?(?:\s+|$)")
 
@@ -1322,8 +1326,11 @@ def clean_text(text):
         if "<" in text:
             text = INLINE_TAG.sub("", NO_TEXT.sub("", text))
             text = TAG.sub("\n", text)
-        if "&" in text:
-            text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
+        if "&" not in text:
+            break
+        text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
+    if "\\" in text:
+        text = LINE_END.sub("\n", text)
     lines = (" ".join(line.split()) for line in re.split("[\r\n]", text))
     return "\n".join(filter(None, lines))
 
@@ -1347,9 +1354,15 @@ def describe_item(title, category, text):
     return "\n".join(f"{name}: {part}" for name, part in parts.items() if part)
 
 
+def is_blank(text):
+    """Whether a text has nothing, or only a word for that, as `nan`."""
+    text = text.strip()
+    return len(text) < 5 and text.casefold() in NO_VALUES
+
+
 def text_problem(value, name):
     """Why `value` can't be used as the text `name`, in a few words, or None."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or is_blank(value):
         return f"{name} is empty or not text"
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
         return f"{name} has an incomplete character"  # half of a surrogate pair
@@ -1365,8 +1378,9 @@ def text_of(row, columns, between="\n"):
             with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
                 cell = ast.literal_eval(cell)
         if isinstance(cell, list):
-            lists.append(between.join(part for part in cell if isinstance(part, str)))
-        elif isinstance(cell, str) and cell.strip().casefold() not in NO_VALUES:
+            parts = [part for part in cell if isinstance(part, str) and not is_blank(part)]
+            lists.append(between.join(parts))
+        elif isinstance(cell, str) and not is_blank(cell):
             return cell
     return next(filter(None, lists), "")
 
