@@ -26,6 +26,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import socket
 import tempfile
@@ -1390,17 +1391,31 @@ def text_of(row, columns, between="\n"):
 
 USUAL_COLUMNS = {  # the role: names that are recognised, the first first; see `fold_name`
     "title": "title name product item producttitle productname itemtitle itemname",
-    "price": "sellingprice salesprice retailprice currentprice price regularprice variantprice "
-    "itemprice productprice saleprice listprice unitprice cost costprice amount",
+    "price": "price",  # and others: see PRICE_WORDS
     "text": "summary text description body bodyhtml details productdescription itemdescription "
     "longdescription shortdescription features content about specifications",
     "category": "category categories maincategory productcategory itemcategory department",
     "currency": "currency currencycode pricecurrency",
 }
 JOINED_ROLES = ("text", "category")  # of which several columns are read, each if those before lack
-SALE = ("saleprice", "price", "regularprice")
-NOT_PAID = "unitprice cost costprice amount"  # what customers may not pay
+PRICE_WORDS = (  # in the names of price columns: what customers pay comes first
+    "selling sell",
+    "sales",
+    "current final",
+    "price s retail default variant item product tax vat incl included including gross",
+    "regular normal",
+    "",  # all other words
+    "unit per total",
+    "msrp rrp mrp uvp compare original old was suggested recommended",
+    "cost wholesale purchase supply supplier buying dealer trade amount",
+)
+PRICE_RANKS = {word: rank for rank, words in enumerate(PRICE_WORDS) for word in words.split()}
+PLAIN, OTHER = PRICE_RANKS["price"], PRICE_RANKS["unit"] - 1
+PRICE_SIGNS = {"price", "cost", "msrp", "rrp", "mrp", "uvp"}
+NO_PRICE = {"date", "currency", "shipping", "delivery", "freight", "measure", "type", "id"}
+FILLING = {"regular", "sale", "special"}  # prices that fill the gaps of others
 FIRST_ROWS = 10_000  # in which all columns must be seen
+COMPARED_ROWS = 1000  # of which contents tell columns apart
 SHOWN_NAMES = 300  # characters of the columns' names
 SHOWN_LINES = 5  # of the rows that are dropped for one reason
 
@@ -1410,51 +1425,97 @@ def fold_name(name):
     return re.sub(r"[\W_]+", "", name).casefold()
 
 
-def find_columns(path, names, chosen, earlier=None, needed=("title", "price", "text")):
+def find_columns(path, names, chosen, earlier=None, needed=("title", "price", "text"), rows=()):
     """{role: the column that is read, or None} of a file with the columns `names`.
 
     JOINED_ROLES have lists. `chosen` is {role: [name, …]}; for other roles the columns of an
-    `earlier` file, {role: name or names}, count first, then the usual ones.
+    `earlier` file, {role: name or names}, count first, then the usual ones. The file's first `rows`
+    decide where names don't.
     """
     by_name = {fold_name(name): name for name in reversed(names)}
     by_name |= {name: name for name in names}
     taken = list(chain(*chosen.values()))
-    columns, missing = {}, []
+    prices = rank_prices(names, rows)
+    columns, missing, used = {}, {}, []
     for role, usual in USUAL_COLUMNS.items():
-        wanted = chosen.get(role)
-        if not wanted:
-            known = (earlier or {}).get(role) or []
-            wanted = [known] if isinstance(known, str) else known
-            wanted = [*wanted, *usual.split()]
-        found = [by_name.get(name) or by_name.get(fold_name(name)) for name in wanted]
+        named = chosen.get(role) or (earlier or {}).get(role) or []
+        named = [named] if isinstance(named, str) else named
+        found = [by_name.get(name) or by_name.get(fold_name(name)) for name in named]
         if role in chosen:
-            missing += [name for name, column in zip(wanted, found, strict=True) if not column]
+            missing |= {name: role for name, column in zip(named, found, strict=True) if not column}
         found = list(dict.fromkeys(filter(None, found)))
-        if role not in chosen:
-            found.sort(key=taken.__contains__)  # another role's only if there is no other
-            refuse_alike(path, role, found, names)
+        if role not in chosen and not found:
+            found = prices if role == "price" else filter(None, map(by_name.get, usual.split()))
+            # Another role's only if there is no other
+            found = sorted(dict.fromkeys(found), key=taken.__contains__)
+            if role == "price":
+                refuse_alike(path, [one for one in found if prices[one] == prices[found[0]]], rows)
             if role in needed and not found:
-                missing.append(role)
+                missing[role] = role
+        used += found
         columns[role] = found if role in JOINED_ROLES else next(iter(found), None)
         if role == "price" and role not in chosen:  # another fills its gaps
-            others = [name for name in found[1:] if fold_name(name) in SALE]
+            others = [name for name in found[1:] if price_words(name) & FILLING]
             other = next(iter(others), None)
             columns["sale"] = by_name.get(earlier.get("sale")) if earlier else other
     if missing:
+        likely = propose_columns(rows, dict.fromkeys(missing.values()), used)
         raise UserError(
             f"{path}: no column for {' and '.join(missing)}; found: "
-            f"{shorten(', '.join(names), SHOWN_NAMES)}. Say which by `columns`, like "
-            "title=NAME price=NAME text=NAME."
+            f"{shorten(', '.join(names), SHOWN_NAMES)}. Say which by `columns`, like {likely}."
         )
     return columns
 
 
-def refuse_alike(path, role, found, names):
-    """Raises UserError if the first column found has a name like another's, as `Price (€)`."""
-    alike = [name for name in names if found and fold_name(name) == fold_name(found[0])]
-    if len(alike) > 1:
-        text = f"{' or '.join(alike)}? Say which is the {role} by `columns`, like {role}=NAME."
-        raise UserError(f"{path}: {text}")
+def price_words(name):
+    """The words in a column's name: of `VariantPrice` and `variant_price` variant and price."""
+    spaced = re.sub("([a-z])([A-Z])", r"\1 \2", name).casefold().replace("price", " price ")
+    return set(re.findall(r"[^\W_]+", spaced))
+
+
+def rank_prices(names, rows=()):
+    """{name: rank} of the columns that may be prices, the lowest first.
+
+    A rank is: whether customers hardly pay it, whether it is empty in the `rows`, its words' rank.
+    """
+    found = {}
+    for name in names:
+        words = price_words(name)
+        if (words == {"amount"} or words & PRICE_SIGNS) and not words & NO_PRICE:
+            ranks = [PRICE_RANKS.get(word, OTHER) for word in words]
+            rank = max(ranks) if max(ranks) > PLAIN else min(ranks)
+            amounts = (parse_price(str(row.get(name))).amount for row in rows)
+            found[name] = (rank > OTHER, not any(amount > 0 for amount in amounts), rank)
+    return dict(sorted(found.items(), key=lambda pair: pair[1]))
+
+
+def refuse_alike(path, names, rows):
+    """Raises UserError if columns that are as likely the price have other contents."""
+    shown = {}
+    for name in names:
+        cells = [str(row.get(name)) for row in rows]
+        values = [shorten(cell, 20) for cell in cells if not is_blank(cell)]
+        shown.setdefault(tuple(cells), f"{name} ({', '.join(values[:2])})")
+    if len(shown) > 1:
+        choice = shlex.quote(f"price={names[0]}")
+        text = f"Say which is the price by `columns`, like {choice}."
+        raise UserError(f"{path}: {' or '.join(shown.values())}? {text}")
+
+
+def propose_columns(rows, roles, used):
+    """Like `title=Name 'price=Preis brutto'`: other columns whose cells look like these roles."""
+    prices, texts = Counter(), defaultdict(set)
+    for name, cell in chain(*(row.items() for row in rows)):
+        price = parse_price(str(cell))
+        prices[name] += bool(price.amount > 0 and (price.currency or price.decimal))
+        if isinstance(cell, str) and " " in cell and "://" not in cell:
+            texts[name].add(cell)
+    prices = [name for name, count in prices.items() if 2 * count > len(rows)]
+    prices.sort(key=lambda name: "pr" not in name.casefold())  # Preis, prix, precio, prezzo, …
+    texts = sorted(texts.keys() - {*prices, *used}, key=lambda name: -sum(map(len, texts[name])))
+    likely = {"price": prices, "text": texts, "title": texts["text" in roles :]}
+    names = [next(iter(likely.get(role, ())), "NAME") for role in roles]
+    return " ".join(shlex.quote(f"{role}={name}") for role, name in zip(roles, names, strict=True))
 
 
 class OwnFile(NamedTuple):
@@ -1473,8 +1534,9 @@ class OwnFile(NamedTuple):
 def read_own(path, rows, decimal, *choice):
     """The OwnFile of `rows`, by `file_rows`; for `choice` see `find_columns`."""
     first = list(islice(rows, FIRST_ROWS))
-    names = dict.fromkeys(chain(*(row for _, row in first if isinstance(row, dict))))
-    columns = find_columns(path, list(names), *choice) if names else {}
+    known = [row for _, row in first if isinstance(row, dict)]
+    names = list(dict.fromkeys(chain(*known)))
+    columns = find_columns(path, names, *choice, rows=known[:COMPARED_ROWS]) if names else {}
     folder = tempfile.TemporaryDirectory(prefix="items-")
     file = str(Path(folder.name, "items.arrow"))
     features = Features({"title": Value("string"), "summary": Value("string")})
@@ -1497,24 +1559,30 @@ def read_own(path, rows, decimal, *choice):
         raise UserError(f"{path}: none of its rows is usable; {reasons}.")
     prices, currency, decimal = read_prices(prices, decimal)
 
-    used = []
-    others = [name for name in names if fold_name(name) in USUAL_COLUMNS["price"].split()]
-    for role, found in columns.items():
-        if found:
-            found = [found] if isinstance(found, str) else found
-            used.append(f"{role} from {' or '.join(found)}")
-            others = [name for name in others if name not in found]
-    notes = [f"Columns: {', '.join(used)}"]
-    if others:
-        notes[0] += f"; not {', '.join(others)}"
-    price = columns["price"]
-    if price and fold_name(price) in NOT_PAID.split():
-        notes.append(f"Price: {price} may not be what customers pay; `columns` price=NAME chooses")
+    notes = describe_columns(names, columns, choice[0])
     if decimal:
         notes.append(f"Prices: 1.234 and 1,234 are read with `{decimal}` as the decimal sign")
     about = {"columns": columns, "decimal": decimal, "written_currency": currency or None}
     items = Dataset.from_file(file)
     return OwnFile(folder, items, lines, prices, keys, dropped, about, notes)
+
+
+def describe_columns(names, columns, chosen):
+    """Lines for the screen: the columns that are read, and why that price."""
+    prices = {} if "price" in chosen else rank_prices(names)
+    used, unused = [], list(prices)
+    for role, found in columns.items():
+        if found:
+            found = [found] if isinstance(found, str) else found
+            used.append(f"{role} from {' or '.join(found)}")
+            unused = [name for name in unused if name not in found]
+    notes = [f"Columns: {', '.join(used)}"]
+    if unused:
+        notes[0] += f"; not {', '.join(unused)}, less likely what customers pay"
+    price = columns["price"]
+    if price in prices and prices[price][0]:
+        notes.append(f"Price: {price} may not be what customers pay; `columns` price=NAME chooses")
+    return notes
 
 
 def read_item(row, columns):
