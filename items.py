@@ -15,6 +15,7 @@ Right", so that its datasets and ours can be exchanged.
 
 import array
 import ast
+import codecs
 import csv
 import errno
 import glob
@@ -1026,17 +1027,22 @@ def file_rows(path):
     The line is where the row begins; rows of Parquet files and JSON arrays count from 1. Raises
     UserError if the file can't be read.
     """
-    line = 0
     reader = READERS.get(Path(path).suffix.lower())
+    if "://" in str(path):
+        raise UserError(f"{path}: is an address. Download the file, and give its path.")
     if not reader:
         raise UserError(
             f"{path}: ends in none of {', '.join(READERS)}. Save it as `CSV UTF-8` (in Excel: "
             "File, Save As; in LibreOffice: Text CSV)."
         )
+    line = 0
     try:
         with open(path, "rb") as file:
             check_kind(path, file.read(100))
             file.seek(0)
+            if reader is not parquet_rows:
+                file = io.TextIOWrapper(file, find_encoding(path, file), newline="")
+                file.seek(0)
             for line, row in reader(file):
                 yield line, row
     except UnicodeDecodeError as error:
@@ -1057,6 +1063,7 @@ FOREIGN_KINDS = {  # the first bytes of files that are called .csv or .json by m
     b"\xd0\xcf\x11\xe0": "an Excel workbook",
     b"%PDF": "a PDF",
     b"<": "a web page or XML",
+    codecs.BOM_UTF16_LE: "text in UTF-16",
     b"version https://git-lfs": "a pointer of Git LFS, which `git lfs pull` replaces",
 }
 
@@ -1068,18 +1075,27 @@ def check_kind(path, beginning):
             raise UserError(f"{path}: is {kind}. Save or download its rows as CSV or JSON.")
 
 
+def find_encoding(path, file):
+    """UTF-8, or Windows-1252 if the first line beyond ASCII isn't UTF-8."""
+    line = next((line for line in file if not line.isascii()), b"")
+    with suppress(UnicodeDecodeError):
+        line.decode()
+        return "utf-8-sig"
+    print(f"Encoding: {path} isn't UTF-8, and is read as Windows-1252")
+    return "cp1252"
+
+
 def parquet_rows(file):
     batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=2_000)
     return enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
-def json_rows(file):
+def json_rows(text):
     """The rows of one array, of an object that holds them, or JSON lines."""
-    text = io.TextIOWrapper(file, encoding="utf-8-sig")
     is_array = text.read(4096).lstrip().startswith("[")
     text.seek(0)
     rows = json.load(text) if is_array else text
-    if not is_array and file.name.lower().endswith(".json"):
+    if not is_array and text.name.lower().endswith(".json"):
         rows, is_array = rows_in_object(text)
     for line, row in enumerate(rows, 1):
         if not is_array and not row.strip():
@@ -1106,18 +1122,30 @@ def rows_in_object(text):
             return lists[0], True
         if len(values) > 1 and all(isinstance(value, dict) for value in values):
             return values, True
+        return [content], True
     text.seek(0)
     return text, False
 
 
-def csv_rows(file):
-    """The rows of a CSV or TSV, whose cells are separated by what separates those of the header."""
+SURPLUS_CELLS = "more cells than the header has: commas lack quotes, or line 1 is no header"
+
+
+def csv_rows(text):
+    """The rows of a CSV or TSV, whose cells are separated by what separates those of the header.
+
+    Quotes in a TSV are letters unless they enclose cells.
+    """
     csv.field_size_limit(2**31 - 1)
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     header = re.sub('"[^"]*"', "", text.readline())
-    delimiter = max(",;\t|", key=header.count)
+    options = {"delimiter": max(",;\t|", key=header.count), "skipinitialspace": True}
     text.seek(0)
-    reader = csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=True)
+    if options["delimiter"] == "\t" and not quotes_enclose(
+        csv.reader(text, strict=True, **options)
+    ):
+        print(f"Quotes: in {text.name} they are letters, since they don't enclose cells")
+        options["quoting"] = csv.QUOTE_NONE
+    text.seek(0)
+    reader = csv.reader(text, strict=True, **options)
     line = 1  # where the row begins
     try:
         names = [name.strip() for name in next(reader, [])]
@@ -1126,21 +1154,29 @@ def csv_rows(file):
             names.pop()
         for name in names:
             if name and names.count(name) > 1:
-                raise UserError(f"{file.name}: more than one column is called {name}. Rename one.")
+                raise UserError(f"{text.name}: more than one column is called {name}. Rename one.")
+        if len(names) == 1:
+            problem = "has one cell, so it is no header. Remove what stands above the header."
+            raise UserError(f"{text.name}: line 1, {shorten(names[0])}, {problem}")
         line = reader.line_num + 1
         for cells in reader:
-            if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
-                raise csv.Error("a cell has tabs and lines")  # its quotes may be letters
             # Decimal commas without quotes shift cells, into columns without a name, too
             if len(cells) > width or any(cells[len(names) :]):
-                yield line, "more cells than the header has"
+                yield line, SURPLUS_CELLS
             elif cells:
                 yield line, dict(zip(names, cells, strict=False))
             line = reader.line_num + 1
     except csv.Error as error:
         where = f"line {reader.line_num}, in the row that begins in line {line}"
-        text = f"{error} ({where}). Close each quote, and double those that are letters"
-        raise csv.Error(text) from error
+        reason = f"{error} ({where}). Close each quote, and double those that are letters"
+        raise csv.Error(reason) from error
+
+
+def quotes_enclose(reader):
+    """Whether all quotes that a strict reader finds enclose cells, and none tabs and lines."""
+    with suppress(csv.Error):
+        return not any("\t" in cell and "\n" in cell for cells in reader for cell in cells)
+    return False
 
 
 READERS = {
