@@ -1038,7 +1038,11 @@ def file_rows(path):
     line = 0
     try:
         with open(path, "rb") as file:
-            check_kind(path, file.read(100))
+            beginning = file.read(100).lstrip(b"\xef\xbb\xbf \r\n")
+            for signature, kind in FOREIGN_KINDS.items():
+                if beginning.startswith(signature):
+                    text = f"is {kind}. Save or download its rows as CSV or JSON."
+                    raise UserError(f"{path}: {text}")
             file.seek(0)
             if reader is not parquet_rows:
                 file = io.TextIOWrapper(file, find_encoding(path, file), newline="")
@@ -1066,13 +1070,6 @@ FOREIGN_KINDS = {  # the first bytes of files that are called .csv or .json by m
     codecs.BOM_UTF16_LE: "text in UTF-16",
     b"version https://git-lfs": "a pointer of Git LFS, which `git lfs pull` replaces",
 }
-
-
-def check_kind(path, beginning):
-    """Raises UserError for the beginning of a file of another kind than its name says."""
-    for signature, kind in FOREIGN_KINDS.items():
-        if beginning.lstrip(b"\xef\xbb\xbf \r\n").startswith(signature):
-            raise UserError(f"{path}: is {kind}. Save or download its rows as CSV or JSON.")
 
 
 def find_encoding(path, file):
@@ -1115,10 +1112,15 @@ def rows_in_object(text):
     """
     with suppress(json.JSONDecodeError):
         content = json.load(text)
+        while isinstance(content, dict) and len(content) == 1:
+            (content,) = content.values()
+        if isinstance(content, list):
+            return content, True
         values = list(content.values()) if isinstance(content, dict) else []
-        lists = [value for value in values if isinstance(value, list)]
-        is_item = any(fold_name(name) in USUAL_COLUMNS["title"].split() for name in content)
-        if len(lists) == 1 and isinstance(next(iter(lists[0]), None), dict) and not is_item:
+        lists = [rows for rows in values if isinstance(rows, list) and rows]
+        lists = [rows for rows in lists if isinstance(rows[0], dict)]
+        titles = USUAL_COLUMNS["title"].split()
+        if len(lists) == 1 and not any(fold_name(name) in titles for name in content):
             return lists[0], True
         if len(values) > 1 and all(isinstance(value, dict) for value in values):
             return values, True
@@ -1136,7 +1138,7 @@ def csv_rows(text):
     Quotes in a TSV are letters unless they enclose cells.
     """
     csv.field_size_limit(2**31 - 1)
-    header = re.sub('"[^"]*"', "", text.readline())
+    header = re.sub('"[^"]*"', "", next(filter(str.strip, text), ""))
     options = {"delimiter": max(",;\t|", key=header.count), "skipinitialspace": True}
     text.seek(0)
     if options["delimiter"] == "\t" and not quotes_enclose(
@@ -1148,7 +1150,7 @@ def csv_rows(text):
     reader = csv.reader(text, strict=True, **options)
     line = 1  # where the row begins
     try:
-        names = [name.strip() for name in next(reader, [])]
+        names = [name.strip() for name in next(filter(None, reader), [])]
         width = len(names)
         while names and not names[-1]:
             names.pop()
@@ -1157,7 +1159,7 @@ def csv_rows(text):
                 raise UserError(f"{text.name}: more than one column is called {name}. Rename one.")
         if len(names) == 1:
             problem = "has one cell, so it is no header. Remove what stands above the header."
-            raise UserError(f"{text.name}: line 1, {shorten(names[0])}, {problem}")
+            raise UserError(f"{text.name}: line {reader.line_num}, {shorten(names[0])}, {problem}")
         line = reader.line_num + 1
         for cells in reader:
             # Decimal commas without quotes shift cells, into columns without a name, too
@@ -1326,12 +1328,8 @@ def price_problem(price, scale=COURSE_SCALE):
 
 def choose_unit(prices):
     """The smallest unit that holds HELD_SHARE of an array of prices, 1 without any."""
-    if not len(prices):
-        return 1
-    for unit in UNITS:
-        if (prices <= MAX_PRICE * unit).mean() >= HELD_SHARE:
-            break
-    return unit
+    held = (unit for unit in UNITS if (prices <= MAX_PRICE * unit).mean() >= HELD_SHARE)
+    return next(held, UNITS[-1]) if len(prices) else 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1449,7 +1447,7 @@ PRICE_RANKS = {word: rank for rank, words in enumerate(PRICE_WORDS) for word in 
 PLAIN, OTHER = PRICE_RANKS["price"], PRICE_RANKS["unit"] - 1
 PRICE_SIGNS = {"price", "cost", "msrp", "rrp", "mrp", "uvp"}
 NO_PRICE = {"date", "currency", "shipping", "delivery", "freight", "measure", "type", "id"}
-FILLING = {"regular", "sale", "special"}  # prices that fill the gaps of others
+FILLING = re.compile("regular|special|(?<!whole)sale", re.IGNORECASE)  # the gaps of others
 FIRST_ROWS = 10_000  # in which all columns must be seen
 COMPARED_ROWS = 1000  # of which contents tell columns apart
 SHOWN_NAMES = 300  # characters of the columns' names
@@ -1491,7 +1489,7 @@ def find_columns(path, names, chosen, earlier=None, needed=("title", "price", "t
         used += found
         columns[role] = found if role in JOINED_ROLES else next(iter(found), None)
         if role == "price" and role not in chosen:  # another fills its gaps
-            others = [name for name in found[1:] if price_words(name) & FILLING]
+            others = [name for name in found[1:] if FILLING.search(name)]
             other = next(iter(others), None)
             columns["sale"] = by_name.get(earlier.get("sale")) if earlier else other
     if missing:
@@ -1503,12 +1501,6 @@ def find_columns(path, names, chosen, earlier=None, needed=("title", "price", "t
     return columns
 
 
-def price_words(name):
-    """The words in a column's name: of `VariantPrice` and `variant_price` variant and price."""
-    spaced = re.sub("([a-z])([A-Z])", r"\1 \2", name).casefold().replace("price", " price ")
-    return set(re.findall(r"[^\W_]+", spaced))
-
-
 def rank_prices(names, rows=()):
     """{name: rank} of the columns that may be prices, the lowest first.
 
@@ -1516,7 +1508,8 @@ def rank_prices(names, rows=()):
     """
     found = {}
     for name in names:
-        words = price_words(name)
+        spaced = re.sub("([a-z])([A-Z])", r"\1 \2", name).casefold().replace("price", " price ")
+        words = set(re.findall(r"[^\W_]+", spaced))
         if (words == {"amount"} or words & PRICE_SIGNS) and not words & NO_PRICE:
             ranks = [PRICE_RANKS.get(word, OTHER) for word in words]
             rank = max(ranks) if max(ranks) > PLAIN else min(ranks)
@@ -1572,7 +1565,7 @@ def read_own(path, rows, decimal, *choice):
     first = list(islice(rows, FIRST_ROWS))
     known = [row for _, row in first if isinstance(row, dict)]
     names = list(dict.fromkeys(chain(*known)))
-    columns = find_columns(path, names, *choice, rows=known[:COMPARED_ROWS]) if names else {}
+    columns = find_columns(path, names, *choice, rows=known[:COMPARED_ROWS]) if known else {}
     folder = tempfile.TemporaryDirectory(prefix="items-")
     file = str(Path(folder.name, "items.arrow"))
     features = Features({"title": Value("string"), "summary": Value("string")})

@@ -131,7 +131,7 @@ def test_every_format_reads_alike(tmp_path, ending, separator):
     ]
 
 
-@pytest.mark.parametrize("content", [{"total": 5, "items": ROWS}, dict(enumerate(ROWS))])
+@pytest.mark.parametrize("content", [{"a": {"total": 5, "items": ROWS}}, dict(enumerate(ROWS))])
 def test_rows_within_an_object_are_read(tmp_path, content):
     """Under a key, or each under its own."""
     path = tmp_path / "own.json"
@@ -193,6 +193,8 @@ QUESTION = (
     [
         ("own.jsonl", b'{"title": "A", "text": "a"}', "no column for price; found: title, text."),
         ("own.csv", b"title,price,text\n", "none of its rows is usable; there are none"),
+        ("own.json", b"5", "none of its rows is usable; 1 × not a JSON object"),
+        ("own.json", b"{}", "no column for title and price and text"),
         ("own.json", b"[1, 2]", "none of its rows is usable; 2 × not a JSON object"),
         ("own.json", b'[{"title": "A"},\n{"title": "B" "text"}]', "line 2 is no JSON: Expecting"),
         ("own.json", b'[{"title": "A"}\n]\n[{"title": "B"}]', "line 3 is no JSON: Extra data"),
@@ -200,7 +202,11 @@ QUESTION = (
         ("own.parquet", b"no parquet", "can't be read: "),
         ("own.csv", b"title,price,text\na,1,\xc3\xa9\n\xff\xfe,1,2", "not in UTF-8"),
         ("own.csv", "title,price,text\na,1,b".encode("utf-16"), "is text in UTF-16. Save"),
-        ("own.csv", b"Stock of May;;\nTitle;Price;Text", "line 1, Stock of May, has one cell, so"),
+        (
+            "own.csv",
+            b"\nStock of May;;\nTitle;Price;Text",
+            "line 2, Stock of May, has one cell, so",
+        ),
         (
             "own.csv",
             b'title,price,text\nA,1,"a\n\nb" c\n',
