@@ -1027,7 +1027,7 @@ class LastingFile(io.FileIO):
 
     def write(self, data):
         with suppress(OSError):
-            return super().write(data)
+            return super().write(data) or len(data)  # None where it would have to wait
         return len(data)
 
 
@@ -1035,8 +1035,8 @@ def lasting(stream):
     """A text stream in place of `stream`; what its encoding lacks becomes a question mark."""
     try:
         file = io.BufferedWriter(LastingFile(stream.fileno(), "w", closefd=False))
-    except (AttributeError, OSError, ValueError):  # closed, or none of the process
-        return stream
+    except (AttributeError, OSError, ValueError):  # none of the process, or it was closed: then
+        return stream or open(os.devnull, "w")  # files must not get its number  # noqa: SIM115
     return io.TextIOWrapper(file, stream.encoding, "replace", line_buffering=True)
 
 

@@ -2030,8 +2030,13 @@ def training_arguments(run, plan):
 # 6. The training loop
 
 
+# SIGHUP comes from a terminal that is closed, often twice; Windows has none
+SIGHUP = getattr(signal, "SIGHUP", None)
+STOPPING = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, SIGHUP)))
+
+
 class StopOnSignal(TrainerCallback):
-    """Ends training after the step in which SIGINT or SIGTERM comes, with a checkpoint.
+    """Ends training after the step in which one of STOPPING comes, with a checkpoint.
 
     A second signal does at once what it would without this. Several processes end after the next
     logged step, where they wait for each other anyway, so that all end after the same one; torchrun
@@ -2043,8 +2048,9 @@ class StopOnSignal(TrainerCallback):
         self.previous_handlers = {}
 
     def on_train_begin(self, args, state, control, **_):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.previous_handlers.setdefault(number, signal.signal(number, self.on_signal))
+        for number in STOPPING:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as it is under nohup
+                self.previous_handlers.setdefault(number, signal.signal(number, self.on_signal))
 
     def on_signal(self, number, frame):
         if not self.signal_number:
@@ -2053,7 +2059,7 @@ class StopOnSignal(TrainerCallback):
             with suppress(OSError):
                 hint = b"" if world_size() > 1 else b"; once more to stop at once"
                 os.write(2, b"\nSaving, then stopping" + hint + b"\n")
-        elif world_size() == 1:
+        elif world_size() == 1 and number != SIGHUP:
             stop_at_once = self.previous_handlers[number]
             if not callable(stop_at_once):
                 os._exit(128 + number)

@@ -127,7 +127,7 @@ def test_signals_leave_a_resumable_run(call, begin, whole, project):
     """At random moments: the promised exit code, and in the end the uninterrupted run."""
     rng = random.Random(7)
     start = begin
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         process = child.start(list(start), project)
         process.join(rng.uniform(0.5, 6))
         if process.exitcode is None:

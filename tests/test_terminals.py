@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-import util
 from conftest import DATASET, read
 from items import demo_items
 
@@ -37,7 +36,9 @@ def test_other_encodings_end_no_stage(call, shared, accented, tmp_path):
     assert "Crème ☕" in (tmp_path / "priced.jsonl").read_text("utf-8")
 
 
-def test_closed_pipe_ends_no_training(call, shared, project):
-    """As after `| head`: nobody reads on, the training goes on."""
-    call("train", *shared, *SHORT, cwd=project, hook="close_reader")
-    assert (project / "outputs/price-first" / util.ADAPTER_FILE).exists()
+@pytest.mark.parametrize("hook", ["close_reader", "fill_output", "close_output"])
+def test_lost_output_ends_no_stage(call, shared, project, hook):
+    """As after `| head`, or where a log's disk is full."""
+    call("train", *shared, *SHORT, cwd=project, hook=hook)
+    call("eval", "--local", "--size", "2", cwd=project, hook=hook)
+    assert (project / "outputs/price-first/eval/report.html").exists()
