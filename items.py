@@ -349,7 +349,7 @@ def build_prompts(splits, tokenizer, cutoff, scale=COURSE_SCALE):
 
 
 def tokenise(prompts, tokenizer, name):
-    """Rows of `prompt` and `completion` as training reads them, a Dataset; `datasets` caches it.
+    """Rows of `prompt` and `completion` as training reads them, a memory-mapped Dataset.
 
     `input_ids` are the tokens of both and the end of text, `labels` the same but IGNORED in the
     prompt.
@@ -371,6 +371,8 @@ def tokenise(prompts, tokenizer, name):
         remove_columns=prompts.column_names,
         features=Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}),
         desc=f"tokens of {name}",
+        # In the cache they may be damaged, or of other rows; the first process has just made them
+        load_from_cache_file=os.environ.get("LOCAL_RANK", "0") != "0",
         new_fingerprint=f"{prompts._fingerprint}-{tokenizer_identity(tokenizer)}",
     )
 
@@ -410,6 +412,10 @@ def tokenizer_identity(tokenizer):
 # 3. Atomic files, full disks
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (  # by permissions, by what has the name, or by a disk that fails
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE),
+)
 
 
 def is_disk_full(error):
@@ -597,7 +603,6 @@ REASONS = (  # what the Hub's client raises, and what that means: the first that
         (errors.LocalEntryNotFoundError, httpx2.TransportError, ConnectionError),
         "the Hub can't be reached. Check the network, or the name of a folder.",
     ),
-    (PermissionError, "{error}. Allow it, or set HF_HOME for another cache."),
 )
 TOKEN_REFUSED = (
     "the Hub refuses {token}: it is mistyped, expired or revoked. Make one at "
@@ -633,6 +638,8 @@ def hub_errors(what, remedy=None):
     except Exception as error:
         chain = list(causes(error))
         reasons = [text for kinds, text in REASONS if any(isinstance(one, kinds) for one in chain)]
+        if any(getattr(one, "errno", None) in REFUSED for one in chain):
+            reasons.append("{error}. Allow it, or set HF_HOME for another cache.")
         if remedy and isinstance(error, DatasetGenerationError | OSError | ValueError):
             reasons.append(f"can't be loaded ({{error}}). {remedy}")
         if not reasons or is_disk_full(error):
@@ -800,7 +807,8 @@ def load_prompts(folder, **options):
     folder = Path(folder).absolute()
     files = {name: glob.escape(str(folder / f"{name}.parquet")) for name in SPLITS}
     with hub_errors(folder, PREPARE_AGAIN):
-        return load_dataset("parquet", data_files=files, **options)
+        # Of other data that were here before, the cache has the numbers of rows
+        return load_dataset("parquet", data_files=files, verification_mode="no_checks", **options)
 
 
 @dataclass

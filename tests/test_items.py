@@ -210,8 +210,8 @@ def test_record_tells_own_data_from_the_courses(place, about, is_own):
 
 @pytest.fixture()
 def saved(tmp_path, smol_tokenizer):
-    """The folder of a small dataset, with brackets in its name, as `prepare` writes it."""
-    folder = tmp_path / "data [v2]"
+    """The folder of a small dataset, as `prepare` writes it; its name could be a pattern."""
+    folder = tmp_path / "data [v2]\n*"
     rows = demo_items(30, seed=0)
     splits = item_splits(rows[:20], rows[20:25], rows[25:])
     prompts, _ = build_prompts(splits, smol_tokenizer, 110)
@@ -240,12 +240,32 @@ def test_corrupt_dataset_is_one_line(saved):
         read_prompts(saved)
 
 
-def test_unwritable_cache_is_named(saved, monkeypatch):
-    def load(*_, **__):
-        raise PermissionError(13, "Permission denied", "/cache/datasets")
+def test_other_data_of_same_time_are_read(saved):
+    """The cache of `datasets` tells files apart by their times alone."""
+    first = read_prompts(saved)
+    rows = first.splits | {"train": first.splits["train"].select(range(5, 20))}
+    times = {file: file.stat().st_mtime_ns for file in saved.glob("*.parquet")}
+    save_prompts(saved, rows, {"fingerprint": fingerprint(rows)})
+    write_manifest(saved)
+    for file, time in times.items():
+        os.utime(file, ns=(time, time))
+    assert read_prompts(saved).fingerprint == fingerprint(rows)
 
-    monkeypatch.setattr("items.load_dataset", load)
-    with pytest.raises(UserError, match="'/cache/datasets'. Allow it, or set HF_HOME for another"):
+
+def test_cached_tokens_are_not_trained_on(saved, smol_tokenizer):
+    """Nor are damaged ones, which no manifest covers."""
+    prompts = read_prompts(saved).splits["train"]
+    expected = tokenise(prompts, smol_tokenizer, "train")[:]
+    for file in prompts.cache_files:
+        for cached in Path(file["filename"]).parent.glob("cache-*.arrow"):
+            flip(cached)
+    assert tokenise(prompts, smol_tokenizer, "train")[:] == expected
+
+
+def test_unwritable_cache_is_named(saved, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(UserError, match="/cache.*'. Allow it, or set HF_HOME for another"):
         read_prompts(saved)
 
 
