@@ -493,15 +493,23 @@ def write_text(path, text):
         new.write_text(text, encoding="utf-8", errors="replace", newline="")
 
 
-def write_json(path, value):
-    """Writes `value` as JSON. NaN, which JSON lacks, becomes null."""
+def write_json(path, value, with_checksum=False):
+    """Writes `value` as JSON, perhaps with its `checksum`. NaN, which JSON lacks, becomes null."""
     clean = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    if with_checksum:
+        clean["xxh3"] = checksum(clean)
     write_text(path, json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path):
     """What `write_json` wrote, or {} if there is no such file."""
     return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
+
+
+def checksum(record):
+    """A hash of what a JSON record says, but for its own; where no manifest covers its file."""
+    text = json.dumps(record | {"xxh3": None}, sort_keys=True)
+    return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 def write_table(path, table):

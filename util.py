@@ -2258,13 +2258,6 @@ def training_log(trainer):
 # ------------------------------------------------------------------------------------------------
 # 7. Runs
 
-LOCKS = ".locks"  # the folder of the runs' locks, beside them
-# Fields of run.json that may change when a run goes on: where it goes, how it is computed here, and
-# what came of it
-OTHER_FIELDS = (
-    *("hub", "wandb", "micro_batch", "base_weights", "plan", "steps", "val_rows", "history"),
-    *("calibration", "comparables", "seconds", "peak_memory_bytes"),
-)
 DATA_FIELDS = ("hub", "cutoff", "columns", "written_currency")  # of prepare.json, kept in run.json
 UNTOUCHED = "base"  # what an evaluation calls the untouched base model
 WANDB_MODES_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
@@ -2326,7 +2319,7 @@ class Run:
         record = {"run": self.name, **asdict(self)}
         for name in ("folder", "name", "adapter"):
             del record[name]
-        items.write_json(Path(folder or self.folder, "run.json"), record)
+        items.write_json(Path(folder or self.folder, "run.json"), record, with_checksum=True)
 
     def add_seconds(self, name, since):
         """Adds the time since then to that of `name`, over all sessions. Returns now."""
@@ -2388,7 +2381,7 @@ class Project:
         """The Run that is about to begin. Raises UserError if its name is taken."""
         name = self.short(run_name)
         folder = self.folder(name)
-        if name == UNTOUCHED or (folder.exists() and any(folder.iterdir())):
+        if name == UNTOUCHED or any(folder.glob("[!.]*")):
             text = f"`run_name` {name}: {folder} exists. Give another name, or resume it."
             raise items.UserError(text, resumes=name in self.records)
         return Run(
@@ -2484,6 +2477,8 @@ def read_record(folder):
     """The content of a run's run.json, or of its copy in the newest complete checkpoint, or {}."""
     try:
         record = items.read_json(folder / "run.json")
+        if record.get("xxh3") not in (None, items.checksum(record)):  # older ones have none
+            raise ValueError("it has changed since it was written")
         if {"run", "mode", "recipe"} <= record.keys():
             return record
     except (OSError, ValueError, AttributeError, RecursionError) as error:
@@ -2493,16 +2488,11 @@ def read_record(folder):
 
 
 def resumable_run(folder):
-    """The Run to resume in a folder, by the settings that its newest checkpoint was trained with.
+    """The Run to resume in a folder.
 
     Raises UserError if it has no record, or if another process is training it.
     """
     record = read_record(folder)
-    checkpoint = newest_checkpoint(folder, say=str)  # it is said when training begins
-    if checkpoint and not has_adapter(folder):
-        # No manifest covers the folder's own run.json yet: a damaged one would be trained by
-        checked = read_record(Path(checkpoint))
-        record |= {name: checked[name] for name in checked if name not in OTHER_FIELDS}
     if not record:
         raise items.UserError(f"{folder}: has no run.json, so it can't be resumed.")
     if is_first_process():
@@ -2537,9 +2527,8 @@ def lock_run(folder):
 
     Raises UserError if another process holds it.
     """
-    path = folder.parent / LOCKS / folder.name
+    path = folder / ".lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path, timeout=0, mode=0o666)
         lock.acquire()
         return lock
@@ -2559,10 +2548,10 @@ def claimed(run, is_new):
     if not is_first_process():
         yield
         return
+    run.folder.mkdir(parents=True, exist_ok=True)
     lock = lock_run(run.folder)
     try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if is_new and any(run.folder.iterdir()):
+        if is_new and any(run.folder.glob("[!.]*")):
             text = f"`run_name` {run.name}: another training has just begun by this name."
             raise items.UserError(f"{text} Give another name.")
         run.write()
