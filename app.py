@@ -558,7 +558,7 @@ def prepare_prompts(
     # 1) Check everything up front and report all problems together
     if not config.local:
         get_env("HF_TOKEN", required=True)
-    items.check_writable(config.output_dir)
+    items.check_writable(config.dataset_folder)
     problems = items.Problems()
     with problems:
         account = None if config.local else login_huggingface(hf_dataset_user, write=True)
@@ -668,7 +668,7 @@ def check_all(config, run, hf_user, use_bf16, micro_batch, changes):
     account = None
     if not config.local:
         get_env("HF_TOKEN", required=True)  # nothing else can be checked without a token
-    items.check_writable(config.output_dir)
+    items.check_writable(run.folder)
     problems = items.Problems()
     with problems:
         if not config.local:
@@ -760,7 +760,6 @@ def evaluate_model(
     commit aren't the run's own, to a folder beside it. Returns the content of results.json.
     """
     # 1) Find the run, its test rows and what it is compared with
-    items.check_writable(config.output_dir)
     config, run, base, options = open_run(config, run_name, hf_user, revision)
     prompts = find_prompts(config, run.data)
     rows = util.first_rows(prompts.splits["test"], size)
@@ -770,6 +769,7 @@ def evaluate_model(
     own = items.own_accounts() if is_fetched else [run.account]
     origin = [name for name in (run.account, revision) if name and name not in own]
     folder, differences = util.evaluation_folder(run, data, base, "-".join(origin))
+    items.check_writable(folder)
     if differences:
         reasons = "; ".join(differences)
         print(f"Not the run's own evaluation, so it stays in {folder}, unpublished: {reasons}")
@@ -859,6 +859,7 @@ def export_model(
     """
     if Path(folder).exists():
         raise items.UserError(f"`folder` {folder}: exists already. Give a new folder.")
+    items.check_writable(folder)
     config, run, base, options = open_run(config, run_name, hf_user, revision)
     splits = items.splits_trained_on(config.dataset_folder, run.data.get("fingerprint"))
     with items.replacing(folder) as new:
@@ -1084,9 +1085,9 @@ def main(argv=None) -> None:
         if isinstance(error, items.Stopped) and not is_first:
             text = ""
     except Exception as error:
-        if not items.is_disk_full(error):
+        text = items.disk_problem(error)
+        if not text:
             raise
-        text = items.NO_ROOM
     for line in text.splitlines():
         print(f"app.py {name}: {line}", file=sys.stderr)
     sys.exit(code)

@@ -71,6 +71,8 @@ UNITS = (0.01, 0.1, *(10**exponent for exponent in range(13)))  # that can be ch
 TIMES = "×"  # between the unit and the number in a prompt
 
 IGNORED = -100  # the label of tokens that are not trained on, as in PyTorch
+UMASK = os.umask(0o077)  # can only be read by being set
+os.umask(UMASK)
 MANIFEST = "manifest.json"
 RECORD = "prepare.json"
 PREPARE_AGAIN = "Run the stage prepare again."
@@ -428,6 +430,14 @@ def is_disk_full(error):
     )
 
 
+def disk_problem(error):
+    """Which file or disk is the reason of an exception, in words, or None."""
+    if is_disk_full(error):
+        return NO_ROOM
+    refused = [one for one in causes(error) if getattr(one, "errno", None) in REFUSED]
+    return f"{refused[0]}. Make it accessible, or choose another place." if refused else None
+
+
 @contextmanager
 def replacing(target):
     """Yields a path beside `target`, for a file or a folder that the caller makes.
@@ -444,7 +454,7 @@ def replacing(target):
         yield new
         for path in (*new.rglob("*"), new):
             sync(path)
-        if target.is_dir():
+        if target.exists() and (target.is_dir() or new.is_dir()):
             os.rename(target, folder / "old")
         os.replace(new, target)
         sync(target.parent)
@@ -479,9 +489,12 @@ def finish_interrupted_replace(target):
 
 
 def sync(path):
-    """Flushes a file's content, or a folder's names, to the disk."""
+    """Flushes a new file, readable as the umask allows, or a folder's names to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        if path.is_file():  # safetensors writes for the owner only
+            with suppress(PermissionError):  # some drives have no permissions
+                os.fchmod(descriptor, 0o666 & ~UMASK)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -579,19 +592,25 @@ def check_output(path, source=None):
         raise UserError(f"`output` {path}: give a .csv or .jsonl file.")
     if not path.parent.is_dir() or (source and path.resolve() == Path(source).resolve()):
         raise UserError(f"`output` {path}: is the input, or its folder is missing. Choose another.")
-    check_writable(path.parent, path.name)
+    check_writable(path)
 
 
-def check_writable(folder, name="any"):
-    """Raises UserError if `name` can't be written into `folder`, which is made if need be."""
-    if "::" in str(folder):  # which fsspec, by which `datasets` reads, takes for several places
-        raise UserError(f"{folder}: a folder's name can't have `::`. Choose another folder.")
-    probe = temporary_folder(Path(folder, name))
+def check_writable(target):
+    """Raises UserError if `target`, a file or a folder, can't be made or replaced.
+
+    The folder that it will be in is made if need be.
+    """
+    if "::" in str(target):  # which fsspec, by which `datasets` reads, takes for several places
+        raise UserError(f"{target}: a folder's name can't have `::`. Choose another folder.")
     try:
+        target = Path(target).resolve()
+        probe = temporary_folder(target)
         probe.mkdir(parents=True, exist_ok=True)
         probe.rmdir()
+        if target.is_dir() and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        text = f"{folder}: can't be written to ({error.strerror}). Choose another folder."
+        text = f"{target}: can't be written to ({error.strerror}). Choose another folder."
         raise UserError(text) from error
 
 

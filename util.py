@@ -2096,7 +2096,13 @@ class Checkpoints(TrainerCallback):
         self.counted_at = time.time()  # until then, time is in the run's seconds
 
     def on_step_end(self, args, state, control, **_):
-        control.should_log = control.should_log or control.should_save
+        if not control.should_save:
+            return
+        control.should_log = True  # in which processes wait for each other
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if folder.exists() and is_first_process():  # damaged: its files may not be writable
+            with items.replacing(folder) as new:
+                new.mkdir()
 
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" not in logs:
@@ -2184,8 +2190,9 @@ def train(base, run, data, plan, quant_config):
             plan = fit(trainer, run, plan)
         except Exception as error:
             print(file=sys.stderr)  # the progress bar is in this line
-            if items.is_disk_full(error):
-                raise items.UserError(items.NO_ROOM, resumes=True) from error
+            problem = items.disk_problem(error)
+            if problem:
+                raise items.UserError(problem, resumes=True) from error
             raise
         if plan:
             model = trainer = None  # so that their memory is free, and that of compiled graphs
@@ -2455,7 +2462,7 @@ def last_change(folder):
 
 def checkpoints(folder):
     """[(step, folder)] of a run's checkpoints, the newest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("*/")]
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("*")]
     return sorted([(int(match[1]), path) for match, path in found if match], reverse=True)
 
 
@@ -3696,8 +3703,6 @@ def export_run(run, base, splits, folder, **reader_options):
         # Those of 4-bit weights can't be reversed; transformers does the same for GGUF files
         model._weight_conversions = None
     model.save_pretrained(folder)
-    for weights in Path(folder).glob("*.safetensors"):
-        weights.chmod(0o644)  # written for its owner only; servers run as somebody else
     base.tokenizer.save_pretrained(folder)
     name_as_before(folder)
     card = f"# {run.folder.name}\n\n{run.base_model} in bf16, with this run's LoRA adapter merged "

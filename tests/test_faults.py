@@ -1,5 +1,6 @@
 """Damaged files, and two processes at once."""
 
+import itertools
 import os
 import shutil
 
@@ -21,7 +22,7 @@ def test_each_file_is_checked(trained_project):
         folder = trained_project / place
         names = items.read_json(folder / items.MANIFEST)
         files = {path.name for path in folder.iterdir() if path.is_file()}
-        assert files - {*names} <= {items.MANIFEST, "README.md"}
+        assert files - {*names} <= {items.MANIFEST, "README.md", ".lock"}
         for name in names:
             flip(folder / name)
             assert items.manifest_problem(folder) == f"{name} is corrupt"
@@ -31,17 +32,33 @@ def test_each_file_is_checked(trained_project):
         assert items.manifest_problem(folder) == "manifest.json is corrupt"
 
 
-@pytest.mark.parametrize("damage", [os.remove, cut, flip])
+def forbid(file):
+    file.chmod(0)
+
+
+def put_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def put_file(file):
+    """In the place of the folder that it is in."""
+    shutil.rmtree(file.parent)
+    file.parent.write_text("a file")
+
+
+@pytest.mark.parametrize("damage", [os.remove, cut, flip, forbid, put_folder, put_file])
 def test_damaged_checkpoint_is_skipped(call, trained, trained_project, damage):
-    """It is named, the one before it counts, by whose settings it goes on; times add up."""
+    """It is named, the one before it counts; times add up."""
     run = trained_project / RUN
     damage(run / "checkpoint-6/optimizer.pt")
     (run / ADAPTER_FILE).unlink()
     record = read(run / "run.json")
-    changed = {"seed": 43, "seconds": {"load": 100, "train": 1000}}
-    items.write_json(run / "run.json", record | changed)
-    said = call(*RESUME, cwd=trained_project)
-    assert "checkpoint-6 is skipped: optimizer.pt is " in said
+    changed = {"seconds": {"load": 100, "train": 1000}}
+    items.write_json(run / "run.json", record | changed, with_checksum=True)
+    said = call(*RESUME, cwd=trained_project, hook="drop_powers")
+    name = "manifest.json" if damage is put_file else "optimizer.pt"
+    assert f"checkpoint-6 is skipped: {name} " in said
     assert "Resuming from step 3" in said
     assert (run / ADAPTER_FILE).read_bytes() == (trained / RUN / ADAPTER_FILE).read_bytes()
     assert read(run / "run.json")["history"] == record["history"]
@@ -50,17 +67,64 @@ def test_damaged_checkpoint_is_skipped(call, trained, trained_project, damage):
     assert seconds["train"] > 1000
 
 
-@pytest.mark.parametrize("name", ["run.json", ADAPTER_FILE, "adapter_config.json"])
-def test_damaged_run_is_made_again(call, shared, trained_project, name):
+@pytest.mark.parametrize(
+    "name, damage",
+    [("run.json", flip), (ADAPTER_FILE, flip), ("adapter_config.json", forbid)],
+)
+def test_damaged_run_is_made_again(call, shared, trained_project, name, damage):
     """`eval` names the file; `--resume` makes it again, the same to the bit."""
     run = trained_project / RUN
     before = (run / ADAPTER_FILE).read_bytes()
-    flip(run / name)
+    damage(run / name)
     evaluate = ("eval", *shared, "--run-name", "first", "--size", "1")
-    assert f"app.py eval: first: {name} is " in call(*evaluate, cwd=trained_project, code=1)
+    said = call(*evaluate, cwd=trained_project, code=1, hook="drop_powers")
+    assert f"app.py eval: first: {name} " in said
     call(*RESUME, cwd=trained_project)
     assert (run / ADAPTER_FILE).read_bytes() == before
     assert items.manifest_problem(run) is None
+
+
+def test_no_flip_changes_a_setting(trained, tmp_path):
+    """In any byte of run.json, names of fields included, where no checkpoint has a copy yet."""
+    file = tmp_path / "run.json"
+    written = (trained / RUN / "run.json").read_bytes()
+    file.write_bytes(written)
+    expected = util.Run.from_record(tmp_path, util.read_record(tmp_path))
+    for place, bit in itertools.product(range(len(written)), (1, 4)):
+        flipped = bytearray(written)
+        flipped[place] ^= bit
+        file.write_bytes(flipped)
+        record = util.read_record(tmp_path)
+        assert not record or util.Run.from_record(tmp_path, record) == expected
+
+
+def test_old_evaluation_stops_no_new_one(call, shared, trained_project):
+    """Whatever has its name."""
+    evaluate = ("eval", *shared, "--run-name", "first", "--size", "1")
+    folder = trained_project / RUN / "eval"
+    folder.write_text("a file")
+    call(*evaluate, cwd=trained_project)
+    (folder / "results.json").write_text('{"data": null}')
+    call(*evaluate, cwd=trained_project)
+    assert read(folder / "results.json")["n"] == 1
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files to another user")
+def test_other_users_files_stop_no_own_run(call, shared, trained_project):
+    """In one folder; what can't be replaced is one line before the work."""
+    outputs = trained_project / "outputs"
+    for path in outputs.rglob("*"):
+        os.chown(path, 65534, 65534)
+    outputs.chmod(0o777)
+    here = {"cwd": trained_project, "hook": "drop_powers"}
+    call("train", *shared, "--run-name", "own", "--max-steps", "2", "--batch-size", "4", **here)
+    call("eval", "--local", "--run-name", "own", "--size", "1", **here)
+    said = call("eval", "--local", "--run-name", "first", "--size", "1", code=1, **here)
+    assert "asking" not in said
+    assert f"{RUN}/eval: can't be written to (Permission denied)" in said
+    catalogue = write_catalogue(trained_project / "new.jsonl")
+    said = call("prepare", *shared, "--source", catalogue, code=1, **here)
+    assert f"{DATASET}: can't be written to (Permission denied)" in said
 
 
 def test_damaged_record_stops_no_other_run(call, shared, trained_project):
@@ -134,7 +198,7 @@ def test_two_evaluations_leave_one_whole(shared, trained_project):
     results = read(folder / "results.json")
     lines = (folder / "predictions.csv").read_text().strip().splitlines()
     assert len(lines) - 1 == results["n"]
-    assert not list(folder.parent.glob(".*"))
+    assert not list(folder.parent.glob(".*~*"))
 
 
 def test_two_prepares_leave_one_whole(shared, tmp_path):

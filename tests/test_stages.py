@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 import child
+import items
 import util
 from app import RECIPES, RunConfig, build_quant_config, open_pricer, price_items
 from conftest import DATASET, TRAIN, contents, flip, plain_loss, read, train_losses, write_catalogue
@@ -32,6 +33,10 @@ MISTAKES = (  # what a user types, where only the run `first` is: what the one l
     ("eval --local --run-name nosuch", "no such run in outputs. There are: first."),
     ("eval --local --demo", "no finished run of price"),
     ("eval --local --run-name first --export outputs", "outputs: exists already"),
+    ("eval --local --run-name first --export /proc/a/b", "/proc/a/b: can't be written to"),
+    (f"eval --local --run-name {96 * '価'}", "File name too long"),
+    (f"prepare --local --base-model {300 * 'b'}", "File name too long"),
+    (f"train --local --output-dir {300 * 'o'}", "File name too long"),
     ("eval --local --run-name first --compare first", "first: not evaluated yet"),
     ("eval --local --run-name first --text <br>", "The text: none of its rows is usable"),
     ("train --demo --base-model {base}", "prepare --demo"),
@@ -234,6 +239,8 @@ def test_train_leaves_whole_run(trained):
     found = set(os.listdir(trained / RUN))
     assert found >= {"adapter_config.json", ADAPTER, "tokenizer.json", "README.md", "loss.png"}
     assert found >= {"checkpoint-3", "checkpoint-6"}
+    modes = {path.stat().st_mode & 0o777 for path in (trained / RUN).rglob("*.*") if path.is_file()}
+    assert modes == {0o666 & ~items.UMASK}
     record = read(trained / RUN / "run.json")
     assert (record["steps"], record["seed"]) == (6, 42)
     assert (record["recipe"]["lora_r"], record["recipe"]["max_steps"]) == (32, 6)
