@@ -603,11 +603,11 @@ def check_writable(target):
     if "::" in str(target):  # which fsspec, by which `datasets` reads, takes for several places
         raise UserError(f"{target}: a folder's name can't have `::`. Choose another folder.")
     try:
-        target = Path(target).resolve()
-        probe = temporary_folder(target)
+        resolved = Path(target).resolve()
+        probe = temporary_folder(resolved)
         probe.mkdir(parents=True, exist_ok=True)
         probe.rmdir()
-        if target.is_dir() and not os.access(target, os.W_OK):
+        if resolved.is_dir() and not os.access(resolved, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         text = f"{target}: can't be written to ({error.strerror}). Choose another folder."
