@@ -819,25 +819,26 @@ def price_items(
 ) -> list:
     """Prices the items of the user's own file `source`, or the one that `text` describes.
 
-    Prints guesses with their 80 % intervals and writes them to `output`, CSV or JSON lines. If the
-    file has prices, the guesses are scored. `columns` as in prepare_prompts; those of the data that
-    the run was trained on are known. Returns what is written, one dict per item.
+    Prints guesses with their 80 % intervals and writes them to `output`, CSV or JSON lines, behind
+    the file's own columns. If it has prices, the guesses are scored. `columns` as in
+    prepare_prompts; those of the data that the run was trained on are known. Returns a dict per
+    item: line, title, guess, low, high, price, and the most similar training items.
     """
     if output:
         items.check_output(output, source)
     options = (hf_user, run_name, revision, decode, comparables)
     pricer = open_pricer.__wrapped__(config, *options)
-    rows, notes = pricer.own_rows(source, [text or ""], columns, decimal)
-    for note in notes:
+    own = pricer.own_rows(source, [text or ""], columns, decimal)
+    for note in own.notes:
         print(note)
 
-    answers = pricer.answer(rows)
-    table = util.price_table(rows, answers)
+    answers = pricer.answer(own.rows)
+    table = util.price_table(own.rows, answers)
     print(util.format_prices(table, pricer.run.scale))
     if output:
-        items.write_table(output, table)
+        own.write(output, table)
         print(f"Saved: {output}")
-    results = util.score_own_rows(pricer, answers, rows, source, config.seed)
+    results = util.score_own_rows(pricer, answers, own.rows, source, config.seed)
     if results:
         print(util.format_table(results))
     return table

@@ -36,7 +36,7 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -525,23 +525,30 @@ def checksum(record):
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
-def write_table(path, table):
-    """Writes a list of dicts as CSV or, by the ending, as JSON lines."""
-    with replacing(path) as new, open(new, "w", encoding="utf-8", newline="") as file:
-        if Path(path).suffix.lower() == ".jsonl":
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
-        else:
-            writer = csv.DictWriter(file, table[0])
-            writer.writeheader()
-            writer.writerows(map(without_formulas, table))
+def write_table(path, table, encoding="utf-8", delimiter=",", decimal="."):
+    """Writes a list of dicts as CSV or, by the ending, as JSON lines, which are UTF-8."""
+    is_csv = Path(path).suffix.lower() != ".jsonl"
+    options = {"encoding": encoding if is_csv else "utf-8", "errors": "replace", "newline": ""}
+    with replacing(path) as new, open(new, "w", **options) as file:
+        if not is_csv:
+            dump = partial(json.dumps, ensure_ascii=False, default=str)  # a Parquet file's dates
+            file.writelines(dump(row) + "\n" for row in table)
+            return
+        writer = csv.DictWriter(file, dict.fromkeys(chain(*table)), delimiter=delimiter)
+        writer.writeheader()
+        for row in table:
+            writer.writerow({name: csv_cell(value, decimal) for name, value in row.items()})
 
 
-def without_formulas(row):
-    """A row whose texts no spreadsheet runs: a quote precedes those that look like a formula."""
-    return {
-        name: f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@")) else value
-        for name, value in row.items()
-    }
+def csv_cell(value, decimal="."):
+    """A value for a CSV; a quote precedes a text that spreadsheets would run as a formula."""
+    if isinstance(value, float):
+        return str(value).replace(".", decimal)
+    is_formula = isinstance(value, str) and value.startswith(tuple("=+-@"))
+    return f"'{value}" if is_formula and not NUMBER.fullmatch(value) else value
+
+
+NUMBER = re.compile(r"[+-][\d.,]+")
 
 
 def write_manifest(folder, skipped=()):
@@ -1080,7 +1087,10 @@ def file_rows(path):
                     raise UserError(f"{path}: {text}")
             file.seek(0)
             if reader is not parquet_rows:
-                file = io.TextIOWrapper(file, find_encoding(path, file), newline="")
+                encoding = find_encoding(file)
+                if encoding == "cp1252":
+                    print(f"Encoding: {path} isn't UTF-8, and is read as Windows-1252")
+                file = io.TextIOWrapper(file, encoding, newline="")
                 file.seek(0)
             for line, row in reader(file):
                 yield line, row
@@ -1107,14 +1117,34 @@ FOREIGN_KINDS = {  # the first bytes of files that are called .csv or .json by m
 }
 
 
-def find_encoding(path, file):
+def find_encoding(file):
     """UTF-8, or Windows-1252 if the first line beyond ASCII isn't UTF-8."""
     line = next((line for line in file if not line.isascii()), b"")
     with suppress(UnicodeDecodeError):
         line.decode()
         return "utf-8-sig"
-    print(f"Encoding: {path} isn't UTF-8, and is read as Windows-1252")
     return "cp1252"
+
+
+def csv_form(path):
+    """{how a CSV file is written: its encoding and delimiter}; {} for a file of another kind."""
+    if READERS.get(Path(path).suffix.lower()) is not csv_rows:
+        return {}
+    with open(path, "rb") as file:
+        has_mark = file.read(3) == codecs.BOM_UTF8
+        file.seek(0)
+        encoding = find_encoding(file)
+        file.seek(0)
+        delimiter = find_delimiter(io.TextIOWrapper(file, encoding))
+    if encoding == "utf-8-sig" and not has_mark:
+        encoding = "utf-8"
+    return {"encoding": encoding, "delimiter": delimiter}
+
+
+def find_delimiter(text):
+    """What separates the cells of a CSV's header."""
+    header = re.sub('"[^"]*"', "", next(filter(str.strip, text), ""))
+    return max(",;\t|", key=header.count)
 
 
 def parquet_rows(file):
@@ -1173,8 +1203,7 @@ def csv_rows(text):
     Quotes in a TSV are letters unless they enclose cells.
     """
     csv.field_size_limit(2**31 - 1)
-    header = re.sub('"[^"]*"', "", next(filter(str.strip, text), ""))
-    options = {"delimiter": max(",;\t|", key=header.count), "skipinitialspace": True}
+    options = {"delimiter": find_delimiter(text), "skipinitialspace": True}
     text.seek(0)
     if options["delimiter"] == "\t" and not quotes_enclose(
         csv.reader(text, strict=True, **options)
@@ -1737,13 +1766,35 @@ def is_foreign(written, scale):
     return CODES.get(written, written) not in (None, named)
 
 
-def own_rows(path, texts, tokenizer, trained_on, columns=None, decimal=None):
-    """(rows of the user's own items to price, notes on them, lines for the screen).
+class OwnRows(NamedTuple):
+    """The user's own items to price."""
 
-    They come from the file at `path` or are those that `texts` describe. A row has prompt,
-    completion ('' without a usable price in the scale), line and title. `columns` are the chosen
-    ones; `trained_on` is the record of the data that the run was trained on: prompts are made as
-    those were, and columns and currency of its file are known.
+    rows: list  # prompt, completion ('' without a usable price in the scale), line and title
+    notes: list  # lines for the screen
+    file: str | None  # from which they were read, if from one
+    content: dict  # {line: row of the file, a dict}
+    decimal: str  # its decimal sign
+
+    def write(self, path, table):
+        """Writes the file's rows with what the table says of each behind, as the file is written.
+
+        Of texts only the table.
+        """
+        if not self.file:
+            return write_table(path, table)
+        found = {row["line"]: row for row in table}
+        added = [name for name in table[0] if name not in ("line", "title", "price")]
+        rows = []
+        for line, row in self.content.items():
+            rows.append(row | {name: found.get(line, {}).get(name) for name in added})
+        return write_table(path, rows, **csv_form(self.file), decimal=self.decimal)
+
+
+def own_rows(path, texts, tokenizer, trained_on, columns=None, decimal=None):
+    """The OwnRows of the file at `path`, or of what `texts` describe.
+
+    `columns` are the chosen ones; `trained_on` is the record of the data that the run was trained
+    on: prompts are made as those were, and columns and currency of its file are known.
     """
     earlier = trained_on.get("columns") or {}
     scale = PriceScale.from_record(trained_on)
@@ -1752,7 +1803,15 @@ def own_rows(path, texts, tokenizer, trained_on, columns=None, decimal=None):
     else:
         read, chosen, earlier = enumerate(map(row_of_text, texts), 1), {}, {}
     needed = ("title", "text")
-    own = read_own(path or "The text", read, decimal, chosen, earlier, needed)
+    content = {}
+
+    def keep(pairs):
+        for line, row in pairs:
+            if isinstance(row, dict):
+                content[line] = row
+            yield line, row
+
+    own = read_own(path or "The text", keep(read), decimal, chosen, earlier, needed)
     if own.dropped and not path:
         raise UserError(f"The texts: {format_dropped(own.dropped, '; ')}. Describe each item.")
     written = own.about["written_currency"]
@@ -1769,15 +1828,14 @@ def own_rows(path, texts, tokenizer, trained_on, columns=None, decimal=None):
         item = Item(category="", price=None if problem else price.amount, **texts)
         item.make_prompts(tokenizer, cutoff, do_round=False, scale=scale)
         rows.append(item.to_datapoint() | {"line": line, "title": item.title})
-    if not path:
-        return rows, []
+    found = OwnRows(rows, own.notes if path else [], path, content, own.about["decimal"] or ".")
     if own.dropped:
         own.notes.append(f"Skipped:\n  {format_dropped(own.dropped)}")
     if len(unjudged.get(PRICE_MISSING, ())) == len(rows):
         own.notes.append("Prices: the file has none, so the guesses aren't scored")
     elif unjudged:
         own.notes.append(f"Not judged:\n  {format_dropped(unjudged)}")
-    return rows, own.notes
+    return found
 
 
 def row_of_text(text):

@@ -3321,7 +3321,7 @@ class Pricer:
 
         A description is a text, whose first line is the title. Raises UserError for an empty one.
         """
-        rows, _ = self.own_rows(None, descriptions)
+        rows = self.own_rows(None, descriptions).rows
         return price_table(rows, self.answer(rows, name=None))
 
     def own_rows(self, path, texts, *choice):
@@ -3449,7 +3449,7 @@ def read_guesses(folder, rows, expected):
     table = pandas.read_csv(folder / "predictions.csv", nrows=len(rows), **options)
     titles = [title_of(row["prompt"]) for row in rows]
     truths = [truth_of(row) for row in rows]
-    # A quote may precede what looks like a formula, see items.without_formulas
+    # A quote may precede what looks like a formula, see items.csv_cell
     is_same = [one.lstrip("'") for one in table["title"]] == [one.lstrip("'") for one in titles]
     # Versions of pandas before 3 may read the last digit differently
     if not is_same or not numpy.allclose(table["truth"], truths, rtol=1e-12, atol=0):

@@ -642,7 +642,7 @@ def test_near_duplicates_are_found_exactly(train, test):
 def test_notes_name_unscored_rows(tmp_path, smol_tokenizer, prices, note):
     rows = [{"title": "A", "text": f"a {price}", "price": price} for price in prices]
     path = write_lines(tmp_path / "own.jsonl", *rows)
-    _, notes = items.own_rows(path, (), smol_tokenizer, {})
+    notes = items.own_rows(path, (), smol_tokenizer, {}).notes
     assert note in notes
     assert " 0 × " not in "\n".join(notes)
 
@@ -655,6 +655,24 @@ def test_other_currencies_are_not_judged(tmp_path, smol_tokenizer, trained_on, c
     """A code and a sign of one currency are the same."""
     row = {"title": "A", "text": "a", "price": "EUR 5.00"}
     path = write_lines(tmp_path / "own.jsonl", row)
-    (found,), notes = items.own_rows(path, (), smol_tokenizer, trained_on)
-    assert found["completion"] == completion
-    assert ("price is in EUR, the run's are in $ (line 1)" in notes[-1]) == (not completion)
+    own = items.own_rows(path, (), smol_tokenizer, trained_on)
+    assert own.rows[0]["completion"] == completion
+    assert ("price is in EUR, the run's are in $ (line 1)" in own.notes[-1]) == (not completion)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252"])
+def test_output_is_like_the_input(tmp_path, smol_tokenizer, encoding):
+    """All its columns, rows, signs and letters; what spreadsheets would run is quoted."""
+    content = 'Nr;Titel;Text;Preis;Rabatt\r\n7;Schöner Topf;=1+1;"1.299,50";-5\r\n8;;x;2,5;\r\n'
+    path, out = tmp_path / "a.csv", tmp_path / "b.csv"
+    path.write_bytes(content.encode(encoding))
+    columns = {"title": "Titel", "price": "Preis"}
+    own = items.own_rows(path, (), smol_tokenizer, {}, columns)
+    own.write(out, [{"line": 2, "title": "Schöner Topf", "guess": 12.5, "price": 1299.5}])
+    expected = content.replace("Rabatt", "Rabatt;guess").replace("=1", "'=1").replace('"', "")
+    expected = expected.replace("-5", "-5;12,5").replace("2,5;", "2,5;;")
+    assert out.read_bytes() == expected.encode(encoding)
+    own.write(tmp_path / "b.jsonl", [{"line": 3, "guess": 1.5}])
+    *_, last = (tmp_path / "b.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(last)["Nr"] == "8"
+    assert json.loads(last)["guess"] == 1.5
