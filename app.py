@@ -826,6 +826,8 @@ def price_items(
     """
     if output:
         items.check_output(output, source)
+    if source:
+        items.check_source(source, columns)
     options = (hf_user, run_name, revision, decode, comparables)
     pricer = open_pricer.__wrapped__(config, *options)
     own = pricer.own_rows(source, [text or ""], columns, decimal)

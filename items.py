@@ -33,7 +33,7 @@ import socket
 import tempfile
 import unicodedata
 from collections import Counter, defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property, lru_cache, partial
@@ -1593,6 +1593,15 @@ def refuse_alike(path, names, rows):
         choice = shlex.quote(f"price={names[0]}")
         text = f"Say which is the price by `columns`, like {choice}."
         raise UserError(f"{path}: {' or '.join(shown.values())}? {text}")
+
+
+def check_source(path, columns):
+    """Raises UserError if a file can't be read or lacks chosen columns, before much is imported."""
+    with redirect_stdout(io.StringIO()):  # what is to be said is said when it is read
+        first = [row for _, row in islice(file_rows(path), COMPARED_ROWS) if isinstance(row, dict)]
+    names = list(dict.fromkeys(chain(*first)))
+    if names:  # any will do for the price: which it is depends on the run
+        find_columns(path, names, collect_columns(columns), {"price": names[:1]}, (), first)
 
 
 def propose_columns(rows, roles, used):

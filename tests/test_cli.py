@@ -122,6 +122,27 @@ def test_modules_need_no_posix():
     assert done.stdout.endswith(b" 2\n"), done.stderr
 
 
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("prepare --demo --source nosuch.csv", "nosuch.csv: can't be read: No such file"),
+        ("prepare --demo --source own.csv --columns price=Preiss", "no column for Preiss"),
+        ("eval --demo --input nosuch.csv", "nosuch.csv: can't be read: No such file"),
+        ("eval --demo --input own.csv --columns price=Preiss", "no column for Preiss"),
+        ("eval --demo --input own.csv --output no/folder.csv", "its folder is missing"),
+    ],
+)
+def test_mistakes_need_no_torch(tmp_path, line, said):
+    """They are found before the imports that take seconds."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
+    (tmp_path / "own.csv").write_text("Name;Preis;Text\nLamp;5;of brass\n")
+    command = [sys.executable, ROOT / "app.py", *line.split()]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert said in done.stderr
+    assert done.returncode == 1
+
+
 def test_help_needs_no_encoding():
     """Signs that a terminal's encoding lacks become question marks."""
     command = [sys.executable, "-S", ROOT / "app.py", "--help"]
