@@ -1407,7 +1407,7 @@ INLINE_TAG = re.compile(  # leaves nothing, any other a line end
 )
 TAG = re.compile(r"</?[a-z][\w:-]*(?:[\s/][^<>]*)?>", re.IGNORECASE)
 NO_TEXT = re.compile(
-    r"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1\s*>|\Z)|<!\[CDATA\[|\]\]>",
+    r"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1\s*>|\Z)|<!\[CDATA\[",
     re.IGNORECASE | re.DOTALL,
 )
 ENTITY = re.compile(r"&(?:#\w{1,7}|[a-z][a-z\d]{1,31});", re.ASCII | re.IGNORECASE)
@@ -1423,7 +1423,7 @@ def clean_text(text):
     """
     for _ in range(2):
         if "<" in text:
-            text = INLINE_TAG.sub("", NO_TEXT.sub("", text))
+            text = INLINE_TAG.sub("", NO_TEXT.sub("", text).replace("]]>", ""))
             text = TAG.sub("\n", text)
         if "&" not in text:
             break
