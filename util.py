@@ -25,6 +25,7 @@ import io
 import logging
 import math
 import os
+import pickle
 import re
 import signal
 import statistics
@@ -99,6 +100,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import find_adapter_config_file
 from transformers.utils.logging import set_tqdm_hook
 
@@ -141,7 +143,7 @@ BASE_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")  # that tell 
 # What transformers and PEFT raise for configurations and files that they can't load
 UNBUILDABLE = (
     *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError),
-    SafetensorError,
+    *(RecursionError, SafetensorError, pickle.UnpicklingError),
 )
 
 
@@ -2030,9 +2032,7 @@ def training_arguments(run, plan):
 # 6. The training loop
 
 
-# SIGHUP comes from a terminal that is closed, often twice; Windows has none
-SIGHUP = getattr(signal, "SIGHUP", None)
-STOPPING = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, SIGHUP)))
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopOnSignal(TrainerCallback):
@@ -2059,7 +2059,7 @@ class StopOnSignal(TrainerCallback):
             with suppress(OSError):
                 hint = b"" if world_size() > 1 else b"; once more to stop at once"
                 os.write(2, b"\nSaving, then stopping" + hint + b"\n")
-        elif world_size() == 1 and number != SIGHUP:
+        elif world_size() == 1 and number != signal.SIGHUP:  # closed terminals send it twice
             stop_at_once = self.previous_handlers[number]
             if not callable(stop_at_once):
                 os._exit(128 + number)
@@ -2466,11 +2466,23 @@ def checkpoints(folder):
     return sorted([(int(match[1]), path) for match, path in found if match], reverse=True)
 
 
+def checkpoint_problem(folder):
+    """Why training can't go on from a checkpoint, in a few words, or None."""
+    problem = items.manifest_problem(folder)
+    for file in [] if problem else folder.glob("*.pt*"):
+        try:
+            with safe_globals():
+                torch.load(file, map_location="meta", weights_only=True)
+        except (RuntimeError, EOFError, *UNBUILDABLE):
+            return f"{file.name} can't be loaded"
+    return problem
+
+
 def newest_checkpoint(folder, say=print):
     """The newest complete checkpoint in a run's folder, as text, or None; says which."""
     found = checkpoints(folder)
     for step, path in found:
-        problem = items.manifest_problem(path)
+        problem = checkpoint_problem(path)
         if not problem:
             say(f"Resuming from step {step:,}, the newest complete checkpoint")
             return str(path)
@@ -2967,7 +2979,9 @@ def answer_in_memory(function, rows):
     """The answers of `function` to rows, in smaller batches if memory runs out."""
     try:
         return function(rows)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
         if len(rows) == 1:
             text = f"Out of memory with one row of {len(rows[0]['prompt']):,} characters"
             raise items.UserError(f"{text}. Take a smaller `base_model`.") from error

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pickle
 import shutil
 
 import pytest
@@ -41,13 +42,19 @@ def put_folder(file):
     file.mkdir()
 
 
+def put_pickle(file):
+    """That a manifest covers, as of a checkpoint from elsewhere."""
+    file.write_bytes(pickle.dumps(print))
+    items.write_manifest(file.parent)
+
+
 def put_file(file):
     """In the place of the folder that it is in."""
     shutil.rmtree(file.parent)
     file.parent.write_text("a file")
 
 
-@pytest.mark.parametrize("damage", [os.remove, cut, flip, forbid, put_folder, put_file])
+@pytest.mark.parametrize("damage", [os.remove, cut, flip, forbid, put_folder, put_file, put_pickle])
 def test_damaged_checkpoint_is_skipped(call, trained, trained_project, damage):
     """It is named, the one before it counts; times add up."""
     run = trained_project / RUN

@@ -15,7 +15,7 @@ from huggingface_hub import HfFileSystem, ModelCard
 import app
 import util
 from conftest import DATASET, HF_HOME, HUB, TRAIN, contents, read
-from items import SPLITS, Item, demo_items, load_prompts, read_prompts, write_manifest
+from items import SPLITS, Item, demo_items, load_prompts, read_prompts, write_json, write_manifest
 
 WRITER, READER = "hf_test_writer_secret", "hf_test_reader_secret"
 WANDB_KEY = "secret" + 34 * "7"
@@ -59,7 +59,7 @@ def copy_run(trained, **changes):
     """Copies the run `first` into outputs, with `changes` to its run.json."""
     shutil.copytree(trained / RUN, RUN)
     record = read(RUN / "run.json") | changes
-    (RUN / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    write_json(RUN / "run.json", record, with_checksum=True)
     write_manifest(RUN, skipped=["README.md"])
 
 
@@ -67,7 +67,7 @@ def assert_pushed(hub, name):
     """The Hub has, privately and byte for byte, what the run's folder has besides checkpoints."""
     here = contents(OUTPUTS / name.split("/")[1])
     for path in list(here):
-        if path.startswith(("checkpoint-", ".cache")):
+        if path.startswith(("checkpoint-", ".")):
             del here[path]
     there = hub.files("models", name)
     there.pop(".gitattributes", None)
@@ -222,7 +222,7 @@ def test_published_adapter_loads_at_revision(online, hub, prepared, trained):
     """Another account's, on the course's data: neither pushed nor logged, and evaluated apart."""
     name = "ed-donner/price-2025-11-30_15.10.55-lite"
     on_disk = contents(trained / RUN)
-    record = json.loads(on_disk["run.json"]) | {"hub": name, "wandb": True}
+    record = json.loads(on_disk["run.json"]) | {"hub": name, "wandb": True, "xxh3": None}
     files = {path: on_disk[path] for path in ("adapter_config.json", ADAPTER)}
     hub.put("models", name, files | {"run.json": json.dumps(record).encode()})
     revision = hub.commits("models", name)[-1]
@@ -297,7 +297,7 @@ def test_lost_machine_resumes_from_hub(online, hub, data, trained):
     name = "alice/price-first"
     on_disk = contents(trained / RUN)
     pushed = {path: on_disk[path] for path in on_disk if path.startswith("checkpoint-3/")}
-    record = json.loads(on_disk["run.json"]) | {"hub": name}
+    record = json.loads(on_disk["run.json"]) | {"hub": name, "xxh3": None}
     pushed["run.json"] = json.dumps(record).encode()
     hub.put("models", name, pushed, private=True)
     shutil.rmtree(OUTPUTS)

@@ -377,7 +377,11 @@ def test_calibrated_intervals_keep_their_promise(sharpness):
     assert found["intervals"]["calibrated"][16] == pytest.approx(0.8, abs=0.04)
 
 
-def test_out_of_memory_halves_the_batch():
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_out_of_memory_halves_the_batch(error):
     """Answers stay in their order; only one row that doesn't fit is an error."""
     rows = [{"prompt": "x" * length} for length in (5, 2, 9, 4, 7, 1, 3)]
     sizes = []
@@ -385,7 +389,7 @@ def test_out_of_memory_halves_the_batch():
     def answer(batch, most):
         sizes.append(len(batch))
         if len(batch) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error
         return [len(row["prompt"]) for row in batch]
 
     answers, _ = util.predict(partial(answer, most=2), rows, batch_size=5, name=None)
