@@ -490,6 +490,8 @@ def finish_interrupted_replace(target):
 
 def sync(path):
     """Flushes a new file, readable as the umask allows, or a folder's names to the disk."""
+    if os.name == "nt":  # which opens no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if path.is_file():  # safetensors writes for the owner only

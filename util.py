@@ -2032,7 +2032,7 @@ def training_arguments(run, plan):
 # 6. The training loop
 
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPING = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # on Windows
 
 
 class StopOnSignal(TrainerCallback):
@@ -2059,7 +2059,7 @@ class StopOnSignal(TrainerCallback):
             with suppress(OSError):
                 hint = b"" if world_size() > 1 else b"; once more to stop at once"
                 os.write(2, b"\nSaving, then stopping" + hint + b"\n")
-        elif world_size() == 1 and number != signal.SIGHUP:  # closed terminals send it twice
+        elif world_size() == 1 and number != STOPPING[2]:  # closed terminals send it twice
             stop_at_once = self.previous_handlers[number]
             if not callable(stop_at_once):
                 os._exit(128 + number)
