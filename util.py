@@ -2388,7 +2388,7 @@ class Project:
         """The Run that is about to begin. Raises UserError if its name is taken."""
         name = self.short(run_name)
         folder = self.folder(name)
-        if name == UNTOUCHED or any(folder.glob("[!.]*")):
+        if name == UNTOUCHED or folder.is_file() or any(folder.glob("[!.]*")):
             text = f"`run_name` {name}: {folder} exists. Give another name, or resume it."
             raise items.UserError(text, resumes=name in self.records)
         return Run(
