@@ -609,8 +609,9 @@ def check_writable(target):
 
     The folder that it will be in is made if need be.
     """
-    if "::" in str(target):  # which fsspec, by which `datasets` reads, takes for several places
-        raise UserError(f"{target}: a folder's name can't have `::`. Choose another folder.")
+    # fsspec, by which `datasets` reads, takes `::` for several places; tokenizers need UTF-8
+    if "::" in str(target) or readable(target) != str(target):
+        raise UserError(f"{target}: has to be UTF-8 without `::`. Choose another folder.")
     try:
         resolved = Path(target).resolve()
         probe = temporary_folder(resolved)
