@@ -11,7 +11,7 @@
      6. The training loop    signals, checkpoints and their pushes, memory that runs out
      7. Runs                 run.json, finding and locking them, pushing them, Weights & Biases
      8. Figures              distributions → answers → errors, scores, intervals; saved with charts
-     9. Words, comparables   a regression on words; similar training items' prices, mixed in
+     9. Words, comparables   a regression on words; a Pricer mixes in similar items' prices
     10. Evaluations          of runs, and of own items; what they are compared with; exports
     11. Charts and report    drawn here, saved by save_predictions (8) and save_run (7); cards
 
@@ -3069,7 +3069,7 @@ def save_predictions(figures, table, title, folder=None):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Words and comparables
+# 9. Words, comparables, and answers with them
 
 WORD_PENALTIES = (10, 3, 1, 0.3, 0.1, 0.03)
 NEIGHBOURS = 8  # training items that tell of a price
@@ -3276,29 +3276,6 @@ def similar_items(row, scale):
     return "; ".join(texts)
 
 
-# ------------------------------------------------------------------------------------------------
-# 10. Evaluations
-
-MAX_MOVED = 0.25  # of a distribution's probability, between a run and its export
-SHOWN_ITEMS = 20  # of the user's own, on the screen
-LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
-LADDER = {  # mean absolute error in dollars
-    "constant": 106.18,
-    "base Llama 3.2, 4-bit": 110.72,
-    "linear regression": 101.56,
-    "human": 87.62,
-    "NLP + LR": 76.81,
-    "random forest": 72.28,
-    "XGBoost": 68.23,
-    "fine-tuned, lite": 65.40,
-    "GPT-4.1-nano": 62.51,
-    "Claude 4.5 Sonnet": 47.10,
-    "deep neural net": 46.49,
-    "GPT-5.1": 44.74,
-    "fine-tuned, full": 39.85,
-}
-
-
 @dataclass
 class Answers:
     """The Estimates of rows by a run and, if asked for, by the untouched base."""
@@ -3375,6 +3352,29 @@ class Pricer:
         similar = [self.comparables.describe(*one) for one in found]
         known = {"alone": alone, "comparables": self.comparables, "weight": weight}
         return Answers(of_run, of_base, seconds, decode, calibration, similar, **known)
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Evaluations
+
+MAX_MOVED = 0.25  # of a distribution's probability, between a run and its export
+SHOWN_ITEMS = 20  # of the user's own, on the screen
+LADDER_SOURCE = "published with the course, its first 200 test items, 2025-11; each about ± 7 to 13"
+LADDER = {  # mean absolute error in dollars
+    "constant": 106.18,
+    "base Llama 3.2, 4-bit": 110.72,
+    "linear regression": 101.56,
+    "human": 87.62,
+    "NLP + LR": 76.81,
+    "random forest": 72.28,
+    "XGBoost": 68.23,
+    "fine-tuned, lite": 65.40,
+    "GPT-4.1-nano": 62.51,
+    "Claude 4.5 Sonnet": 47.10,
+    "deep neural net": 46.49,
+    "GPT-5.1": 44.74,
+    "fine-tuned, full": 39.85,
+}
 
 
 def first_rows(split, size):
