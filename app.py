@@ -1012,6 +1012,8 @@ def parse_arguments(argv):
     config = RunConfig(**shared)
     if config.lite_mode and config.demo_mode:
         parser.error("--lite and --demo exclude each other")
+    if "source" in given and "text" in given:
+        parser.error("--input and --text exclude each other")
     if "resume" in given and "run_name" in given:
         parser.error("--run-name names a new run, --resume an earlier one: give one of them")
     useless = given.keys() - defaults_of(function).keys()

@@ -599,8 +599,10 @@ def check_output(path, source=None):
     path = Path(path)
     if path.suffix.lower() not in (".csv", ".jsonl") or path.is_dir():
         raise UserError(f"`output` {path}: give a .csv or .jsonl file.")
-    if not path.parent.is_dir() or (source and path.resolve() == Path(source).resolve()):
-        raise UserError(f"`output` {path}: is the input, or its folder is missing. Choose another.")
+    if not path.parent.is_dir():
+        raise UserError(f"`output` {path}: there is no folder {path.parent}. Make it first.")
+    if source and path.resolve() == Path(source).resolve():
+        raise UserError(f"`output` {path}: is the input. Choose another.")
     check_writable(path)
 
 

@@ -32,6 +32,7 @@ import statistics
 import sys
 import textwrap
 import time
+import warnings
 import zipfile
 from base64 import b64encode
 from collections import namedtuple
@@ -1807,7 +1808,8 @@ class PriceTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """A micro-batch's share of a step's loss. TRL's also waits for the GPU, to measure more."""
-        torch.compiler.cudagraph_mark_step_begin()  # the last step's tensors may be overwritten
+        if torch.cuda.is_available():  # it imports the compiler
+            torch.compiler.cudagraph_mark_step_begin()  # the last step's tensors may be overwritten
         # DDP averages the processes' gradients, each of which is a share of the whole batch's
         losses = summed_losses(model, inputs, self.added.values())
         losses = losses / num_items_in_batch * world_size()
@@ -3271,7 +3273,7 @@ def similar_items(row, scale):
         name = f"similar_{place}"
         if row.get(name) is not None:
             title = items.shorten(" ".join(row[name].split()), 40)
-            price = scale.format(row[f"{name}_price"])
+            price = scale.format_whole(row[f"{name}_price"])  # as it was trained on
             texts.append(f"{title} {price} ({row[f'{name}_similarity']:.2f})")
     return "; ".join(texts)
 
@@ -3312,8 +3314,11 @@ class Pricer:
 
         A description is a text, whose first line is the title. Raises UserError for an empty one.
         """
-        rows = self.own_rows(None, descriptions).rows
-        return price_table(rows, self.answer(rows, name=None))
+        if isinstance(descriptions, str):
+            descriptions = [descriptions]
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of the libraries
+            rows = self.own_rows(None, descriptions).rows
+            return price_table(rows, self.answer(rows, name=None))
 
     def own_rows(self, path, texts, *choice):
         """items.own_rows for the run's prompts."""
@@ -3548,7 +3553,8 @@ def table_rows(results):
     for how, figures in reversed(results["decodings"].items()):
         words, _ = DECODINGS[how]
         words += " with comparables" if alone and how != "greedy" else ""
-        rows[f"run {results['run']}, {words}"] = figures | {"kind": "run"}
+        is_answer = how == results.get("decode")
+        rows[f"run {results['run']}, {words}"] = figures | {"kind": "run" if is_answer else ""}
     rows["best reachable: the catalogue's own noise"] = results.get("best_reachable")
     if results.get("course"):
         for name, mae in LADDER.items():

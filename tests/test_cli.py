@@ -40,6 +40,7 @@ NONSENSE = {  # what is typed: part of the answer
     "train --hf_user me": "it is a flag of train and eval",
     "train --source a.csv": "it is a flag of prepare and eval",
     "train --lr 1e-4": "it is --learning-rate here",
+    "eval --input a.csv --text lamp": "--input and --text exclude each other",
     "train --run-name ../up": "../up must be letters, digits",
     "train --resume one --run-name two": "--resume an earlier one",
     "--lite train --demo": "--lite and --demo exclude each other",
@@ -129,7 +130,7 @@ def test_modules_need_no_posix():
         ("prepare --demo --source own.csv --columns price=Preiss", "no column for Preiss"),
         ("eval --demo --input nosuch.csv", "nosuch.csv: can't be read: No such file"),
         ("eval --demo --input own.csv --columns price=Preiss", "no column for Preiss"),
-        ("eval --demo --input own.csv --output no/folder.csv", "its folder is missing"),
+        ("eval --demo --input own.csv --output no/folder.csv", "there is no folder no. Make it first"),
     ],
 )
 def test_mistakes_need_no_torch(tmp_path, line, said):

@@ -346,23 +346,19 @@ def test_report_is_one_file(judged):
 
 
 def test_intervals_are_calibrated(call, shared, tmp_path):
-    """By the validation rows, in training; `eval` uses what run.json has of it.
-
-    With comparables half of the rows are left, which are too few here.
-    """
+    """By the validation rows, in training; `eval` uses what run.json has of it."""
     catalogue = write_catalogue(tmp_path / "catalogue.jsonl", 500)
     call("prepare", *shared, "--source", catalogue, cwd=tmp_path)
     call("train", *shared, "--run-name", "first", *TRAIN, "--max-steps", "2", cwd=tmp_path)
-    calibration = read(tmp_path / RUN / "run.json")["calibration"]
-    assert calibration["rows"] == 26
-    assert len(calibration["widths"]) == len(util.INTERVAL_WIDTHS)
-    said = call(*JUDGE, "--size", "all", cwd=tmp_path)
-    assert "their width isn't calibrated" in said
-
-    said = call(*JUDGE, "--size", "all", "--comparables", "off", cwd=tmp_path)
-    assert "of the true prices; 26 validation rows set their width" in said
-    results = read(tmp_path / RUN / "eval/results.json")
-    assert set(results["intervals"]) == {"as read", "calibrated"}
+    record = read(tmp_path / RUN / "run.json")
+    for calibration in (record["calibration"], record["comparables"]["calibration"]):
+        assert calibration["rows"] == 26
+        assert len(calibration["widths"]) == len(util.INTERVAL_WIDTHS)
+    for mode in ("on", "off"):
+        said = call(*JUDGE, "--size", "all", "--comparables", mode, cwd=tmp_path)
+        assert "of the true prices; 26 validation rows set their width" in said
+        results = read(tmp_path / RUN / "eval/results.json")
+        assert set(results["intervals"]) == {"as read", "calibrated"}
 
 
 def test_eval_compares_with_earlier_runs(call, shared, trained_project):

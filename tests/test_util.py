@@ -239,7 +239,7 @@ def test_right_neighbour_decides_the_price():
     assert names["similar_3"] is None
     alike = util.Comparables(Dataset.from_list(rows_of({"…": 5}) * 3))
     assert alike.shares(alike.find(rows)).sum() == 0
-    assert util.similar_items(names, COURSE_SCALE) == "Oak desk $400.00 (1.00)"
+    assert util.similar_items(names, COURSE_SCALE) == "Oak desk $400 (1.00)"
 
 
 def test_weight_has_the_least_crps():
