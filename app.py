@@ -371,8 +371,9 @@ def build_quant_config(use_4bit: bool, use_bf16: bool, compute_dtype=None):
 
 def set_up_libraries():
     """Sets what the libraries read when they are imported; silences what a user can't act on."""
-    # Threads that spin while they wait for each other take the time of what else runs on a machine
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that wait for each other spin so long: more takes the time of what else runs on a
+    # machine, less slows a quiet one (tests/BENCHMARKS.md, "A busy machine")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Or `datasets` and TRL would report what they read and train to hosts of their own
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
