@@ -130,7 +130,7 @@ def test_modules_need_no_posix():
         ("prepare --demo --source own.csv --columns price=Preiss", "no column for Preiss"),
         ("eval --demo --input nosuch.csv", "nosuch.csv: can't be read: No such file"),
         ("eval --demo --input own.csv --columns price=Preiss", "no column for Preiss"),
-        ("eval --demo --input own.csv --output no/folder.csv", "there is no folder no. Make it first"),
+        ("eval --demo --input own.csv --output no/folder.csv", "there is no folder no. Make it"),
     ],
 )
 def test_mistakes_need_no_torch(tmp_path, line, said):
