@@ -712,9 +712,9 @@ def open_run(config, run_name, hf_user, revision):
     return config, run, open_base(config, run), options
 
 
-def compares(run, splits):
-    """Whether a run's answers are mixed with prices of the splits' items; says why not."""
-    if not run.adapter or run.comparables.get("weight") == 0:
+def compares(run, splits, is_asked):
+    """Whether a run's answers are mixed with prices of the splits' items."""
+    if not is_asked or not run.adapter or run.comparables.get("weight") == 0:
         return False
     if splits is None:
         print("Comparables: the items that the run was trained on aren't here: the model alone")
@@ -732,13 +732,13 @@ def open_pricer(
 ):
     """A run to price items with in programs, as `open_pricer(config)(["Brass table lamp", …])`.
 
-    Such a call, of any number of descriptions, returns what price_items writes; the model is read
-    once. Returns a util.Pricer.
+    Returns a util.Pricer, which reads the model once. A call with any number of descriptions
+    returns what price_items does.
     """
     config, run, base, options = open_run(config, run_name, hf_user, revision)
     splits = items.splits_trained_on(config.dataset_folder, run.data.get("fingerprint"))
-    comparables = compares(run, splits) if comparables else False
-    return util.Pricer(run, base, splits, decode, comparables, **options)
+    is_mixed = compares(run, splits, comparables)
+    return util.Pricer(run, base, splits, decode, is_mixed, **options)
 
 
 @stage
@@ -779,8 +779,8 @@ def evaluate_model(
     # 2) Read its answers and the untouched base's
     is_known = run.data.get("fingerprint") == prompts.fingerprint
     splits = prompts.splits if is_known else None
-    comparables = compares(run, splits) if comparables else False
-    pricer = util.Pricer(run, base, splits, decode, comparables, **options)
+    is_mixed = compares(run, splits, comparables)
+    pricer = util.Pricer(run, base, splits, decode, is_mixed, **options)
     answers = pricer.answer(rows, compare_base or config.demo_mode)
 
     # 3) Write figures, charts and the report, replacing an older evaluation

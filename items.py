@@ -77,7 +77,7 @@ MANIFEST = "manifest.json"
 RECORD = "prepare.json"
 PREPARE_AGAIN = "Run the stage prepare again."
 FEW_ROWS = 300  # to train on
-FEW_ROWS_NOTE = "\nFew rows: a model learns little from less than some hundred"
+FEW_ROWS_NOTE = "\nFew rows: a model learns little from fewer than a few hundred"
 
 
 class UserError(Exception):
@@ -542,15 +542,15 @@ def write_table(path, table, encoding="utf-8", delimiter=",", decimal="."):
             writer.writerow({name: csv_cell(value, decimal) for name, value in row.items()})
 
 
+NUMBER = re.compile(r"[+-][\d.,]+")  # with a sign, which is no formula
+
+
 def csv_cell(value, decimal="."):
     """A value for a CSV; a quote precedes a text that spreadsheets would run as a formula."""
     if isinstance(value, float):
         return str(value).replace(".", decimal)
     is_formula = isinstance(value, str) and value.startswith(tuple("=+-@"))
     return f"'{value}" if is_formula and not NUMBER.fullmatch(value) else value
-
-
-NUMBER = re.compile(r"[+-][\d.,]+")
 
 
 def write_manifest(folder, skipped=()):
@@ -832,9 +832,9 @@ def local_datasets(folder, wanted=None):
 def splits_trained_on(folder, wanted):
     """The splits of the fingerprint `wanted` at a folder, or beside it; else None."""
     for found in local_datasets(folder, wanted):
-        is_older = "fingerprint" not in read_about(found.folder)
+        recorded = read_about(found.folder).get("fingerprint", wanted)  # older ones have none
         with suppress(UserError):
-            if wanted and (found.is_wanted or is_older):
+            if wanted and recorded == wanted:
                 prompts = read_prompts(found.folder)
                 if prompts.fingerprint == wanted:
                     return prompts.splits

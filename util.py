@@ -2034,7 +2034,8 @@ def training_arguments(run, plan):
 # 6. The training loop
 
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # on Windows
+HANGUP = getattr(signal, "SIGHUP", None)  # of a closed terminal; Windows has none
+STOPPING = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)))
 
 
 class StopOnSignal(TrainerCallback):
@@ -2061,7 +2062,7 @@ class StopOnSignal(TrainerCallback):
             with suppress(OSError):
                 hint = b"" if world_size() > 1 else b"; once more to stop at once"
                 os.write(2, b"\nSaving, then stopping" + hint + b"\n")
-        elif world_size() == 1 and number != STOPPING[2]:  # closed terminals send it twice
+        elif world_size() == 1 and number != HANGUP:  # closed terminals send it twice
             stop_at_once = self.previous_handlers[number]
             if not callable(stop_at_once):
                 os._exit(128 + number)
@@ -3300,12 +3301,12 @@ class Pricer:
     are its comparables. `options` are those of open_reader.
     """
 
-    def __init__(self, run, base, splits, decode="median", is_mixed=True, **options):
+    def __init__(self, run, base, splits, decode, is_mixed, **options):
         self.run = run
         self.base = base
         self.splits = splits
         self.decode = decode
-        self.is_mixed = is_mixed and splits is not None
+        self.is_mixed = is_mixed
         self.open_reader = partial(open_reader, base, **options)
         self.reader = None
 
@@ -3318,7 +3319,7 @@ class Pricer:
             descriptions = [descriptions]
         with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of the libraries
             rows = self.own_rows(None, descriptions).rows
-            return price_table(rows, self.answer(rows, name=None))
+            return price_table(rows, self.answer(rows, has_bar=False))
 
     def own_rows(self, path, texts, *choice):
         """items.own_rows for the run's prompts."""
@@ -3337,14 +3338,15 @@ class Pricer:
         probabilities, _, _ = self.reader.distributions(rows, "the run about validation rows")
         return choose_comparables(self.comparables, rows, probabilities)
 
-    def answer(self, rows, compare_base=False, name="the run"):
-        """The Answers to rows; with a `name` there is a progress bar."""
+    def answer(self, rows, compare_base=False, has_bar=True):
+        """The Answers to rows; `compare_base` asks the untouched base, too."""
         run, decode = self.run, self.decode
+        name = "the run" if run.adapter else "the base"
         of_base = None
         if run.adapter and compare_base:
             of_base, _ = self.open_reader(None, rows).answer(rows, "the base", decode=decode)
         self.reader = self.open_reader(run.adapter, rows, opened=self.reader)
-        probabilities, greedy, seconds = self.reader.distributions(rows, name)
+        probabilities, greedy, seconds = self.reader.distributions(rows, name if has_bar else None)
         estimate = partial(estimate_prices, greedy=greedy, rows=rows, decode=decode)
         alone = estimate(probabilities, width=interval_width(run.calibration))
         if not self.is_mixed:
@@ -3650,7 +3652,7 @@ def align(lines, sides):
 
 
 def price_table(rows, answers):
-    """What `output` holds, one dict per item; in money, None for an unknown price."""
+    """What price_items returns, a dict per item; in money, None for an unknown price."""
     table = []
     for row, estimate, similar in zip(rows, answers.of_run, answers.similar, strict=True):
         entry = {"line": row["line"], "title": row["title"], "guess": round(estimate.guess, 2)}
