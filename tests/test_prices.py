@@ -142,7 +142,7 @@ def loss_by_brute_force(loss, logits, truth):
     """Of one prompt, number by number, from the logits behind it."""
     shares = logits[loss.number_ids].softmax(0)
     score = 0
-    for number in util.NUMBERS:
+    for number in items.NUMBERS:
         reached = shares[: number + 1].sum()
         score = score + (reached - float(number >= truth)) ** 2
     return loss.weight * score / loss.spread

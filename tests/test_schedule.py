@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import app
+import items
 import util
 from app import RECIPES, RunConfig
 from conftest import read
@@ -47,7 +48,7 @@ def test_price_loss_needs_whole_numbers(tokenizer, base):
     base.tokenizer = tokenizer
     recipe, text = choose(base, ["price_loss"])
     given = replace(LITE, price_loss=1.0)
-    if len(util.spell_numbers(tokenizer)[999]) == 1:
+    if len(items.spell_numbers(tokenizer)[999]) == 1:
         assert recipe.price_loss == 2.5
         util.check_recipe(given, base, COURSE_SCALE, False)
         return

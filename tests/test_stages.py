@@ -450,7 +450,7 @@ def test_exported_model_answers_as_run(call, trained_project, splits):
 
     call(*JUDGE, "--size", "all", "--decode", "greedy", cwd=trained_project)
     expected = read_csv(trained_project / RUN / "eval/predictions.csv")
-    reader = util.PriceReader(model.float(), util.load_tokenizer(str(plain)))
+    reader = util.PriceReader(model.float(), items.load_tokenizer(str(plain)))
     found = reader.read(list(splits["test"])).greedy
     assert found == [float(row["guess"]) for row in expected]
 
