@@ -26,6 +26,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -1920,8 +1921,7 @@ def training_arguments(run, plan):
         eval_steps=recipe.save_steps,
         save_strategy="steps",
         save_steps=recipe.save_steps,
-        save_total_limit=10,
-        # Protects the best checkpoint from being deleted; it is loaded by PriceTrainer.load_best
+        # Names the best checkpoint in the state; it is loaded by PriceTrainer.load_best
         metric_for_best_model="mae" if recipe.keep_best else None,
         greater_is_better=False,
     )
@@ -1936,6 +1936,7 @@ def training_arguments(run, plan):
 # 6. The training loop
 
 
+CHECKPOINTS_KEPT = 10
 HANGUP = getattr(signal, "SIGHUP", None)  # of a closed terminal; Windows has none
 STOPPING = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)))
 
@@ -2029,6 +2030,11 @@ class Checkpoints(TrainerCallback):
             self.run.write()
             self.run.write(folder)  # should that one be damaged
             items.write_manifest(folder)
+            # Trainer would count copies that a user made, as `checkpoint-old`, and go by file times
+            best = Path(state.best_model_checkpoint or "").name
+            for _, old in checkpoints(Path(args.output_dir))[CHECKPOINTS_KEPT:]:
+                if old.name != best:
+                    shutil.rmtree(old, ignore_errors=True)
 
 
 class PushCheckpoints(TrainerCallback):

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
@@ -118,6 +119,17 @@ def test_misplaced_weights_end_a_resume(call, whole, tmp_path):
     write_manifest(checkpoint)
     said = call(*RESUME, cwd=tmp_path, code=1)
     assert "checkpoint-2: 1 of its tensors are missing or misplaced" in said
+
+
+def test_copies_of_checkpoints_stay(build):
+    """Of a run's own the ten newest are kept, and the best."""
+    trainer = build(max_steps=13, save_steps=1, batch_size=4, val_size=1, keep_best=True)
+    folder = Path(trainer.args.output_dir)
+    (folder / "checkpoint-old").mkdir(parents=True)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint).name
+    kept = {f"checkpoint-{step}" for step in range(4, 14)}
+    assert {path.name for path in folder.glob("checkpoint-*")} == kept | {best, "checkpoint-old"}
 
 
 # Signals
