@@ -507,20 +507,35 @@ def new_run(config, name, recipe, use_4bit, changes):
     return config.project.new(name, config.mode, config.base_name, recipe, seed, use_4bit)
 
 
+def check_run_exists(config, name):
+    """Raises UserError unless that run has a folder, before the engine is imported."""
+    prefix = f"{config.project_name}-"
+    folders = Path(config.output_dir).glob(f"{prefix}*/")
+    known = sorted(folder.name.removeprefix(prefix) for folder in folders)
+    if str(name).removeprefix(prefix) not in (*known, items.UNTOUCHED):
+        raise items.UserError(
+            f"{name}: no such run in {config.output_dir}. There are: "
+            f"{', '.join(known) or 'no runs'}. One on the Hub needs HF_TOKEN, or a login, and no "
+            "`local`."
+        )
+
+
 def find_run(config, name, hf_user=None, revision=None, is_finished=True):
     """The util.Run to evaluate or, unless `is_finished`, to resume; prints which.
 
     Without a name it is the newest such local run of the project, and of the mode if one was asked
     for. A run that isn't on disk is fetched from the Hub, as is one at a `revision`.
     """
+    has_account = not config.local and get_env("HF_TOKEN")
+    if name and not has_account:
+        check_run_exists(config, name)
     project = config.project
     mode = None if config.mode == "full" else config.mode
     name = project.short(name or project.newest(is_finished, mode))
     print(f"Run: {project.folder(name).name}")
-    has_account = not config.local and get_env("HF_TOKEN")
     is_here = project.has(name) or (name in project.records and not is_finished)
     on_hub = None
-    if has_account and name != util.UNTOUCHED and (revision or not is_here):
+    if has_account and name != items.UNTOUCHED and (revision or not is_here):
         on_hub = f"{login_huggingface(hf_user)}/{project.folder(name).name}"
     with saying_how_to_resume(config, name):
         run = project.open(name, config.mode, is_finished, on_hub, revision)

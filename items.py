@@ -66,6 +66,7 @@ QUESTION = "What does this cost to the nearest dollar?"
 PREFIX = "Price is $"
 SPLITS = ("train", "val", "test")
 ITEM_SPLITS = ("train", "validation", "test")  # the names in datasets of items
+UNTOUCHED = "base"  # what an evaluation calls the untouched base model
 COURSE_USER = "ed-donner"  # whose datasets on the Hub are the course's
 
 DEFAULT_CUTOFF = 110  # tokens of a description, as in app.py

@@ -2177,7 +2177,6 @@ def training_log(trainer):
 # 7. Runs
 
 DATA_FIELDS = ("hub", "cutoff", "columns", "written_currency")  # of prepare.json, kept in run.json
-UNTOUCHED = "base"  # what an evaluation calls the untouched base model
 WANDB_MODES_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 
 
@@ -2299,7 +2298,7 @@ class Project:
         """The Run that is about to begin. Raises UserError if its name is taken."""
         name = self.short(run_name)
         folder = self.folder(name)
-        if name == UNTOUCHED or folder.is_file() or any(folder.glob("[!.]*")):
+        if name == items.UNTOUCHED or folder.is_file() or any(folder.glob("[!.]*")):
             text = f"`run_name` {name}: {folder} exists. Give another name, or resume it."
             raise items.UserError(text, resumes=name in self.records)
         return Run(
@@ -2320,17 +2319,11 @@ class Project:
         """The Run to evaluate or, unless `is_finished`, to resume. Its recipe is a dict.
 
         Fetched from `on_hub`, its name on the Hub, if that is given. A run without a record has the
-        `mode`, or lite's by its name. Raises UserError if there is none, or it is damaged.
+        `mode`, or lite's by its name. Raises UserError if it is damaged.
         """
         folder = self.folder(name)
-        if name == UNTOUCHED:
+        if name == items.UNTOUCHED:
             return Run(folder, name, self.name, mode)
-        if not on_hub and not self.has(name) and name not in self.records:
-            known = ", ".join(self.records) or "no runs"
-            raise items.UserError(
-                f"{name}: no such run in {self.place}. There are: {known}. One on the Hub needs "
-                "HF_TOKEN, or a login, and no `local`."
-            )
         if not is_finished:
             if on_hub:
                 fetch_run(on_hub, local_dir=folder)
@@ -2340,7 +2333,7 @@ class Project:
         if problem and on_hub:
             raise items.UserError(f"{name}: {problem}. Remove {adapter} and fetch it again.")
         if problem:
-            raise items.UserError(f"{name}: {problem}.", resumes=True)
+            raise items.UserError(f"{name}: {problem}.", resumes=name in self.records)
         check_adapter(adapter)
         record = read_record(adapter)
         if not record:

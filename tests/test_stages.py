@@ -34,7 +34,7 @@ MISTAKES = (  # what a user types, where only the run `first` is: what the one l
     ("eval --local --demo", "no finished run of price"),
     ("eval --local --run-name first --export outputs", "outputs: exists already"),
     ("eval --local --run-name first --export /proc/a/b", "/proc/a/b: can't be written to"),
-    (f"eval --local --run-name {96 * '価'}", "File name too long"),
+    (f"{{train}} --run-name {96 * '価'}", "File name too long"),
     (f"prepare --local --base-model {300 * 'b'}", "File name too long"),
     (f"train --local --output-dir {300 * 'o'}", "File name too long"),
     ("eval --local --run-name first --compare first", "first: not evaluated yet"),
