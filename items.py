@@ -1313,14 +1313,19 @@ def rows_in_object(text):
             (content,) = content.values()
         if isinstance(content, list):
             return content, True
-        values = list(content.values()) if isinstance(content, dict) else []
-        lists = [rows for rows in values if isinstance(rows, list) and rows]
-        lists = [rows for rows in lists if isinstance(rows[0], dict)]
+        fields = content if isinstance(content, dict) else {}
+        lists = {name: rows for name, rows in fields.items() if isinstance(rows, list) and rows}
+        lists = {name: rows for name, rows in lists.items() if isinstance(rows[0], dict)}
         titles = USUAL_COLUMNS["title"].split()
-        if len(lists) == 1 and not any(fold_name(name) in titles for name in content):
-            return lists[0], True
-        if len(values) > 1 and all(isinstance(value, dict) for value in values):
-            return values, True
+        if lists and not any(fold_name(name) in titles for name in fields):
+            if len(lists) > 1:
+                names = ", ".join(lists)
+                raise UserError(
+                    f"{text.name}: has several lists: {names}. Leave that of the items."
+                )
+            return next(iter(lists.values())), True
+        if len(fields) > 1 and all(isinstance(value, dict) for value in fields.values()):
+            return list(fields.values()), True
         return [content], True
     text.seek(0)
     return text, False

@@ -195,6 +195,7 @@ QUESTION = (
         ("own.csv", b"title,price,text\n", "none of its rows is usable; there are none"),
         ("own.json", b"5", "none of its rows is usable; 1 × not a JSON object"),
         ("own.json", b"{}", "no column for title and price and text"),
+        ("own.json", b'{"a": [{"title": 1}], "b": [{"x": 1}]}', "has several lists: a, b. Leave"),
         ("own.json", b"[1, 2]", "none of its rows is usable; 2 × not a JSON object"),
         ("own.json", b'[{"title": "A"},\n{"title": "B" "text"}]', "line 2 is no JSON: Expecting"),
         ("own.json", b'[{"title": "A"}\n]\n[{"title": "B"}]', "line 3 is no JSON: Extra data"),
