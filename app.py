@@ -937,6 +937,13 @@ HINTS = {  # what other programs have
     "--gpu": USED_ANYWAY,
     "--device": USED_ANYWAY,
 }
+PLAN_LINES = (
+    "The plan's lines. Device: what computes. Precision: of what is computed. Base: how its "
+    "weights are held. Trainable: the adapter's numbers. Loss: what is minimised. Steps: updates "
+    "of the adapter, and how often each row is seen. Memory: needed, and free. Micro-batch: rows "
+    "at once, times those accumulated to a step, times processes. Speed: whether rows are packed, "
+    "one behind the other, or padded. Check: the fast ways whose results are those of plain passes."
+)
 STAGES = {
     "prepare": [prepare_prompts],
     "train": [train_model],
@@ -983,7 +990,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, functions in STAGES.items():
         text = functions[0].__doc__.splitlines()[0]
         usage = f"app.py {name} [flags]"  # shown with each error; --help lists the flags below it
-        options = {"usage": usage, "description": text, "epilog": parser.epilog}
+        epilog = f"{PLAN_LINES} {parser.epilog}" if name == "train" else parser.epilog
+        options = {"usage": usage, "description": text, "epilog": epilog}
         parsers.append(stages.add_parser(name, help=text, allow_abbrev=False, **options))
         defaults = dict(pair for one in functions for pair in defaults_of(one).items())
         for argument, default in defaults.items():
