@@ -590,18 +590,21 @@ def temporary_folder(target):
 def finish_interrupted_replace(target):
     """Removes what killed processes of this machine left beside `target`, which is returned.
 
-    If one was killed when the old folder was moved aside, its new one first becomes `target`.
+    If one was killed when an old folder was moved aside, its new one first takes its place.
     """
     target = Path(target)
     resolved = target.resolve()
-    start = temporary_folder(resolved).name.removesuffix(str(os.getpid()))
     for folder in resolved.parent.glob(".*~*"):
-        process = folder.name.removeprefix(start)
-        is_alive = process.isdecimal() and psutil.pid_exists(int(process))
-        if not process.isdecimal() or (is_alive and process != str(os.getpid())):
+        name, _, writer = folder.name[1:].rpartition("~")
+        host, _, process = writer.rpartition("-")
+        if host != socket.gethostname() or not process.isdecimal():
             continue
-        if (folder / "old").exists() and (folder / "new").exists() and not resolved.exists():
-            os.rename(folder / "new", resolved)
+        is_own = process == str(os.getpid())  # which may be writing another one
+        if name != resolved.name if is_own else psutil.pid_exists(int(process)):
+            continue
+        replaced = folder.with_name(name)
+        if (folder / "old").exists() and (folder / "new").exists() and not replaced.exists():
+            os.rename(folder / "new", replaced)
         shutil.rmtree(folder, ignore_errors=True)
     return target
 

@@ -289,10 +289,15 @@ def test_link_leads_to_what_is_replaced(tmp_path):
 
 
 def test_only_own_dead_leftovers_are_removed(tmp_path, monkeypatch):
-    """Not what another machine, a live process or a target of a similar name is writing."""
+    """Of any target; not what another machine or a live process is writing."""
     monkeypatch.setattr("socket.gethostname", lambda: "gpu")
-    dead = [".a~gpu-4194000", f".a~gpu-{os.getpid()}"]
-    alive = [f".a~gpu-{os.getppid()}", ".a~gpu-1-4194000", ".a.b~gpu-4194000", ".a~gpux-4194000"]
+    dead = [".a~gpu-4194000", f".a~gpu-{os.getpid()}", ".a.b~gpu-4194000"]
+    alive = [
+        f".a~gpu-{os.getppid()}",
+        ".a~gpu-1-4194000",
+        f".b~gpu-{os.getpid()}",
+        ".a~gpux-4194000",
+    ]
     for name in (*dead, *alive):
         (tmp_path / name).mkdir()
     items.write_text(tmp_path / "a", "text")
