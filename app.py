@@ -1099,6 +1099,8 @@ def main(argv=None) -> None:
     name, function, config, given = parse_arguments(argv)
     if config.demo_mode:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if not sys.stderr.isatty():  # in a log each state of a progress bar stays
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
     set_up_libraries()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, exit_on_signal)
