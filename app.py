@@ -598,7 +598,7 @@ def prepare_prompts(
 
     # 2) Build the prompts and describe them
     prompts, cut = items.build_prompts(catalogue.splits, tokenizer, cutoff, catalogue.scale)
-    print("\n".join([f"Items: {catalogue.about['source']}", *catalogue.notes]))
+    print("\n".join([f"Items: {catalogue.about['source']}", *map(with_flags, catalogue.notes)]))
     settings = {"mode": config.mode, "cutoff": cutoff, "seed": config.seed}
     settings |= {"base_model": config.base_name}
     about = items.describe_prompts(prompts, cut, catalogue, **settings)
@@ -855,7 +855,7 @@ def price_items(
     pricer = open_pricer.__wrapped__(config, *options)
     own = pricer.own_rows(source, [text or ""], columns, decimal)
     for note in own.notes:
-        print(note)
+        print(with_flags(note))
 
     answers = pricer.answer(own.rows)
     table = util.price_table(own.rows, answers)
@@ -906,7 +906,9 @@ ARGUMENTS = {
     "columns": Argument(
         "ROLE=NAME for title, price, text, category (default: usual names)", column, nargs="+"
     ),
-    "decimal": Argument("the file's decimal sign (default: as its prices show)", choices=". ,"),
+    "decimal": Argument(
+        "the file's decimal sign (default: as its prices show)", choices=". ,", metavar="SIGN"
+    ),
     "unit": Argument("money that a step of 0 … 999 is (default: suits the prices)", power_of_ten),
     "currency": Argument("how prompts, tables and charts call it: $, €, CHF, …", currency_sign),
     "hf_user": Argument("whose account the adapter is in, or goes to (default: the token's own)"),
@@ -920,7 +922,9 @@ ARGUMENTS = {
     "size": Argument("test items", at_least(1, word="all"), metavar="N|all"),
     "compare_base": Argument("evaluate the base, too (default: only of the demo's runs)", bool),
     "decode": Argument("answer by median or mean, or generate", choices="median mean greedy"),
-    "comparables": Argument("mix in similar training items' prices (default: on)", on_or_off),
+    "comparables": Argument(
+        "mix in similar training items' prices (default: on)", on_or_off, metavar="on|off"
+    ),
     "earlier": Argument("evaluated runs (default: none)", plain_name, nargs="+", flag="--compare"),
     "text": Argument("price the item of this description (default: evaluate)"),
     "output": Argument("also write the guesses, CSV or JSONL (default: the screen only)"),
@@ -929,14 +933,14 @@ ARGUMENTS = {
 ARGUMENTS |= {
     one.name: one.metadata["argument"] for kind in (Recipe, RunConfig) for one in fields(kind)
 }
-USED_ANYWAY = "a GPU is used if PyTorch sees one"
-HINTS = {  # what other programs have
-    "--lr": "it is --learning-rate here",
-    "--rank": "it is --lora-r here",
-    "--model": "it is --base-model here",
-    "--gpu": USED_ANYWAY,
-    "--device": USED_ANYWAY,
+SYNONYMS = {  # in other programs
+    "--lr": "--learning-rate",
+    "--rank": "--lora-r",
+    "--model": "--base-model",
+    "--file": "--source",
+    "--csv": "--source",
 }
+OF_DEVICES = ("--gpu", "--device", "--cuda", "--cpu")  # in other programs
 PLAN_LINES = (
     "The plan's lines. Device: what computes. Precision: of what is computed. Base: how its "
     "weights are held. Trainable: the adapter's numbers. Loss: what is minimised. Steps: updates "
@@ -1005,17 +1009,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def hint_for(text):
-    """What an unknown flag may be meant to be; '' if nothing is like it."""
+def hint_for(text, stage):
+    """What an unknown flag of a stage may be meant to be; '' if nothing is like it."""
     typed = text.partition("=")[0].replace("_", "-")
+    if typed in OF_DEVICES:
+        return "a GPU is used if PyTorch sees one; "
     flags = {flag: one for one, argument in ARGUMENTS.items() for flag in argument.flags_of(one)}
-    if typed in flags:
-        known = {name: chain(*map(defaults_of, functions)) for name, functions in STAGES.items()}
-        stages = [name for name, arguments in known.items() if flags[typed] in arguments]
-        return f"it is a flag of {' and '.join(stages)}; "
-    nearest = difflib.get_close_matches(typed, flags, 1, cutoff=0.7)
-    hint = HINTS.get(typed) or (nearest and f"did you mean {nearest[0]}?")
-    return f"{hint}; " if hint else ""
+    nearest = difflib.get_close_matches(SYNONYMS.get(typed, typed), flags, 1, cutoff=0.7)
+    if not nearest:
+        return ""
+    known = {name: chain(*map(defaults_of, functions)) for name, functions in STAGES.items()}
+    stages = [name for name, arguments in known.items() if flags[nearest[0]] in arguments]
+    if stages and stage not in stages:
+        return f"{nearest[0]} is a flag of {' and '.join(stages)}; "
+    return f"did you mean {nearest[0]}?; "
 
 
 def parse_arguments(argv):
@@ -1032,7 +1039,7 @@ def parse_arguments(argv):
     name = given.pop("stage")
     parser = parser.stages[name]
     if unknown:
-        text = f"unknown: {' '.join(unknown)}; {hint_for(unknown[0])}see"
+        text = f"unknown: {' '.join(unknown)}; {hint_for(unknown[0], name)}see"
         parser.error(f"{text} `python app.py {name} --help`")
     function = STAGES[name][0]
     if name == "eval" and given.keys() & {"source", "text"}:
@@ -1087,7 +1094,12 @@ def exit_on_signal(number, frame):
     os._exit(128 + number)
 
 
-def with_flags(match):
+def with_flags(text):
+    """A text in which arguments, such as `micro_batch`, are named as their flags."""
+    return re.sub(r"`(\w+)`", flag_of, text)
+
+
+def flag_of(match):
     """What a shell calls the argument that an error names, as `micro_batch`."""
     argument = ARGUMENTS.get(match[1])
     return argument.flags_of(match[1])[0] if argument else match[0]
@@ -1119,7 +1131,7 @@ def main(argv=None) -> None:
         text = f"{error.name} is not installed for {sys.executable}. Activate the virtual "
         text += "environment, or `python -m pip install -r requirements.txt`."
     except (items.UserError, items.Stopped) as error:
-        text, code = re.sub(r"`(\w+)`", with_flags, str(error)), error.code
+        text, code = with_flags(str(error)), error.code
         if isinstance(error, items.Stopped) and not is_first:
             text = ""
     except Exception as error:

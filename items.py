@@ -422,7 +422,9 @@ def unpack_demo_base(folder):
     with replacing(folder) as new:
         new.mkdir()
         model.save_pretrained(new)
-        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(new)
+        # Its settings say whether the Hub was asked, and bases are told apart by them, too
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source, local_files_only=True)
+        tokenizer.save_pretrained(new)
     return folder
 
 
@@ -1816,8 +1818,11 @@ def describe_columns(names, columns, chosen):
     for role, found in columns.items():
         if found:
             found = [found] if isinstance(found, str) else found
-            used.append(f"{role} from {' or '.join(found)}")
+            name = "if that is empty" if role == "sale" else role
+            used.append(f"{name} from {' or '.join(found)}")
             unused = [name for name in unused if name not in found]
+    if not columns["category"]:
+        used.append("no category")
     notes = [f"Columns: {', '.join(used)}"]
     if unused:
         notes[0] += f"; not {', '.join(unused)}, less likely what customers pay"
@@ -1922,7 +1927,7 @@ class OwnRows(NamedTuple):
     notes: list  # lines for the screen
     file: str | None  # from which they were read, if from one
     content: dict  # {line: row of the file, a dict}
-    decimal: str  # its decimal sign
+    decimal: str | None  # its decimal sign, if its prices show one
 
     def write(self, path, table):
         """Writes the file's rows with what the table says of each behind, as the file is written.
@@ -1936,7 +1941,9 @@ class OwnRows(NamedTuple):
         rows = []
         for line, row in self.content.items():
             rows.append(row | {name: found.get(line, {}).get(name) for name in added})
-        return write_table(path, rows, **csv_form(self.file), decimal=self.decimal)
+        form = csv_form(self.file)
+        usual = "," if form.get("delimiter") == ";" else "."  # of spreadsheets
+        return write_table(path, rows, **form, decimal=self.decimal or usual)
 
 
 def own_rows(path, texts, tokenizer, trained_on, columns=None, decimal=None):
@@ -1977,7 +1984,7 @@ def own_rows(path, texts, tokenizer, trained_on, columns=None, decimal=None):
         item = Item(category="", price=None if problem else price.amount, **texts)
         item.make_prompts(tokenizer, cutoff, do_round=False, scale=scale)
         rows.append(item.to_datapoint() | {"line": line, "title": item.title})
-    found = OwnRows(rows, own.notes if path else [], path, content, own.about["decimal"] or ".")
+    found = OwnRows(rows, own.notes if path else [], path, content, own.about["decimal"])
     if own.dropped:
         own.notes.append(f"Skipped:\n  {format_dropped(own.dropped)}")
     if len(unjudged.get(PRICE_MISSING, ())) == len(rows):
@@ -1988,7 +1995,14 @@ def own_rows(path, texts, tokenizer, trained_on, columns=None, decimal=None):
 
 
 def row_of_text(text):
-    """The row of a description, whose first line is the title."""
+    """The row of a description, whose first line is the title; a dict is one.
+
+    Raises UserError for anything else.
+    """
+    if isinstance(text, dict):
+        return text
+    if not isinstance(text, str):
+        raise UserError(f"{text!r}: an item is a text, or a dict of title, text and category.")
     title = clean_text(text).partition("\n")[0].removeprefix("Title:")
     return {"title": title, "text": text}
 
@@ -2044,7 +2058,7 @@ def split_rows(keys, seed):
     titles = list(keys[0])
     groups = connected_groups(keys)
     if len(groups) < 3:
-        raise UserError(f"{len(groups)} different titles or descriptions, of at least 3.")
+        raise UserError(f"{len(groups)} items differ in title and description; 3 are needed.")
     groups.sort(key=lambda group: min(titles[row] for row in group))
     rng = random.Random(seed)
     rng.shuffle(groups)

@@ -1588,10 +1588,11 @@ def prepare_training(run, prompts, base, use_bf16, micro_batch, changes):
     data = describe_data(prompts)
     if run.data and run.data["fingerprint"] != data["fingerprint"]:
         old, new = [f"{one['source']} ({one['fingerprint']})" for one in (run.data, data)]
-        raise items.UserError(f"`resume` {run.name}: data was {old} and is {new}.")
+        raise items.UserError(f"`resume` {run.name}: data was {old} and is {new}. {AS_IT_BEGAN}")
     if not base.is_of(run):
         old, new = f"{run.base_model} ({run.base_identity})", f"{base.name} ({base.identity})"
-        raise items.UserError(f"`resume` {run.name}: its base model was {old} and is {new}.")
+        text = f"`resume` {run.name}: its base model was {old} and is {new}. {AS_IT_BEGAN}"
+        raise items.UserError(text)
     run.data, run.base_identity = data, base.identity
     return make_training_data(prompts.splits, base.tokenizer, run.recipe.val_size)
 
@@ -2485,6 +2486,9 @@ def claimed(run, is_new):
         lock.release()
 
 
+AS_IT_BEGAN = "Resume with what it began with, or start a new run."
+
+
 def check_resumable(run, changes, use_4bit):
     """Raises UserError for settings that an earlier run didn't begin with.
 
@@ -2499,10 +2503,7 @@ def check_resumable(run, changes, use_4bit):
     if run.use_4bit and not use_4bit:
         changed.append("its base was in 4 bits")
     if changed:
-        raise items.UserError(
-            f"`resume` {run.name}: {'; '.join(changed)}. Resume with what it began with, or start "
-            "a new run."
-        )
+        raise items.UserError(f"`resume` {run.name}: {'; '.join(changed)}. {AS_IT_BEGAN}")
 
 
 def save_run(run, trainer, data):
@@ -3214,9 +3215,10 @@ class Pricer:
     def __call__(self, descriptions):
         """What a list of descriptions costs: a dict each, as in price_table.
 
-        A description is a text, whose first line is the title. Raises UserError for an empty one.
+        A description is a text, whose first line is the title, or a dict of title, text and, if
+        there is one, category. Raises UserError for an empty one.
         """
-        if isinstance(descriptions, str):
+        if isinstance(descriptions, str | dict):
             descriptions = [descriptions]
         with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of the libraries
             rows = self.own_rows(None, descriptions).rows
@@ -3481,10 +3483,13 @@ def footnotes(results):
     lines += [format_difference(name, figures, scale) for name, figures in others.items()]
     if "alone" in results:
         mixed, change = results["comparables"], results["comparables"]["without_similar"]
+        others = results["n"] - mixed["similar"]
         text = f"Comparables: prices of similar training items, weight {mixed['weight']:.2f}; "
         text += f"{mixed['similar']:,} of {results['n']:,} items have one of similarity "
-        text += f"{NEARLY_SAME} or more, without them the difference is {format_number(change)}; "
-        text += f"the model alone has log score {results['alone']['nll']:.3f}, "
+        text += f"{NEARLY_SAME} or more"
+        if others:
+            text += f"; on the other {others:,} the error changes by {format_number(change)}"
+        text += f"; the model alone has log score {results['alone']['nll']:.3f}, "
         lines.append(f"{text}CRPS {scale.format(results['alone']['crps'])}")
     scores = results["distribution"]
     step = f" (to the nearest {scale.step})" if scale.unit > 1 else ""

@@ -78,7 +78,7 @@ def test_what_was_made_is_said(tmp_path):
     rows = [{"NAME": f"T{i}", "Cost": f"{i},50 €", "Body (HTML)": f"{i}"} for i in range(1, 6)]
     catalogue = items.own_catalogue(write_lines(tmp_path / "own.jsonl", *rows), seed=1)
     assert catalogue.notes == [
-        "Columns: title from NAME, price from Cost, text from Body (HTML)",
+        "Columns: title from NAME, price from Cost, text from Body (HTML), no category",
         "Price: Cost may not be what customers pay; `columns` price=NAME chooses",
         "Prices: 1.234 and 1,234 are read with `,` as the decimal sign",
         "Unit: $0.01, for prices up to $9.99",
@@ -222,7 +222,7 @@ QUESTION = (
             "like title=Bezeichnung 'price=Preis brutto' text=Info.",
         ),
         ("https://x.org/own.csv", None, "is an address. Download the file"),
-        ("own.csv", b"title,price,text\na,1,b\nc,2,d\n", "of at least 3"),
+        ("own.csv", b"title,price,text\na,1,b\nc,2,d\n", "3 are needed"),
         ("own.xlsx", b"", "Save it as `CSV UTF-8`"),
         ("own.csv", b"PK\x03\x04", "is an Excel workbook or a ZIP archive"),
         ("own.csv", b"\n<!doctype html>", "is a web page or XML"),
@@ -403,8 +403,8 @@ def test_sale_prices_fill_gaps(tmp_path):
     path = write_lines(tmp_path / "own.jsonl", *rows)
     own = items.read_own(path, items.file_rows(path), None, {})
     assert [price.amount for price in own.prices] == [5, 9]
-    said = "price from Regular price, sale from Sale price, text from text; not Cost, less likely"
-    assert said in own.notes[0]
+    said = "price from Regular price, if that is empty from Sale price, text from text, no category"
+    assert f"{said}; not Cost, less likely" in own.notes[0]
     write_lines(path, {"name": "A", "text": "a", "Cost": "1"})
     own = items.read_own(path, items.file_rows(path), None, {})
     assert own.notes[1].startswith("Price: Cost may not be what customers pay")
@@ -637,7 +637,10 @@ def test_near_duplicates_are_found_exactly(train, test):
         ([None, None], "Prices: the file has none, so the guesses aren't scored"),
         (["5.00", None], "Not judged:\n  1 × price is missing (line 2)"),
         (["5.00", "-1"], "Not judged:\n  1 × price is no single amount (line 2)"),
-        (["5.00", "6.00"], "Columns: title from title, price from price, text from text"),
+        (
+            ["5.00", "6.00"],
+            "Columns: title from title, price from price, text from text, no category",
+        ),
     ],
 )
 def test_notes_name_unscored_rows(tmp_path, smol_tokenizer, prices, note):
@@ -673,6 +676,9 @@ def test_output_is_like_the_input(tmp_path, smol_tokenizer, encoding):
     expected = content.replace("Rabatt", "Rabatt;guess").replace("=1", "'=1").replace('"', "")
     expected = expected.replace("-5", "-5;12,5").replace("2,5;", "2,5;;")
     assert out.read_bytes() == expected.encode(encoding)
+    path.write_text("Titel;Text;Preis\na;b;\n")  # no price shows how spreadsheets write numbers
+    items.own_rows(path, (), smol_tokenizer, {}, columns).write(out, [{"line": 2, "guess": 2.5}])
+    assert out.read_text().endswith("a;b;;2,5\n")
     own.write(tmp_path / "b.jsonl", [{"line": 3, "guess": 1.5}])
     *_, last = (tmp_path / "b.jsonl").read_text("utf-8").splitlines()
     assert json.loads(last)["Nr"] == "8"

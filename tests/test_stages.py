@@ -427,11 +427,20 @@ def test_pricer_reads_its_run_once(trained, monkeypatch):
     reader = pricer.reader
     assert pricer(texts[1:]) == [second | {"line": 1}]
     assert pricer.reader is reader
+    assert pricer({"title": "Brass lamp", "text": "with a shade"}) == [first]
     assert price_items(config, run_name="first", text=texts[0]) == [first]
     assert first["low"] <= first["guess"] <= first["high"]
     assert "similar_1_price" in first
     with pytest.raises(UserError, match="title is empty or not text .line 2."):
         pricer(["Lamp", " "])
+    with pytest.raises(UserError, match="None: an item is a text, or a dict of title, text"):
+        pricer([None])
+
+
+def test_demo_base_unpacks_alike(tmp_path):
+    """Whether the Hub may be asked or not: it can be deleted, and its runs resumed."""
+    base = items.unpack_demo_base(tmp_path / "base")
+    assert read(base / "tokenizer_config.json")["local_files_only"]
 
 
 def test_exported_model_answers_as_run(call, trained_project, splits):
