@@ -3487,7 +3487,7 @@ def footnotes(results):
         text = f"Comparables: prices of similar training items, weight {mixed['weight']:.2f}; "
         text += f"{mixed['similar']:,} of {results['n']:,} items have one of similarity "
         text += f"{NEARLY_SAME} or more"
-        if others:
+        if 0 < others < results["n"]:
             text += f"; on the other {others:,} the error changes by {format_number(change)}"
         text += f"; the model alone has log score {results['alone']['nll']:.3f}, "
         lines.append(f"{text}CRPS {scale.format(results['alone']['crps'])}")
@@ -3972,12 +3972,14 @@ img { max-width: 30rem; width: 100%; background: white }
 <p>{{ line }}</p>
 {% endfor %}
 {% for head, rows in tables.items() if rows %}
+{% set has_r2 = loop.first %}
 <h2>{{ head }}</h2>
 <table>
-<tr><th><th>n<th>{{ scale.currency }}<th>± 95 %<th>r² %
+<tr><th><th>n<th>{{ scale.currency }}<th>± 95 %{% if has_r2 %}<th>r² %{% endif +%}
 {% for name, row in rows.items() %}
 <tr class="{{ row.kind }}"><td>{{ name or "(none)" }}<td>{{ "{:,}".format(row.n) }}
-<td>{{ row.mae | money }}<td>{{ row.get("mae_ci95") | money }}<td>{{ row.get("r2") | number(1) }}
+<td>{{ row.mae | money }}<td>{{ row.get("mae_ci95") | money }}
+{% if has_r2 %}<td>{{ row.get("r2") | number(1) }}{% endif +%}
 {% endfor %}
 </table>
 {% endfor %}
