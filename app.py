@@ -464,6 +464,11 @@ def find_prompts(config, trained_on=None):
         place, reason = found[0].folder, "the local copy that prepare left"
     elif on_hub:
         place, reason = on_hub, "the run was trained on it"
+    elif config.local and trained_on.get("fingerprint"):
+        raise items.UserError(
+            f"{config.dataset_folder.parent}: lacks the data that the run was trained on "
+            f"({trained_on['source']}). Copy their folder here, or prepare them again."
+        )
     elif config.demo_mode:
         command = config.command("prepare --demo")
         raise items.UserError(f"{config.dataset_folder}: no such dataset yet. Run {command} first.")
@@ -942,11 +947,13 @@ SYNONYMS = {  # in other programs
 }
 OF_DEVICES = ("--gpu", "--device", "--cuda", "--cpu")  # in other programs
 PLAN_LINES = (
-    "The plan's lines. Device: what computes. Precision: of what is computed. Base: how its "
-    "weights are held. Trainable: the adapter's numbers. Loss: what is minimised. Steps: updates "
-    "of the adapter, and how often each row is seen. Memory: needed, and free. Micro-batch: rows "
-    "at once, times those accumulated to a step, times processes. Speed: whether rows are packed, "
-    "one behind the other, or padded. Check: the fast ways whose results are those of plain passes."
+    "The plan's lines. Data: what is learned. Schedule: what is chosen for these rows. Device: "
+    "what computes. Precision: of what is computed. Base: how its weights are held. Trainable: the "
+    "adapter's numbers. Loss: what is minimised. Steps: updates of the adapter, and how often each "
+    "row is seen. Memory: needed, by a rough estimate, and free. Micro-batch: rows at once, times "
+    "those accumulated to a step, times processes. Speed: whether rows are packed, one behind the "
+    "other, or padded. Check: the fast ways whose results are those of plain passes. Time: how "
+    "long the rest takes."
 )
 STAGES = {
     "prepare": [prepare_prompts],

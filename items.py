@@ -83,7 +83,7 @@ MANIFEST = "manifest.json"
 RECORD = "prepare.json"
 PREPARE_AGAIN = "Run the stage prepare again."
 FEW_ROWS = 300  # to train on
-FEW_ROWS_NOTE = "\nFew rows: a model learns little from fewer than a few hundred"
+FEW_ROWS_NOTE = f"\nFew rows: from fewer than {FEW_ROWS} to train on a model learns little"
 
 
 class UserError(Exception):
@@ -1405,7 +1405,7 @@ NO_VALUES = {"", *MISSING_WORDS.split()}
 # With three decimals; the last two are Arabic
 DINARS = re.compile(r"BHD|IQD|JOD|KWD|LYD|OMR|TND|[BJK]D|د\.[كبعأاتل]\.?|ر\.ع\.?", re.IGNORECASE)
 CODES = {"$": "USD", "US$": "USD", "€": "EUR", "£": "GBP", "₹": "INR"}
-CODES |= {"US $": "USD", "$ USD": "USD", "€ EUR": "EUR"}  # as marketplaces write it
+CODES |= {"US $": "USD", "$ USD": "USD", "€ EUR": "EUR", "Euro": "EUR"}  # as shops write it
 OTHER_SIGN = {".": ",", ",": "."}
 
 LETTER = r"[^\W\d_²³¹¼-¾⁰-₉⅐-↋①-⓿]"  # superscript and circled digits are no letters
@@ -1476,6 +1476,11 @@ def parse_price(text):
     )
 
 
+def is_other(one, other):
+    """Whether what stands beside prices means other currencies."""
+    return CODES.get(one, one) != CODES.get(other, other)
+
+
 def main_currency(prices):
     """What stands beside most prices: a sign, a code, a word that more than half have; else ''."""
     counts = Counter(price.currency for price in prices)
@@ -1493,6 +1498,10 @@ def read_prices(prices, decimal=None):
     decimals, if no price shows any and they have a currency.
     """
     currency = main_currency(prices)
+    prices = [  # `EUR 5` beside `€5`
+        price if is_other(price.currency, currency) else price._replace(currency=currency)
+        for price in prices
+    ]
     own = [price for price in prices if price.currency in ("", currency) and price.decimal]
     signs = {price.decimal for price in own if not price.is_open}
     open_signs = {price.decimal for price in own if price.is_open}
@@ -1751,7 +1760,8 @@ def propose_columns(rows, roles, used):
     prices, texts = Counter(), defaultdict(set)
     for name, cell in chain(*(row.items() for row in rows)):
         price = parse_price(str(cell))
-        prices[name] += bool(price.amount > 0 and (price.currency or price.decimal))
+        has_sign = any(unicodedata.category(letter) == "Sc" for letter in price.currency)
+        prices[name] += bool(price.amount > 0 and (has_sign or price.decimal))
         if isinstance(cell, str) and " " in cell and "://" not in cell:
             texts[name].add(cell)
     prices = [name for name, count in prices.items() if 2 * count > len(rows)]
@@ -1903,7 +1913,8 @@ def own_catalogue(path, seed, columns=None, unit=None, currency="$", decimal=Non
     coarse = float((prices[kept] < 3 * scale.unit).mean())
     if coarse > 0.1:
         few = scale.format_whole(scale.amount(3))
-        notes[-1] += f"; {coarse:.0%} are below {few}: a smaller `unit` suits them better"
+        notes[-1] += f"; {coarse:.0%} are below {few}: a smaller `unit` suits them better, and "
+        notes[-1] += "drops dear ones"
     written = own.about["written_currency"]
     if is_foreign(written, scale):
         notes.append(
@@ -1916,8 +1927,7 @@ def own_catalogue(path, seed, columns=None, unit=None, currency="$", decimal=Non
 
 def is_foreign(written, scale):
     """Whether a currency, None for none, differs from the scale's."""
-    named = CODES.get(scale.currency, scale.currency)
-    return CODES.get(written, written) not in (None, named)
+    return written is not None and is_other(written, scale.currency)
 
 
 class OwnRows(NamedTuple):
@@ -2058,7 +2068,7 @@ def split_rows(keys, seed):
     titles = list(keys[0])
     groups = connected_groups(keys)
     if len(groups) < 3:
-        raise UserError(f"{len(groups)} items differ in title and description; 3 are needed.")
+        raise UserError(f"items that differ in title and description: {len(groups)}; 3 are needed.")
     groups.sort(key=lambda group: min(titles[row] for row in group))
     rng = random.Random(seed)
     rng.shuffle(groups)

@@ -3488,11 +3488,11 @@ def footnotes(results):
         text += f"{mixed['similar']:,} of {results['n']:,} items have one of similarity "
         text += f"{NEARLY_SAME} or more"
         if 0 < others < results["n"]:
-            text += f"; on the other {others:,} the error changes by {format_number(change)}"
+            text += f"; on the other {others:,} the error changes by {scale.format(change)}"
         text += f"; the model alone has log score {results['alone']['nll']:.3f}, "
         lines.append(f"{text}CRPS {scale.format(results['alone']['crps'])}")
     scores = results["distribution"]
-    step = f" (to the nearest {scale.step})" if scale.unit > 1 else ""
+    step = f" (to the nearest {scale.step})"
     width = "; their width isn't calibrated, which takes 20 validation rows"
     if "calibrated_on" in scores:
         width = f"; {scores['calibrated_on']:,} validation rows set their width"
@@ -3582,6 +3582,8 @@ def format_prices(table, scale=items.COURSE_SCALE):
         texts += [line, f"    similar: {similar}"] if similar else [line]
     if len(table) > SHOWN_ITEMS:
         texts.append(f"… and {len(table) - SHOWN_ITEMS:,} more")
+    if scale.unit > 1:
+        texts.append(f"All these prices are to the nearest {scale.step}")
     return "\n".join(texts)
 
 

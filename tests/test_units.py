@@ -220,7 +220,9 @@ def test_figures_are_in_money(tens):
 
 def test_own_items_are_priced_in_its_unit(call, tens):
     said = call("eval", "--local", "--text", "A lamp", cwd=tens)
-    assert said.splitlines()[-1].lstrip().startswith("€")
+    *_, guess, note = said.splitlines()
+    assert guess.lstrip().startswith("€")
+    assert note == "All these prices are to the nearest €10"
 
 
 def test_columns_of_its_data_are_known(call, tens):
