@@ -3636,7 +3636,7 @@ def export_run(run, base, splits, folder, **reader_options):
     base.tokenizer.save_pretrained(folder)
     name_as_before(folder)
     card = f"# {run.folder.name}\n\n{run.base_model} in bf16, with this run's LoRA adapter merged "
-    card += f"into it. {prompt_form(run.scale)}\n"
+    card += f"into it, without its comparables. {prompt_form(run.scale)}\n"
     items.write_text(Path(folder, "README.md"), card)
     model = None
     gc.collect()
