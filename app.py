@@ -947,13 +947,13 @@ SYNONYMS = {  # in other programs
 }
 OF_DEVICES = ("--gpu", "--device", "--cuda", "--cpu")  # in other programs
 PLAN_LINES = (
-    "The plan's lines. Data: what is learned. Schedule: what is chosen for these rows. Device: "
-    "what computes. Precision: of what is computed. Base: how its weights are held. Trainable: the "
-    "adapter's numbers. Loss: what is minimised. Steps: updates of the adapter, and how often each "
-    "row is seen. Memory: needed, by a rough estimate, and free. Micro-batch: rows at once, times "
-    "those accumulated to a step, times processes. Speed: whether rows are packed, one behind the "
-    "other, or padded. Check: the fast ways whose results are those of plain passes. Time: how "
-    "long the rest takes."
+    "The plan's lines. Data: the dataset. Schedule: what is chosen for its rows. Device: what the "
+    "training runs on. Precision: the number format of computations. Base: the format of its "
+    "weights. Trainable: the adapter's parameters. Loss: what is minimised. Steps: updates of the "
+    "adapter, and passes over the rows. Memory: a rough estimate, and what is free. Micro-batch: "
+    "rows at once, × those accumulated to a step, × processes. Speed: whether rows are packed, one "
+    "behind the other, or padded. Check: the fast paths that agree with plain forward passes. "
+    "Time: how long the rest takes."
 )
 STAGES = {
     "prepare": [prepare_prompts],

@@ -83,7 +83,7 @@ MANIFEST = "manifest.json"
 RECORD = "prepare.json"
 PREPARE_AGAIN = "Run the stage prepare again."
 FEW_ROWS = 300  # to train on
-FEW_ROWS_NOTE = f"\nFew rows: from fewer than {FEW_ROWS} to train on a model learns little"
+FEW_ROWS_NOTE = f"\nFew rows: a model learns little from fewer than {FEW_ROWS} training rows"
 
 
 class UserError(Exception):
@@ -601,8 +601,10 @@ def finish_interrupted_replace(target):
         host, _, process = writer.rpartition("-")
         if host != socket.gethostname() or not process.isdecimal():
             continue
-        is_own = process == str(os.getpid())  # which may be writing another one
-        if name != resolved.name if is_own else psutil.pid_exists(int(process)):
+        is_written = psutil.pid_exists(int(process))
+        if process == str(os.getpid()):  # which may be writing others, but not this one yet
+            is_written = name != resolved.name
+        if is_written:
             continue
         replaced = folder.with_name(name)
         if (folder / "old").exists() and (folder / "new").exists() and not replaced.exists():
@@ -940,7 +942,7 @@ class LocalDataset(NamedTuple):
 
 
 def fingerprints_of_runs(folder):
-    """Those of the data that runs in the folder were trained on, as they record it; a set."""
+    """The fingerprints of the data that the runs in a folder were trained on, a set."""
     found = set()
     for file in Path(folder).glob("*/**/run.json"):  # of runs, and the copies in checkpoints
         with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -1326,7 +1328,7 @@ def rows_in_object(text):
             if len(lists) > 1:
                 names = ", ".join(lists)
                 raise UserError(
-                    f"{text.name}: has several lists: {names}. Leave that of the items."
+                    f"{text.name}: has several lists: {names}. Keep only the items' list."
                 )
             return next(iter(lists.values())), True
         if len(fields) > 1 and all(isinstance(value, dict) for value in fields.values()):

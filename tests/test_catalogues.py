@@ -195,7 +195,11 @@ QUESTION = (
         ("own.csv", b"title,price,text\n", "none of its rows is usable; there are none"),
         ("own.json", b"5", "none of its rows is usable; 1 × not a JSON object"),
         ("own.json", b"{}", "no column for title and price and text"),
-        ("own.json", b'{"a": [{"title": 1}], "b": [{"x": 1}]}', "has several lists: a, b. Leave"),
+        (
+            "own.json",
+            b'{"a": [{"title": 1}], "b": [{"x": 1}]}',
+            "has several lists: a, b. Keep only",
+        ),
         ("own.json", b"[1, 2]", "none of its rows is usable; 2 × not a JSON object"),
         ("own.json", b'[{"title": "A"},\n{"title": "B" "text"}]', "line 2 is no JSON: Expecting"),
         ("own.json", b'[{"title": "A"}\n]\n[{"title": "B"}]', "line 3 is no JSON: Extra data"),
@@ -225,7 +229,7 @@ QUESTION = (
         (
             "own.csv",
             b"title,price,text\na,1,b\nc,2,d\n",
-            "differ in title and description: 2; 3 are",
+            "differ in title and description: 2; 3 are needed.",
         ),
         ("own.xlsx", b"", "Save it as `CSV UTF-8`"),
         ("own.csv", b"PK\x03\x04", "is an Excel workbook or a ZIP archive"),
