@@ -1500,11 +1500,9 @@ def read_prices(prices, decimal=None):
     decimals, if no price shows any and they have a currency.
     """
     currency = main_currency(prices)
-    prices = [  # `EUR 5` beside `€5`
-        price if is_other(price.currency, currency) else price._replace(currency=currency)
-        for price in prices
-    ]
-    own = [price for price in prices if price.currency in ("", currency) and price.decimal]
+    written = {price.currency for price in prices}
+    alike = {one for one in written if not one or not is_other(one, currency)}  # `EUR` beside `€`
+    own = [price for price in prices if price.currency in alike and price.decimal]
     signs = {price.decimal for price in own if not price.is_open}
     open_signs = {price.decimal for price in own if price.is_open}
     factors = {}  # of the amount, by the sign before three digits
@@ -1519,7 +1517,7 @@ def read_prices(prices, decimal=None):
 
     read = []
     for price in prices:
-        if price.currency not in ("", currency):
+        if price.currency not in alike:
             price = Written(problem=f"price has another currency or word beside it than {currency}")
         elif price.is_open and price.decimal not in factors:
             price = Written(problem=PRICE_AMBIGUOUS)
@@ -1916,7 +1914,7 @@ def own_catalogue(path, seed, columns=None, unit=None, currency="$", decimal=Non
     if coarse > 0.1:
         few = scale.format_whole(scale.amount(3))
         notes[-1] += f"; {coarse:.0%} are below {few}: a smaller `unit` suits them better, and "
-        notes[-1] += "drops dear ones"
+        notes[-1] += "drops expensive items"
     written = own.about["written_currency"]
     if is_foreign(written, scale):
         notes.append(
